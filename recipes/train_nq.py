@@ -1,0 +1,136 @@
+"""Train a retriever on Natural Questions (or any data set in BEIR's layout) and evaluate it on the whole corpus.
+
+    accelerate launch recipes/train_nq.py                                # the Hub's natural-questions, on what is there
+    python recipes/train_nq.py --dataset data/nq --encoder static        # a BEIR folder, minutes on a CPU
+    python recipes/train_nq.py --dataset data/nq --strategy exhaustive   # the dear baseline
+
+All of sentence-transformers' training arguments are understood; those of this recipe come first in --help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from common import STRATEGIES, BatchSamplers, default_model, parse_strategy, static_encoder, table, train
+from datasets import load_dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from transformers import HfArgumentParser, set_seed
+
+from st_corrector import CorpusRetrievalEvaluator, Corpus
+from st_corrector.correctors import CORRECTORS
+
+METRICS = ("mrr@10", "ndcg@10", "recall@1", "recall@5", "recall@20", "recall@100", "answer_recall@20")
+# What suits each kind of encoder; everything can be given on the command line.
+DEFAULTS = {
+    "transformer": {"learning_rate": 2e-5, "per_device_train_batch_size": 32},
+    "static": {"learning_rate": 1e-3, "per_device_train_batch_size": 64, "max_steps": 150},
+}
+
+
+@dataclass
+class RecipeArguments:
+    """What is trained on what, and how its negatives are chosen."""
+
+    dataset: str = field(
+        default="sentence-transformers/natural-questions",
+        metadata={"help": "A BEIR folder, or the Hub id of a data set of (query, answer) pairs: its answers are the corpus."},
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the model to start from; by default all-MiniLM-L6-v2."}
+    )
+    encoder: Literal["transformer", "static"] = field(
+        default="transformer",
+        metadata={"help": "static: the mean of the model's token vectors and a residual dense block, for the CPU."},
+    )
+    strategy: str = field(default="corrected", metadata={"help": f"{STRATEGIES}."})
+    corrector: str = field(default="mlp", metadata={"help": f"With --strategy corrected: {', '.join(CORRECTORS)}."})
+    num_negatives: int = field(default=16, metadata={"help": "Targets that each query takes as negatives."})
+    sampler: Literal["top_k", "gumbel"] = field(
+        default="top_k", metadata={"help": "The hardest, or a sample from the corrected softmax."}
+    )
+    scale: float = field(default=20.0, metadata={"help": "Inverse temperature of the softmax."})
+    max_targets: int | None = field(default=None, metadata={"help": "Keep the first so many passages of a BEIR folder."})
+    eval_queries: int = field(default=2000, metadata={"help": "Pairs of a Hub data set that are held out as dev."})
+    max_seq_length: int | None = field(default=None, metadata={"help": "Longest text in tokens; the model's by default."})
+    results: str | None = field(
+        default=None, metadata={"help": "Where results.json goes; by default into --output_dir."}
+    )
+
+
+def load_corpus(args: RecipeArguments) -> Corpus:
+    """The BEIR folder or the Hub data set that --dataset names."""
+    if Path(args.dataset).is_dir():
+        return Corpus.from_beir(args.dataset, max_targets=args.max_targets)
+    pairs = load_dataset(args.dataset, split="train").train_test_split(args.eval_queries, seed=0)
+    query, answer = pairs["train"].column_names[:2]
+    return Corpus.from_pairs({"train": pairs["train"], "dev": pairs["test"]}, query=query, positive=answer)
+
+
+def load_model(args: RecipeArguments, seed: int) -> SentenceTransformer:
+    name = args.model or default_model()
+    model = static_encoder(name, seed) if args.encoder == "static" else SentenceTransformer(name)
+    if args.max_seq_length:
+        model.max_seq_length = args.max_seq_length
+    return model
+
+
+def parse_arguments() -> tuple[RecipeArguments, SentenceTransformerTrainingArguments]:
+    parser = HfArgumentParser([RecipeArguments, SentenceTransformerTrainingArguments], description=__doc__)
+    parser.set_defaults(
+        output_dir="outputs/train_nq",
+        batch_sampler=BatchSamplers.NO_DUPLICATES,
+        save_strategy="no",
+        logging_steps=10,
+        report_to="none",
+        warmup_steps=0.1,
+        num_train_epochs=1,
+    )
+    encoder, _ = parser.parse_known_args()
+    parser.set_defaults(**DEFAULTS[encoder.encoder])
+    recipe, training = parser.parse_args_into_dataclasses()
+    try:
+        parse_strategy(recipe.strategy)
+    except Exception as error:
+        parser.error(str(error))
+    return recipe, training
+
+
+def main() -> None:
+    recipe, training = parse_arguments()
+    set_seed(training.seed)
+    corpus = load_corpus(recipe)
+    model = load_model(recipe, training.seed)
+    print(corpus)
+    output = Path(training.output_dir)
+    results = train(
+        model,
+        corpus,
+        training,
+        recipe.strategy,
+        output / "cache",
+        corrector=recipe.corrector,
+        num_negatives=recipe.num_negatives,
+        sampler=recipe.sampler,
+        scale=recipe.scale,
+        evaluator=CorpusRetrievalEvaluator(corpus, "dev", show_progress_bar=not training.disable_tqdm),
+    )
+    results["args"] = dataclasses.asdict(recipe) | {
+        name: getattr(training, name) for name in ("max_steps", "learning_rate", "per_device_train_batch_size", "seed")
+    }
+    results["command"] = shlex.join(["python", *sys.argv])
+    print(table({"before": results["before"], f"after ({recipe.strategy})": results["after"]}, METRICS))
+    model.save_pretrained(str(output / "final"))
+    path = Path(recipe.results or output / "results.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"Model in {output / 'final'}, figures in {path}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,478 @@
+"""The corpus: every target that could be retrieved, in a fixed order, on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
+
+from .arrow import batched_tables, default_cache_dir, read_or_write_arrow, write_arrow
+from .beir import find_jsonl, read_jsonl, read_qrels
+from .errors import CorpusError
+from .fingerprint import digest, digest_json, tokenizer_fingerprint
+from .qrels import Qrels
+from .tokens import TextCorpus, TokenizedCorpus, TokenLayout, tokenize_texts
+
+logger = logging.getLogger(__name__)
+
+_TARGETS = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
+_QUERIES = pa.schema([("id", pa.string()), ("text", pa.string()), ("answers", pa.list_(pa.string()))])
+_PAIRS = pa.schema([("anchor", pa.string()), ("positive", pa.string()), ("label", pa.int64())])
+_BATCH = 10_000
+
+
+def join_title(title: str | None, text: str) -> str:
+    """The text that is encoded for a target: ``"{title} {text}"``, or the text alone where there is no title."""
+    return f"{title} {text}".strip() if title else text
+
+
+class Corpus:
+    """The ordered targets, by row ``0 … len(corpus) - 1``, and the judged queries of each split.
+
+    Texts, ids and token ids are Arrow files, memory-mapped: a corpus of tens of millions of passages
+    costs no memory to hold. Use one of the constructors :meth:`from_texts`, :meth:`from_pairs`,
+    :meth:`from_dataset` and :meth:`from_beir`.
+
+    Args:
+        targets: columns ``id``, ``title`` (may be null) and ``text``, all strings.
+        qrels: judged queries by split name.
+        prompt: what precedes each target's text when it is encoded. ``None`` takes the model's own
+            document prompt, as ``model.encode_document`` does; ``""`` means none.
+        cache_dir: folder for the Arrow files that are derived from the corpus.
+
+    Raises:
+        CorpusError: there are no targets, or two of them share an id.
+    """
+
+    def __init__(
+        self,
+        targets: Dataset,
+        qrels: Mapping[str, Qrels] | None = None,
+        prompt: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+    ) -> None:
+        if len(targets) == 0:
+            raise CorpusError("The corpus has no targets.")
+        self.targets = targets
+        self.prompt = prompt
+        self._arrow = targets.with_format("arrow")
+        self._qrels = dict(qrels or {})
+        self._cache_dir = _folder(cache_dir)
+        ids = targets.data.column("id")
+        if pc.count_distinct(ids).as_py() != len(targets):
+            counts = pc.value_counts(ids.combine_chunks())
+            repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+            raise CorpusError(
+                f"{len(repeated)} target ids occur more than once, e.g. {repeated[:3].to_pylist()}. Rows are found "
+                "by id, so each target needs its own: drop the repeated targets or leave the ids out."
+            )
+
+    # ------------------------------------------------------------------ constructors
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Iterable[str],
+        ids: Sequence[str] | None = None,
+        titles: Sequence[str | None] | None = None,
+        *,
+        prompt: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+    ) -> Corpus:
+        """A corpus of ``texts`` in their order.
+
+        Args:
+            texts: any iterable of strings; it is read once and need not fit in memory.
+            ids: as many distinct strings; by default each target's row number.
+            titles: as many titles or ``None``; see :func:`join_title`.
+
+        Raises:
+            CorpusError: the lengths differ, or a text is not a string.
+        """
+        for name, values in (("ids", ids), ("titles", titles)):
+            if values is not None and hasattr(texts, "__len__") and len(values) != len(texts):
+                raise CorpusError(f"{len(texts)} texts but {len(values)} {name}: give one for each text, or none.")
+
+        def records() -> Iterator[dict]:
+            for row, text in enumerate(texts):
+                if not isinstance(text, str):
+                    raise CorpusError(f"Text {row} is a {type(text).__name__}, expected a string: {text!r:.80}")
+                yield {
+                    "id": str(row) if ids is None else str(ids[row]),
+                    "title": None if titles is None else titles[row],
+                    "text": text,
+                }
+
+        return cls(_write_by_content(records(), _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Dataset,
+        text: str = "text",
+        id: str | None = None,
+        title: str | None = None,
+        *,
+        prompt: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+    ) -> Corpus:
+        """A corpus from columns of any :class:`datasets.Dataset`.
+
+        Args:
+            text, id, title: the columns' names; without ``id`` each target's row number is its id.
+
+        Raises:
+            CorpusError: a column is not there, or a text is null.
+        """
+        wanted = {"text": text, "id": id, "title": title}
+        for role, column in wanted.items():
+            if column is not None and column not in dataset.column_names:
+                raise CorpusError(f"The dataset has no column {column!r} for {role}; it has {dataset.column_names}.")
+        columns = {role: column for role, column in wanted.items() if column is not None}
+
+        def tables() -> Iterator[pa.Table]:
+            start = 0
+            for batch in dataset.select_columns(list(columns.values())).with_format("arrow").iter(_BATCH):
+                got = {role: batch.column(column).cast(pa.string()) for role, column in columns.items()}
+                if nulls := got["text"].null_count:
+                    raise CorpusError(f"{nulls} targets near row {start} have no text: filter them out first.")
+                numbers = pa.array(map(str, range(start, start + len(batch))), pa.string())
+                start += len(batch)
+                yield pa.table(
+                    [got.get("id", numbers), got.get("title", pa.nulls(len(batch), pa.string())), got["text"]],
+                    schema=_TARGETS,
+                )
+
+        folder = _folder(cache_dir)
+        path = folder / f"targets-{digest_json([dataset._fingerprint, columns])}.arrow"
+        return cls(read_or_write_arrow(path, _TARGETS, tables()), prompt=prompt, cache_dir=cache_dir)
+
+    @classmethod
+    def from_pairs(
+        cls,
+        splits: Mapping[str, Dataset],
+        query: str = "anchor",
+        positive: str = "positive",
+        *,
+        prompt: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+    ) -> Corpus:
+        """A corpus from datasets of (query, positive) pairs: its targets are the distinct positives of all splits,
+        in the order of their first appearance. Pairs with the same query text are one query with several positives.
+
+        Args:
+            splits: split name → dataset.
+            query, positive: the two text columns' names.
+
+        Raises:
+            CorpusError: a column is not there.
+        """
+        for split, dataset in splits.items():
+            for column in (query, positive):
+                if column not in dataset.column_names:
+                    raise CorpusError(f"Split {split!r} has no column {column!r}; it has {dataset.column_names}.")
+        # 16 bytes a text instead of the text: what tells targets apart while the splits are streamed.
+        row_of: dict[bytes, int] = {}
+        pairs: dict[str, list[tuple[str, int]]] = {split: [] for split in splits}
+
+        def records() -> Iterator[dict]:
+            for split, dataset in splits.items():
+                for batch in dataset.select_columns([query, positive]).iter(_BATCH):
+                    for question, text in zip(batch[query], batch[positive], strict=True):
+                        key = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+                        if key not in row_of:
+                            row_of[key] = len(row_of)
+                            yield {"id": str(row_of[key]), "title": None, "text": text}
+                        pairs[split].append((question, row_of[key]))
+
+        corpus = cls(_write_by_content(records(), _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
+        for split, judged in pairs.items():
+            texts = dict.fromkeys(question for question, _ in judged)
+            corpus._add_split(split, {text: text for text in texts}, [q for q, _ in judged], [row for _, row in judged])
+        return corpus
+
+    @classmethod
+    def from_beir(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        max_targets: int | None = None,
+        prompt: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+    ) -> Corpus:
+        """A corpus from a folder in BEIR's layout: ``corpus.jsonl[.gz]`` (``_id``, ``text``, optional ``title``),
+        ``queries.jsonl[.gz]`` (``_id``, ``text``, optional ``answers``) and ``qrels/<split>.tsv``.
+
+        Args:
+            max_targets: keep the first so many targets, and the judgements that point at them.
+
+        Raises:
+            CorpusError: a file is missing or malformed, or judgements name unknown queries or targets.
+        """
+        source, cache = Path(folder), _folder(cache_dir)
+        corpus_file, queries_file = find_jsonl(source, "corpus"), find_jsonl(source, "queries")
+        qrels_files = sorted((source / "qrels").glob("*.tsv"))
+        if not qrels_files:
+            raise CorpusError(f"{source / 'qrels'} has no <split>.tsv: expected one file of judgements for each split.")
+
+        def targets() -> Iterator[dict]:
+            for number, record in enumerate(read_jsonl(corpus_file, ("_id", "text"))):
+                if number == max_targets:
+                    return
+                yield {"id": str(record["_id"]), "title": record.get("title"), "text": record["text"]}
+
+        # The parsed file is kept under what identifies its source, so that a large corpus is parsed once.
+        stat = corpus_file.stat()
+        key = digest_json([str(corpus_file.resolve()), stat.st_size, stat.st_mtime_ns, max_targets])
+        path = cache / f"targets-{key}.arrow"
+        corpus = cls(
+            read_or_write_arrow(path, _TARGETS, batched_tables(targets(), _TARGETS)), prompt=prompt, cache_dir=cache_dir
+        )
+        texts, answers = {}, {}
+        for record in read_jsonl(queries_file, ("_id", "text")):
+            texts[str(record["_id"])] = record["text"]
+            answers[str(record["_id"])] = record.get("answers") or []
+        for file in qrels_files:
+            judged = [(query, target) for query, target, score in read_qrels(file) if score > 0]
+            if unknown := sorted({query for query, _ in judged} - texts.keys()):
+                raise CorpusError(
+                    f"{file} judges {len(unknown)} queries that {queries_file.name} does not have, e.g. {unknown[:3]}."
+                )
+            rows = corpus.rows_of([target for _, target in judged], missing=-1)
+            if max_targets is None and (rows < 0).any():
+                unknown = sorted({target for (_, target), row in zip(judged, rows, strict=True) if row < 0})
+                raise CorpusError(
+                    f"{file} judges {len(unknown)} targets that {corpus_file.name} does not have, e.g. {unknown[:3]}."
+                )
+            corpus._add_split(
+                file.stem,
+                texts,
+                [query for (query, _), row in zip(judged, rows, strict=True) if row >= 0],
+                rows[rows >= 0],
+                answers,
+            )
+        return corpus
+
+    def add_split(
+        self,
+        split: str,
+        queries: Mapping[str, str],
+        relevant: Mapping[str, Iterable[str]],
+        answers: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """Add (or replace) the judged queries of ``split``.
+
+        Args:
+            queries: query id → text.
+            relevant: query id → ids of the targets that are relevant to it.
+            answers: query id → answer strings, for question answering.
+
+        Raises:
+            CorpusError: a judged query is not among ``queries``, or a target not in the corpus.
+        """
+        judged = [(query, target) for query, targets in relevant.items() for target in targets]
+        if unknown := [query for query, _ in judged if query not in queries]:
+            raise CorpusError(f"{len(unknown)} judged queries have no text, e.g. {unknown[:3]}.")
+        rows = self.rows_of([target for _, target in judged])
+        self._add_split(split, queries, [query for query, _ in judged], rows, answers)
+
+    def _add_split(
+        self,
+        split: str,
+        texts: Mapping[str, str],
+        query_of_pair: Sequence[str],
+        row_of_pair: Sequence[int] | np.ndarray,
+        answers: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        position: dict[str, int] = {}
+        numbers = [position.setdefault(query, len(position)) for query in query_of_pair]
+        records = [{"id": id, "text": texts[id], "answers": list((answers or {}).get(id, ()))} for id in position]
+        path = self._cache_dir / f"queries-{digest_json([split, records])}.arrow"
+        queries = read_or_write_arrow(path, _QUERIES, batched_tables(records, _QUERIES))
+        self._qrels[split] = Qrels(queries, numbers, row_of_pair)
+
+    # ------------------------------------------------------------------ rows, ids, texts
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __repr__(self) -> str:
+        splits = ", ".join(f"{name}: {len(qrels)} queries" for name, qrels in self._qrels.items())
+        return f"Corpus({len(self):,} targets{'; ' + splits if splits else ''})"
+
+    def __getitem__(self, row: int) -> dict[str, str | None]:
+        """``{"id", "title", "text"}`` of one row."""
+        return self.targets[int(row)]
+
+    def ids(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """The ids of ``rows``."""
+        return self._arrow[np.asarray(rows, dtype=np.int64)].column("id").to_pylist()
+
+    def rows_of(self, ids: Sequence[str], missing: int | None = None) -> np.ndarray:
+        """The rows of ``ids``, shape ``(len(ids),)``; one pass over the id column, whatever their number.
+
+        Args:
+            missing: what an unknown id becomes; by default it is an error.
+
+        Raises:
+            CorpusError: an id is not in the corpus and ``missing`` is not given.
+        """
+        wanted = pa.array(ids, pa.string())
+        distinct = wanted.unique()
+        row_of_distinct = np.full(len(distinct), -1, dtype=np.int64)
+        start = 0
+        for chunk in self.targets.data.column("id").chunks:
+            found = pc.index_in(chunk, value_set=distinct)
+            here = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))
+            row_of_distinct[found.drop_null().to_numpy()] = start + here
+            start += len(chunk)
+        rows = row_of_distinct[pc.index_in(wanted, value_set=distinct).to_numpy(zero_copy_only=False)]
+        if (rows < 0).any():
+            if missing is None:
+                unknown = [id for id, row in zip(ids, rows, strict=True) if row < 0]
+                raise CorpusError(f"{len(unknown)} ids are not in the corpus, e.g. {unknown[:3]}.")
+            rows[rows < 0] = missing
+        return rows
+
+    def texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """The texts of ``rows`` as they are encoded (title joined in, without the prompt)."""
+        return _joined(self._arrow[np.asarray(rows, dtype=np.int64)])
+
+    def text_lengths(self) -> np.ndarray:
+        """The length of every target's text in bytes, shape ``(N,)``."""
+        return pc.binary_length(self.targets.data.column("text")).to_numpy().astype(np.int64)
+
+    # ------------------------------------------------------------------ identity and duplicates
+
+    @cached_property
+    def _row_digests(self) -> np.ndarray:
+        """A 64-bit digest of each target's joined text, shape ``(N,)``."""
+        digests = np.empty(len(self), dtype=np.uint64)
+        start = 0
+        for batch in self._arrow.iter(_BATCH):
+            for text in _joined(batch):
+                digests[start] = int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
+                start += 1
+        return digests
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the joined texts in their order: what an embedding cache of this corpus depends on."""
+        return digest(self._row_digests.tobytes())
+
+    @cached_property
+    def _repeated(self) -> dict[int, np.ndarray]:
+        """Row → all rows with exactly its text; only rows that have a duplicate are in it."""
+        order = np.argsort(self._row_digests, kind="stable")
+        digests = self._row_digests[order]
+        bounds = np.flatnonzero(np.concatenate([[True], digests[1:] != digests[:-1], [True]]))
+        repeated: dict[int, np.ndarray] = {}
+        for group in np.flatnonzero(np.diff(bounds) > 1):
+            rows = np.sort(order[bounds[group] : bounds[group + 1]])
+            repeated.update({int(row): rows for row in rows})
+        return repeated
+
+    def duplicates_of(self, row: int) -> np.ndarray:
+        """All rows whose joined text is exactly that of ``row``, itself included, ascending."""
+        return self._repeated.get(int(row), np.array([row], dtype=np.int64))
+
+    # ------------------------------------------------------------------ queries
+
+    @property
+    def splits(self) -> list[str]:
+        """The names of the splits that have judged queries."""
+        return list(self._qrels)
+
+    def qrels(self, split: str) -> Qrels:
+        """The judged queries of ``split``.
+
+        Raises:
+            CorpusError: there is no such split.
+        """
+        if split not in self._qrels:
+            raise CorpusError(f"The corpus has no judgements for split {split!r}; it has {self.splits or 'none at all'}.")
+        return self._qrels[split]
+
+    def pairs(self, split: str) -> Dataset:
+        """The training data of ``split``: one row a (query, positive) judgement, with the columns ``anchor``,
+        ``positive`` (the target's joined text, without the prompt) and ``label``.
+
+        ``label`` is the positive's corpus row: the column that reaches a loss in any sentence-transformers trainer.
+        """
+        qrels = self.qrels(split)
+        anchors = qrels.queries.with_format("arrow")
+
+        def tables() -> Iterator[pa.Table]:
+            for start in range(0, len(qrels.row), _BATCH):
+                query, row = qrels.query[start : start + _BATCH], qrels.row[start : start + _BATCH]
+                text = anchors[query].column("text")
+                yield pa.table([text, pa.array(self.texts(row)), pa.array(row)], schema=_PAIRS)
+
+        key = digest(self.fingerprint, qrels.query.tobytes(), qrels.row.tobytes(), qrels.queries._fingerprint)
+        return read_or_write_arrow(self._cache_dir / f"pairs-{key}.arrow", _PAIRS, tables())
+
+    # ------------------------------------------------------------------ tokens
+
+    def tokenize(self, model: SentenceTransformer, prompt: str | None = None, progress: bool = True) -> TokenizedCorpus | TextCorpus:
+        """The token ids of every target under ``model``'s tokenizer, prepared once and kept on disk.
+
+        What :meth:`~st_corrector.tokens.TokenizedCorpus.features` returns equals
+        ``model.preprocess(texts, prompt=prompt, task="document")``, padding aside.
+
+        Args:
+            prompt: what precedes each text (already resolved: ``None`` and ``""`` mean nothing).
+            progress: show a progress bar while the ids are prepared.
+        """
+        layout = TokenLayout.probe(model, prompt)
+        if layout is None:
+            logger.info("The model's features cannot be cut into rows: targets are tokenized again at each step.")
+            return TextCorpus(self, model, prompt)
+        first = model[0].get_config_dict() if hasattr(model[0], "get_config_dict") else {}
+        key = digest_json(
+            [self.fingerprint, tokenizer_fingerprint(model), prompt or "", str(model.max_seq_length), first, layout.keys]
+        )
+        schema = pa.schema([(name, pa.list_(pa.int32())) for name in layout.keys])
+
+        def tables() -> Iterator[pa.Table]:
+            with tqdm(total=len(self), desc="Tokenizing targets", unit=" targets", disable=not progress) as bar:
+                for batch in self._arrow.iter(1_000):
+                    yield tokenize_texts(_joined(batch), model, prompt, layout)
+                    bar.update(len(batch))
+
+        return TokenizedCorpus(read_or_write_arrow(self._cache_dir / f"tokens-{key}.arrow", schema, tables()), layout)
+
+
+def _folder(cache_dir: str | os.PathLike | None) -> Path:
+    return default_cache_dir() if cache_dir is None else Path(cache_dir)
+
+
+def _joined(table: pa.Table) -> list[str]:
+    titles, texts = table.column("title").to_pylist(), table.column("text").to_pylist()
+    return [join_title(title, text) for title, text in zip(titles, texts, strict=True)]
+
+
+def _write_by_content(records: Iterable[dict], folder: Path) -> Dataset:
+    """Write target records under a name that follows from their content, which is known only afterwards."""
+    state = hashlib.blake2b(digest_size=16)
+
+    def tables() -> Iterator[pa.Table]:
+        for table in batched_tables(records, _TARGETS):
+            state.update(repr(table.to_pydict()).encode("utf-8"))
+            yield table
+
+    partial = folder / f"targets-{os.getpid()}-{id(state)}.arrow"
+    write_arrow(partial, _TARGETS, tables())
+    path = folder / f"targets-{state.hexdigest()}.arrow"
+    os.replace(partial, path)
+    return Dataset.from_file(str(path))

@@ -1,0 +1,31 @@
+"""Correctors: how stale embeddings are mapped to what the encoder would say now. One file each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import InputError
+from .base import Corrector
+from .identity import IdentityCorrector
+from .mlp import MLPCorrector
+from .ridge import RidgeCorrector
+
+CORRECTORS: dict[str, type[Corrector]] = {cls.name: cls for cls in (IdentityCorrector, MLPCorrector, RidgeCorrector)}
+
+
+def make_corrector(corrector: str | Corrector, dim: int, **settings: Any) -> Corrector:
+    """A corrector by its name, or the given one if it fits.
+
+    Raises:
+        InputError: the name is unknown, or the corrector is for another dimension.
+    """
+    if isinstance(corrector, Corrector):
+        if corrector.dim != dim:
+            raise InputError(f"The corrector is for dimension {corrector.dim}, the embeddings have {dim}.")
+        return corrector
+    if corrector not in CORRECTORS:
+        raise InputError(f"corrector {corrector!r} is not one of {', '.join(CORRECTORS)}, nor a Corrector.")
+    return CORRECTORS[corrector](dim, **settings)
+
+
+__all__ = ["CORRECTORS", "Corrector", "IdentityCorrector", "MLPCorrector", "RidgeCorrector", "make_corrector"]

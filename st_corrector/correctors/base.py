@@ -1,0 +1,94 @@
+"""What every corrector is: a map from stale to fresh embeddings that trains itself."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+
+
+class Corrector(ABC):
+    """The target corrector network ``h(·; Ψ)``, with ``h(g'(y)) ≈ g(y)``.
+
+    Deliberately no :class:`torch.nn.Module`: a module inside a loss is picked up by the trainer's
+    optimizer, but neither synchronised over processes, nor clipped, nor restored on resume. A
+    corrector owns what it learns and how, and is stepped by the loss; the task loss never reaches Ψ,
+    the correction loss never reaches the encoder.
+
+    Subclasses keep their tensors in :attr:`tensors` and take every setting as a constructor argument
+    of the same name as the attribute that holds it, which makes :attr:`config` follow by itself.
+
+    Args:
+        dim: dimension ``d`` of the embeddings.
+        normalize: whether ``h`` returns unit vectors; right where the encoder's are compared by cosine.
+
+    Raises:
+        InputError: ``dim`` is not a positive integer.
+    """
+
+    name: str
+    """The short name under which the loss and the recipes know it."""
+
+    def __init__(self, dim: int, *, normalize: bool = True) -> None:
+        if not isinstance(dim, int) or dim < 1:
+            raise InputError(f"A corrector needs the embeddings' dimension as a positive integer, got {dim!r}.")
+        self.dim = dim
+        self.normalize = normalize
+
+    @torch.no_grad()
+    def __call__(self, stale: Tensor) -> Tensor:
+        """:meth:`forward`, without gradient."""
+        return self.forward(stale)
+
+    def forward(self, stale: Tensor) -> Tensor:
+        """Corrected embeddings ``h(z)``: float32, ``(n, d) → (n, d)``."""
+        corrected = stale + self.correction(stale)
+        return F.normalize(corrected, dim=-1) if self.normalize else corrected
+
+    @abstractmethod
+    def correction(self, stale: Tensor) -> Tensor:
+        """What is added to the stale embeddings before normalisation, ``(n, d) → (n, d)``; zero before the first step."""
+
+    @abstractmethod
+    def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
+        """Learn from the targets that a training step has just encoded.
+
+        Args:
+            stale: ``g'(y)`` of these targets, ``(n, d)``.
+            fresh: ``g(y)`` of the same targets, ``(n, d)``; detached here, whatever comes in.
+            queries: ``f(x)`` of the step's queries, ``(B, d)``; detached likewise.
+            scale: the inverse temperature β of the task loss.
+
+        Returns:
+            Metrics to log, as scalars; ``"correction_loss"`` is the loss before this step, if there is one.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that has been learnt and is needed to go on learning, as tensors by name."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` of an equally configured corrector returned."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Corrector:
+        """Move everything to ``device``, in place; returns itself."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments: ``type(corrector)(**corrector.config)`` is an untrained copy."""
+        parameters: set[str] = set()
+        for cls in type(self).__mro__:
+            if "__init__" in cls.__dict__ and cls is not object:
+                parameters |= set(inspect.signature(cls.__init__).parameters)
+        return {name: getattr(self, name) for name in sorted(parameters - {"self", "args", "kwargs"})}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"

@@ -1,0 +1,29 @@
+"""No correction: the stale baseline."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Corrector
+
+
+class IdentityCorrector(Corrector):
+    """``h(z) = z``: negatives are chosen by the stale embeddings as they are. Costs nothing, learns nothing."""
+
+    name = "identity"
+
+    def correction(self, stale: Tensor) -> Tensor:
+        return torch.zeros_like(stale)
+
+    def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
+
+    def to(self, device: torch.device | str) -> IdentityCorrector:
+        return self

@@ -1,0 +1,113 @@
+"""The paper's corrector: a two-layer network trained by gradient steps."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .base import Corrector
+
+_ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
+
+
+class MLPCorrector(Corrector):
+    """``h(z) = z + W₂ σ(W₁ z + b₁) + b₂``, two layers with a residual connection.
+
+    The last layer starts at zero, so that before its first step the corrector is the identity. Costs
+    ``4·d·hidden`` operations a target in the search.
+
+    Args:
+        dim: dimension ``d`` of the embeddings.
+        hidden: width of the hidden layer.
+        activation: σ, one of ``"gelu"``, ``"relu"``, ``"silu"``, ``"tanh"``.
+        loss: ``"ce"``: cross-entropy between the softmax over the step's targets by fresh and by corrected
+            embeddings, Eq. 6 of `Monath et al. 2024 <https://arxiv.org/abs/2409.01890>`_;
+            ``"mse"``: squared distance ``‖g(y) − h(g'(y))‖²``, Eq. 5.
+        learning_rate: of its own Adam optimizer.
+        steps: optimizer steps for each training step.
+        seed: of the first layer's initialisation, independent of the global generator.
+        normalize: see :class:`Corrector`.
+
+    Raises:
+        InputError: an unknown activation or loss, or a width, rate or count that is not positive.
+    """
+
+    name = "mlp"
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        hidden: int = 512,
+        activation: str = "gelu",
+        loss: Literal["ce", "mse"] = "ce",
+        learning_rate: float = 1e-3,
+        steps: int = 1,
+        seed: int = 0,
+        normalize: bool = True,
+    ) -> None:
+        super().__init__(dim, normalize=normalize)
+        if activation not in _ACTIVATIONS:
+            raise InputError(f"activation {activation!r} is not one of {', '.join(_ACTIVATIONS)}.")
+        if loss not in ("ce", "mse"):
+            raise InputError(f"loss {loss!r} is neither 'ce' (Eq. 6) nor 'mse' (Eq. 5).")
+        if hidden < 1 or steps < 1 or not learning_rate > 0:
+            raise InputError(
+                f"hidden and steps must be at least 1 and learning_rate positive, got {hidden}, {steps}, {learning_rate}."
+            )
+        self.hidden, self.activation, self.loss = hidden, activation, loss
+        self.learning_rate, self.steps, self.seed = learning_rate, steps, seed
+        # Initialised from its own generator state, so that building a corrector moves nobody's random numbers.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = nn.Sequential(nn.Linear(dim, hidden), _ACTIVATIONS[activation](), nn.Linear(hidden, dim))
+        nn.init.zeros_(self.network[2].weight)
+        nn.init.zeros_(self.network[2].bias)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate)
+
+    def correction(self, stale: Tensor) -> Tensor:
+        return self.network(stale)
+
+    def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
+        stale, fresh, queries = stale.detach(), fresh.detach(), queries.detach()
+        first = None
+        for _ in range(self.steps):
+            with torch.enable_grad():
+                corrected = self.forward(stale)
+                if self.loss == "mse":
+                    loss = (fresh - corrected).square().sum(-1).mean()
+                else:
+                    target = (scale * queries @ fresh.T).softmax(-1)
+                    loss = F.cross_entropy(scale * queries @ corrected.T, target)
+                gradients = torch.autograd.grad(loss, list(self.network.parameters()))
+            for parameter, gradient in zip(self.network.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            first = loss.detach() if first is None else first
+        return {"correction_loss": first}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"network.{name}": value.detach().clone() for name, value in self.network.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{index}.{name}": torch.as_tensor(value).clone() for name, value in moments.items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.network.load_state_dict({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                moments.setdefault(int(index), {})[name] = value.clone()
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+
+    def to(self, device: torch.device | str) -> MLPCorrector:
+        self.network.to(device)
+        for moments in self.optimizer.state.values():
+            moments.update({k: v.to(device) for k, v in moments.items() if k != "step"})
+        return self

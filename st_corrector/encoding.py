@@ -1,0 +1,123 @@
+"""The document side of a sentence-transformers model over a corpus: rows in, embeddings out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .corpus import Corpus
+from .fingerprint import modules_fingerprint, tokenizer_fingerprint, weights_fingerprint
+
+# The prompt names that SentenceTransformer.encode_document looks for, in its order.
+_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+
+
+def unwrap(model: nn.Module) -> SentenceTransformer:
+    """The SentenceTransformer inside what DistributedDataParallel and torch.compile put around it."""
+    while not isinstance(model, SentenceTransformer):
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if inner is None:
+            raise TypeError(f"Expected a SentenceTransformer, got a {type(model).__name__}.")
+        model = inner
+    return getattr(model, "_orig_mod", model)
+
+
+def document_prompt(model: SentenceTransformer, prompt: str | None) -> str:
+    """``prompt``, or where that is None the one that ``model.encode_document`` would use (``""`` for none)."""
+    if prompt is not None:
+        return prompt
+    for name in _DOCUMENT_PROMPTS:
+        if name in model.prompts:
+            return model.prompts[name] or ""
+    return ""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the block with every module in eval mode and without gradient; then restore each module's own mode.
+
+    Module by module, because ``model.train()`` would also switch on what the user has frozen in eval mode.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class DocumentEncoder:
+    """Encodes corpus rows with a model's document side, always with the same prompt, task and truncation.
+
+    It is the one place where these are resolved, so that the cache, the negatives and the evaluation
+    agree; the loss checks that the positives which the trainer tokenizes agree as well.
+
+    Args:
+        model: the model; with a Router its ``"document"`` route is used.
+        corpus: the targets; its ``prompt`` decides what precedes their texts.
+        progress: show a progress bar while the corpus is tokenized for the first time.
+    """
+
+    def __init__(self, model: SentenceTransformer, corpus: Corpus, progress: bool = True) -> None:
+        self.corpus = corpus
+        self.prompt = document_prompt(model, corpus.prompt)
+        self.tokens = corpus.tokenize(model, self.prompt, progress=progress)
+
+    def features(self, rows: Sequence[int] | np.ndarray, device: torch.device | str | None = None) -> dict[str, Any]:
+        """Model-ready features of ``rows``, on ``device``."""
+        features = self.tokens.features(rows)
+        return features if device is None else batch_to_device(features, torch.device(device))
+
+    def encode(
+        self,
+        model: SentenceTransformer,
+        rows: Sequence[int] | np.ndarray,
+        batch_size: int = 64,
+        bar: tqdm | None = None,
+    ) -> Tensor:
+        """What ``model`` says of ``rows`` now, in eval mode and without gradient; the model's modes stay as they were.
+
+        Rows are encoded in batches of similar length. ``model.truncate_dim`` is not applied: training sees the
+        full width, so does the cache.
+
+        Returns:
+            float32, shape ``(len(rows), d)``, on the model's device.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        order = np.argsort(-self.tokens.lengths[rows], kind="stable")
+        device = unwrap(model).device
+        embeddings: Tensor | None = None
+        with evaluating(model):
+            for start in range(0, len(rows), batch_size):
+                batch = order[start : start + batch_size]
+                output = model(self.features(rows[batch], device))["sentence_embedding"].float()
+                if embeddings is None:
+                    embeddings = output.new_empty(len(rows), output.shape[1])
+                embeddings[torch.from_numpy(batch).to(device)] = output
+                if bar is not None:
+                    bar.update(len(batch))
+        if embeddings is None:
+            raise ValueError("No rows to encode.")
+        return embeddings
+
+    def fingerprint(self, model: SentenceTransformer) -> dict[str, Any]:
+        """What this model's embeddings of this corpus depend on, by component."""
+        model = unwrap(model)
+        return {
+            "corpus": self.corpus.fingerprint,
+            "weights": weights_fingerprint(model),
+            "modules": modules_fingerprint(model),
+            "tokenizer": tokenizer_fingerprint(model),
+            "prompt": self.prompt,
+            "max_seq_length": str(model.max_seq_length),
+        }

@@ -1,0 +1,19 @@
+"""The exceptions of this package: each says what was wrong, what was expected and how to mend it."""
+
+from __future__ import annotations
+
+
+class StCorrectorError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class CorpusError(StCorrectorError, ValueError):
+    """A corpus, its queries or its judgements cannot be read as given."""
+
+
+class CacheError(StCorrectorError, ValueError):
+    """An embedding cache is damaged, incomplete, or belongs to something else."""
+
+
+class InputError(StCorrectorError, ValueError):
+    """An argument, or a batch that reached the loss, is not what was expected."""

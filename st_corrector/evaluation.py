@@ -1,0 +1,193 @@
+"""Retrieval over the whole corpus, evaluated exactly."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .corpus import Corpus
+from .encoding import DocumentEncoder, evaluating
+from .errors import InputError
+from .search import RunningTopK
+
+logger = logging.getLogger(__name__)
+
+RECALL_AT = (1, 5, 20, 100)
+_DEPTH = 100
+_TOKEN = re.compile(r"[^\W_]+|[^\w\s]|_")
+
+
+class CorpusRetrievalEvaluator(SentenceEvaluator):
+    """Encodes the whole corpus with the model as it is, searches it exactly for every query of a split, and scores.
+
+    Metrics (all in ``[0, 1]``): ``recall@{1,5,20,100}`` (the share of a query's relevant targets found),
+    ``mrr@10``, ``ndcg@10``, ``map@100``, as
+    :class:`~sentence_transformers.sentence_transformer.evaluation.InformationRetrievalEvaluator` defines them; and,
+    where the queries have answers, ``answer_recall@{1,5,20,100}``: whether one of the first k targets' texts (titles
+    left out) contains one of the answers as open-domain question answering scores it, see :func:`contains_answer`.
+
+    Works on the corpus's token ids, in chunks: the embeddings of the corpus are never held at once. Titles,
+    prompts and truncation are those of training. Nothing that training depends on is changed.
+
+    Args:
+        corpus: the targets and their judged queries.
+        split: the queries to evaluate.
+        name: precedes every metric, as in sentence-transformers' evaluators.
+        batch_size: texts in one forward pass.
+        chunk_size: targets that are encoded and scored at once.
+        write_csv: append a line to a CSV file in the ``output_path`` of each call.
+        show_progress_bar: show the encoding's progress.
+
+    Raises:
+        CorpusError: the corpus has no such split.
+        InputError: the model compares by something else than cosine or dot product.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        split: str = "dev",
+        name: str = "",
+        batch_size: int = 64,
+        chunk_size: int = 16_384,
+        write_csv: bool = True,
+        show_progress_bar: bool = False,
+    ) -> None:
+        super().__init__()
+        self.corpus, self.split, self.name = corpus, split, name
+        self.qrels = corpus.qrels(split)
+        self.batch_size, self.chunk_size = batch_size, chunk_size
+        self.write_csv, self.show_progress_bar = write_csv, show_progress_bar
+        self.primary_metric = "ndcg@10"
+        self.csv_file = f"corpus-retrieval_evaluation{'_' + name if name else ''}_results.csv"
+        self._answers = [[_spaced(answer) for answer in answers] for answers in self.qrels.queries["answers"]]
+        self._spaced_texts: dict[int, str] = {}
+
+    def __call__(
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        rows = self.retrieve(model).numpy()
+        metrics = {**ranking_metrics(self._relevance(rows), self._relevant_counts()), **self._answer_metrics(rows)}
+        logger.info("Retrieval from %d targets for %d queries (%s):", len(self.corpus), len(self.qrels), self.split)
+        for metric, value in metrics.items():
+            logger.info("%s: %.4f", metric, value)
+        if output_path is not None and self.write_csv:
+            self._append_csv(Path(output_path), epoch, steps, metrics)
+        metrics = self.prefix_name_to_metrics(metrics, self.name)
+        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
+        return metrics
+
+    @torch.no_grad()
+    def retrieve(self, model: SentenceTransformer) -> Tensor:
+        """The first 100 corpus rows for every query, best first: ``(Q, 100)`` on the CPU, −1 beyond a smaller corpus."""
+        if model.similarity_fn_name not in ("cosine", "dot"):
+            raise InputError(f"The model compares by {model.similarity_fn_name!r}; expected 'cosine' or 'dot'.")
+        compare = (lambda x: F.normalize(x, dim=-1)) if model.similarity_fn_name == "cosine" else (lambda x: x)
+        with evaluating(model):
+            queries = model.encode_query(
+                self.qrels.queries["text"][:],
+                batch_size=self.batch_size,
+                convert_to_tensor=True,
+                show_progress_bar=False,
+            )
+        queries = compare(queries.float().clone())
+        encoder = DocumentEncoder(model, self.corpus, progress=self.show_progress_bar)
+        best = RunningTopK(len(queries), _DEPTH, queries.device)
+        with tqdm(total=len(self.corpus), desc="Evaluating", unit=" targets", disable=not self.show_progress_bar) as bar:
+            for start in range(0, len(self.corpus), self.chunk_size):
+                rows = np.arange(start, min(start + self.chunk_size, len(self.corpus)))
+                embeddings = encoder.encode(model, rows, batch_size=self.batch_size, bar=bar)
+                best.update(queries @ compare(embeddings).T, start)
+        return best.rows.cpu()
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {"split": self.split, "targets": len(self.corpus), "queries": len(self.qrels)}
+
+    @property
+    def description(self) -> str:
+        return "Corpus Retrieval"
+
+    def _relevance(self, rows: np.ndarray) -> np.ndarray:
+        return np.stack([np.isin(found, self.qrels.rows_of(query)) for query, found in enumerate(rows)])
+
+    def _relevant_counts(self) -> np.ndarray:
+        return np.bincount(self.qrels.query, minlength=len(self.qrels))
+
+    def _answer_metrics(self, rows: np.ndarray) -> dict[str, float]:
+        asked = [query for query, answers in enumerate(self._answers) if answers]
+        if not asked:
+            return {}
+        self._remember_texts(rows[asked])
+        first = []
+        for query in asked:
+            hits = (
+                rank
+                for rank, row in enumerate(rows[query].tolist())
+                if row >= 0 and any(answer in self._spaced_texts[row] for answer in self._answers[query])
+            )
+            first.append(next(hits, _DEPTH))
+        return {f"answer_recall@{k}": float(np.mean(np.array(first) < k)) for k in RECALL_AT}
+
+    def _remember_texts(self, rows: np.ndarray) -> None:
+        """Keep the split-up texts between calls: the same targets are found again at every evaluation."""
+        new = [row for row in np.unique(rows).tolist() if row >= 0 and row not in self._spaced_texts]
+        for row, text in zip(new, self.corpus.targets[new]["text"] if new else (), strict=True):
+            self._spaced_texts[row] = _spaced(text)
+
+    def _append_csv(self, folder: Path, epoch: int, steps: int, metrics: dict[str, float]) -> None:
+        os.makedirs(folder, exist_ok=True)
+        path = folder / self.csv_file
+        new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["epoch", "steps", *metrics])
+            writer.writerow([epoch, steps, *metrics.values()])
+
+
+def ranking_metrics(relevant: np.ndarray, total: np.ndarray) -> dict[str, float]:
+    """Mean ranking metrics over queries with binary relevance.
+
+    Args:
+        relevant: whether the target at each rank is relevant, ``(Q, depth)``, best first.
+        total: how many relevant targets each query has, ``(Q,)``.
+    """
+    depth = relevant.shape[1]
+    rank = np.arange(1, depth + 1)
+    discount = 1 / np.log2(rank + 1)
+    ideal = np.concatenate([[0.0], np.cumsum(discount[:10])])[np.minimum(total, 10)]
+    first = np.where(relevant[:, :10].any(1), relevant[:, :10].argmax(1) + 1, np.inf)
+    precision = np.cumsum(relevant, axis=1) / rank
+    metrics = {f"recall@{k}": relevant[:, :k].sum(1) / total for k in RECALL_AT}
+    metrics["mrr@10"] = 1 / first
+    metrics["ndcg@10"] = (relevant[:, :10] * discount[:10]).sum(1) / ideal
+    metrics["map@100"] = (precision * relevant).sum(1) / np.minimum(total, depth)
+    return {name: float(values.mean()) for name, values in metrics.items()}
+
+
+def contains_answer(text: str, answers: list[str]) -> bool:
+    """Whether ``text`` has one of ``answers`` as consecutive tokens, case and Unicode form aside.
+
+    Tokens are runs of letters and digits, and single other characters, as in the scorer of DrQA and DPR
+    (`Karpukhin et al. 2020 <https://arxiv.org/abs/2004.04906>`_).
+    """
+    spaced = _spaced(text)
+    return any(_spaced(answer) in spaced for answer in answers)
+
+
+def _spaced(text: str) -> str:
+    """The text's tokens with a space before, between and behind them, so that containment is by whole tokens."""
+    return f" {' '.join(_TOKEN.findall(unicodedata.normalize('NFC', text).lower()))} "

@@ -1,0 +1,79 @@
+"""What an embedding depends on, as short strings that can be compared and shown.
+
+Nothing here is cryptographic protection: a fingerprint tells two honest things apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
+
+
+def digest(*parts: bytes | str) -> str:
+    """32 hex digits over ``parts``; where one part ends and the next begins matters."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode("utf-8") if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little"))
+        state.update(data)
+    return state.hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    return digest(json.dumps(value, sort_keys=True, default=str))
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """Digest of every parameter and buffer: name, dtype, shape and bytes."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def tokenizer_fingerprint(model: SentenceTransformer) -> str:
+    """Digest of the tokenizer's vocabulary, rules and special tokens.
+
+    Padding and truncation are left out: ``preprocess`` sets them on the tokenizer as it goes, so they
+    say which call came last. What they should be follows from the maximum length, which is
+    fingerprinted on its own.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if isinstance(backend, Tokenizer):
+        rules = json.loads(backend.to_str())
+        rules.pop("padding", None)
+        rules.pop("truncation", None)
+        return digest_json(rules)
+    if hasattr(tokenizer, "get_vocab"):
+        return digest_json([type(tokenizer).__name__, tokenizer.get_vocab()])
+    return digest_json(type(tokenizer).__name__)
+
+
+def modules_fingerprint(model: SentenceTransformer) -> str:
+    """Digest of the pipeline's modules and their settings (architecture, pooling, normalisation …)."""
+    described = []
+    for module in model.modules():
+        if hasattr(module, "get_config_dict") and module is not model:
+            described.append([type(module).__qualname__, module.get_config_dict()])
+        config = getattr(module, "config", None)
+        if hasattr(config, "to_dict"):
+            settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+            described.append(settings)
+    return digest_json(described)
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """One line for each component that differs, e.g. ``prompt: 'passage: ' there, '' here``."""
+    return [
+        f"{key}: {found.get(key)!r} there, {expected.get(key)!r} here"
+        for key in sorted(set(found) | set(expected))
+        if found.get(key) != expected.get(key)
+    ]

@@ -1,0 +1,358 @@
+"""The loss: in-batch positives plus hard negatives chosen at each step from the whole corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules.normalize import Normalize
+from sentence_transformers.util import cos_sim, dot_score, similarity_fct_name
+from torch import Tensor, nn
+
+from .cache import EmbeddingCache
+from .corpus import Corpus
+from .correctors import Corrector, make_corrector
+from .encoding import DocumentEncoder, unwrap
+from .errors import InputError
+from .filters import is_in, known_positives, pad_rows, repeats_earlier
+from .fingerprint import differences
+from .search import NO_ROW, SAMPLERS, CorrectedSearch, Sampler
+from .tokens import TokenizedCorpus
+
+
+class CorrectedMultipleNegativesLoss(nn.Module):
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        corpus: Corpus,
+        cache: EmbeddingCache | None = None,
+        num_negatives: int = 16,
+        corrector: str | Corrector = "mlp",
+        sampler: Sampler = "top_k",
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+        in_batch_negatives: bool = True,
+        split: str = "train",
+    ) -> None:
+        r"""
+        :class:`~sentence_transformers.sentence_transformer.losses.MultipleNegativesRankingLoss` with hard negatives
+        that are chosen at every step, from the whole corpus, by the model as it is now, without re-embedding the corpus
+        (`Monath et al. 2024 <https://arxiv.org/abs/2409.01890>`_).
+
+        One step, for a batch of queries :math:`x` with positives :math:`y^+`:
+
+        1. :math:`f(x)` and :math:`g(y^+)` are encoded with gradient.
+        2. Without gradient, every target is scored by its *corrected* stale embedding,
+           :math:`\langle f(x), h(g'(y)) \rangle`; each query takes ``num_negatives`` of them, its known positives and
+           their exact duplicates excepted.
+        3. The distinct targets taken by any query of the batch are encoded with gradient, once.
+        4. The task loss is the cross-entropy of the positive among the batch's positives and all these targets, by
+           fresh embeddings; its gradient reaches the encoder. The corrector ``h`` learns from the same fresh embeddings,
+           with its own optimiser; it never sees the task loss's gradient, nor the encoder the corrector's.
+
+        Args:
+            model: SentenceTransformer model.
+            corpus: the targets. The dataset's ``label`` column points into it; see :meth:`Corpus.pairs`.
+            cache: stale embeddings of all targets, built by this model or an earlier state of it
+                (:meth:`EmbeddingCache.build`). It may be left out with ``num_negatives=0``.
+            num_negatives: how many targets each query takes. Every query sees those of the whole batch. 0 leaves
+                plain in-batch negatives.
+            corrector: ``"mlp"`` (the paper's), ``"ridge"``, ``"identity"`` (choose by the stale embeddings), or a
+                :class:`Corrector` with settings of your own.
+            sampler: ``"top_k"`` takes the hardest; ``"gumbel"`` samples from the corrected softmax without replacement.
+            scale: output of the similarity function is multiplied by it (the inverse temperature).
+            similarity_fct: :func:`sentence_transformers.util.cos_sim` or :func:`sentence_transformers.util.dot_score`
+                (then set ``scale`` to 1).
+            in_batch_negatives: whether the other queries' positives are negatives too.
+            split: the corpus split that is trained on: its judgements say what else is relevant to a query.
+                A query is known by its positive's row: where one target answers several queries of the split, nothing
+                that is relevant to any of them is a negative for them.
+
+        Requirements:
+            1. (anchor, positive) pairs with a ``label`` column: the positive's corpus row. ``corpus.pairs("train")`` is
+               such a dataset.
+            2. A cache of the same corpus, by a model with the same tokenizer, prompt, pooling and maximum length.
+
+        Inputs:
+            +--------------------------+----------------------------+
+            | Inputs                   | Labels                     |
+            +==========================+============================+
+            | (anchor, positive) pairs | corpus row of the positive |
+            +--------------------------+----------------------------+
+
+        Returns:
+            In training ``{"task_loss", "correction_loss"}``, which the trainer logs apart (and sums up as ``loss``;
+            ``correction_loss`` carries no gradient, and is left out by correctors that learn nothing). Under
+            ``torch.no_grad()``, as in evaluation, only ``{"task_loss"}`` with in-batch negatives: nothing is
+            selected and nothing learnt.
+
+        Recommendations:
+            - Raise ``num_negatives`` before the batch size: the union of the batch's selections serves every query.
+            - On a GPU that has room for it, pass ``cache.to("cuda")``: the search is memory-bound.
+
+        Relations:
+            - With ``num_negatives=0`` it is :class:`MultipleNegativesRankingLoss`, with known positives and
+              duplicates masked out.
+            - With ``corrector="identity"`` negatives are chosen by the cache as it was built, and
+              :class:`~st_corrector.RefreshCallback` turns that into periodic or exhaustive re-embedding: the baselines
+              run through the same code.
+
+        Example:
+            ::
+
+                from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+                from st_corrector import CorrectedMultipleNegativesLoss, Corpus, EmbeddingCache
+
+                model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+                corpus = Corpus.from_beir("data/nq")
+                cache = EmbeddingCache.build(model, corpus, "caches/nq")
+                loss = CorrectedMultipleNegativesLoss(model, corpus, cache)
+
+                trainer = SentenceTransformerTrainer(model=model, train_dataset=corpus.pairs("train"), loss=loss)
+                trainer.train()
+
+        Raises:
+            InputError: settings that are out of range, a cache of another size, corpus or kind of encoder; and in
+                training a batch without ``label``, with a label outside the corpus, with a positive that is not the
+                text of its row, or with embeddings that are not finite.
+        """
+        super().__init__()
+        _check_settings(corpus, cache, num_negatives, sampler, scale, similarity_fct, split)
+        self.model = model
+        self.corpus = corpus
+        self.num_negatives = num_negatives
+        self.sampler: Sampler = sampler
+        self.scale = scale
+        self.similarity_fct = similarity_fct
+        self.in_batch_negatives = in_batch_negatives
+        self.split = split
+        self.targets_encoded = 0
+        """Targets encoded for the task loss so far, positives and negatives."""
+        self.targets_reencoded = 0
+        """Targets encoded only to refresh the cache so far; zero unless :meth:`refresh` is called."""
+        self._qrels = corpus.qrels(split) if corpus.splits else None
+        self.encoder = DocumentEncoder(unwrap(model), corpus)
+        self.search: CorrectedSearch | None = None
+        if cache is not None:
+            _check_cache(cache, self.encoder.fingerprint(model))
+            cosine = similarity_fct is cos_sim
+            unit = cosine or isinstance(list(unwrap(model).children())[-1], Normalize)
+            settings = {} if isinstance(corrector, Corrector) else {"normalize": unit}
+            self.search = CorrectedSearch(cache, make_corrector(corrector, cache.dim, **settings), normalize=cosine)
+
+    # The corrector lives in the search, which is no module: see Corrector for why it is not a submodule of the loss.
+    @property
+    def corrector(self) -> Corrector | None:
+        """The corrector in use; None without a cache."""
+        return self.search.corrector if self.search else None
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
+        features = list(sentence_features)
+        if len(features) != 2:
+            raise InputError(
+                f"Expected the text columns (anchor, positive), got {len(features)}. Negatives are chosen from the "
+                "corpus: drop other text columns, e.g. dataset.select_columns(['anchor', 'positive', 'label'])."
+            )
+        training = torch.is_grad_enabled()
+        rows = self._check_labels(labels, features) if training or labels is not None else None
+        queries = _finite(self.model(features[0])["sentence_embedding"], "queries in this batch")
+        positives = _finite(self.model(features[1])["sentence_embedding"], "positives in this batch", rows)
+        if rows is None:
+            return {"task_loss": self._task_loss(queries, positives, None)}
+
+        known = pad_rows(known_positives(self.corpus, self._qrels, rows.tolist())).to(queries.device)
+        if not training or self.num_negatives == 0:
+            self.targets_encoded += len(rows) if training else 0
+            return {"task_loss": self._task_loss(queries, positives, self._forbidden(rows, rows[:0], known))}
+
+        selected = self.select(queries, known)
+        negative_rows = selected[~torch.isin(selected, rows)]
+        self.targets_encoded += len(rows) + len(negative_rows)
+        candidates = positives
+        if len(negative_rows):
+            negative_features = self.encoder.features(negative_rows.cpu().numpy(), queries.device)
+            negatives = _finite(self.model(negative_features)["sentence_embedding"], "negatives", negative_rows)
+            candidates = torch.cat([positives, negatives])
+        task_loss = self._task_loss(queries, candidates, self._forbidden(rows, negative_rows, known, selected))
+        return {"task_loss": task_loss, **self._fit_corrector(queries, candidates, torch.cat([rows, negative_rows]))}
+
+    @torch.no_grad()
+    def select(self, queries: Tensor, exclude: Tensor) -> Tensor:
+        """The distinct corpus rows that the batch's queries take as negatives, ascending.
+
+        Args:
+            queries: ``f(x)``, ``(B, d)``.
+            exclude: rows each query must not take, ``(B, m)``, padded with −1.
+        """
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise InputError("Training on several processes is not supported yet: start one process.")
+        # Drawn from torch's own generator, which a checkpoint saves and restores.
+        seed = int(torch.randint(2**62, ()).item()) if self.sampler == "gumbel" else None
+        _, rows = self.search.search(
+            self._comparable(queries), self.num_negatives, exclude, sampler=self.sampler, scale=self.scale, seed=seed
+        )
+        return rows[rows != NO_ROW].unique()
+
+    @torch.no_grad()
+    def refresh(self, batch_size: int = 256) -> None:
+        """Encode all targets with the model as it is now, and choose negatives by that from here on.
+
+        The new embeddings are held in memory; a cache on disk is not changed. What the corrector has learnt was
+        the way from the old embeddings to the present ones, so it starts anew.
+        """
+        if self.search is None:
+            raise InputError("There is no cache to refresh: the loss was made without one.")
+        embeddings = self.encoder.encode(unwrap(self.model), np.arange(len(self.corpus)), batch_size=batch_size)
+        self.targets_reencoded += len(self.corpus)
+        corrector = type(self.corrector)(**self.corrector.config)
+        self.search = CorrectedSearch(
+            EmbeddingCache.from_tensor(embeddings), corrector, normalize=self.search.normalize
+        )
+
+    def _comparable(self, embeddings: Tensor) -> Tensor:
+        """Embeddings as the search and the corrector see them: float32, unit vectors where cosine is compared."""
+        embeddings = embeddings.detach().float()
+        return F.normalize(embeddings, dim=-1) if self.similarity_fct is cos_sim else embeddings
+
+    def _forbidden(self, rows: Tensor, negative_rows: Tensor, known: Tensor, selected: Tensor | None = None) -> Tensor:
+        """Which candidates (the batch's positives, then the negatives) are no negatives for which query: ``(B, B + M)``."""
+        forbidden = is_in(torch.cat([rows, negative_rows]), known)
+        other = repeats_earlier(rows)  # a positive that two queries share is one candidate, not two
+        if not self.in_batch_negatives and selected is not None:
+            other |= ~torch.isin(rows, selected)
+        forbidden[:, : len(rows)] |= other
+        return forbidden
+
+    def _task_loss(self, queries: Tensor, candidates: Tensor, forbidden: Tensor | None) -> Tensor:
+        """Cross-entropy of candidate ``i`` for query ``i`` among all candidates that are not forbidden."""
+        logits = self.similarity_fct(queries, candidates) * self.scale
+        target = torch.arange(len(queries), device=queries.device)
+        if forbidden is not None:
+            forbidden[target, target] = False
+            logits = logits.masked_fill(forbidden, -torch.inf)
+        return F.cross_entropy(logits, target)
+
+    @torch.no_grad()
+    def _fit_corrector(self, queries: Tensor, candidates: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        once = torch.cat([~repeats_earlier(rows[: len(queries)]), rows.new_ones(len(rows) - len(queries), dtype=torch.bool)])
+        fresh = self._comparable(candidates)[once]
+        return self.corrector.fit_step(self.search.stale(rows[once]), fresh, self._comparable(queries), self.scale)
+
+    def _check_labels(self, labels: Tensor | None, features: list[dict[str, Any]]) -> Tensor:
+        if labels is None:
+            raise InputError(
+                "The dataset has no 'label' column. It must hold the corpus row of each positive; "
+                "corpus.pairs(split) gives such a dataset, corpus.rows_of(ids) the rows of ids."
+            )
+        if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise InputError(
+                f"Labels must be integers, one corpus row for each pair; got {labels.dtype} of shape {tuple(labels.shape)}."
+            )
+        outside = (labels < 0) | (labels >= len(self.corpus))
+        if outside.any():
+            position = int(outside.nonzero()[0])
+            raise InputError(
+                f"Label {int(labels[position])} (position {position} in the batch) is no row of the corpus, whose rows "
+                f"are 0 … {len(self.corpus) - 1}. Labels are the positives' corpus rows: see corpus.rows_of(ids)."
+            )
+        tokens = self.encoder.tokens
+        if isinstance(tokens, TokenizedCorpus) and "input_ids" in features[1]:
+            self._check_positive_texts(tokens, features[1], labels)
+        return labels
+
+    def _check_positive_texts(self, tokens: TokenizedCorpus, features: dict[str, Any], labels: Tensor) -> None:
+        """A positive that is not the text of its row would teach the corrector, and mask the negatives, wrongly."""
+        on_cpu = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in features.items()}
+        given, given_lengths = tokens.layout.split(on_cpu)
+        expected, expected_lengths = tokens.layout.split(tokens.features(labels.tolist()))
+        if np.array_equal(given_lengths, expected_lengths) and np.array_equal(given["input_ids"], expected["input_ids"]):
+            return
+        starts = [np.cumsum(lengths) - lengths for lengths in (given_lengths, expected_lengths)]
+        for position, label in enumerate(labels.tolist()):
+            ours = given["input_ids"][starts[0][position] :][: given_lengths[position]]
+            theirs = expected["input_ids"][starts[1][position] :][: expected_lengths[position]]
+            if not np.array_equal(ours, theirs):
+                break
+        tokenizer = unwrap(self.model).tokenizer
+        raise InputError(
+            f"The positive at position {position} in the batch is not the text of corpus row {label}, to which its label "
+            f"points.\n  positive ({len(ours)} tokens): {tokenizer.decode(ours)!r:.160}\n"
+            f"  row {label} ({len(theirs)} tokens): {tokenizer.decode(theirs)!r:.160}\n"
+            "Either the labels are wrong, or the two are prepared differently: the same prompt (the trainer's is "
+            f"args.prompts={{'positive': …}}, the corpus has {self.encoder.prompt!r}), the same maximum length, and title "
+            "and text joined as in corpus.texts(rows) are needed. corpus.pairs(split) gives pairs that fit."
+        )
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {
+            "num_negatives": self.num_negatives,
+            "corrector": repr(self.corrector),
+            "sampler": self.sampler,
+            "scale": self.scale,
+            "similarity_fct": similarity_fct_name(self.similarity_fct),
+            "in_batch_negatives": self.in_batch_negatives,
+            "corpus": repr(self.corpus),
+        }
+
+    @property
+    def citation(self) -> str:
+        return """
+@inproceedings{monath2024freshtakestaleembeddings,
+      title={A Fresh Take on Stale Embeddings: Improving Dense Retriever Training with Corrector Networks},
+      author={Nicholas Monath and Will Grathwohl and Michael Boratko and Rob Fergus and Andrew McCallum and Manzil Zaheer},
+      booktitle={International Conference on Machine Learning},
+      year={2024},
+      url={https://arxiv.org/abs/2409.01890},
+}
+"""
+
+
+def _check_settings(corpus, cache, num_negatives, sampler, scale, similarity_fct, split) -> None:
+    if num_negatives < 0:
+        raise InputError(f"num_negatives must not be negative, got {num_negatives}.")
+    if num_negatives and cache is None:
+        raise InputError("Negatives are chosen by a cache: pass EmbeddingCache.build(model, corpus, path).")
+    if cache is not None and len(cache) != len(corpus):
+        raise InputError(
+            f"The cache has {len(cache)} rows, the corpus {len(corpus)} targets: they must be the same, in the same order. "
+            "Build the cache of this corpus with EmbeddingCache.build."
+        )
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}.")
+    if not scale > 0:
+        raise InputError(f"scale must be positive, got {scale}.")
+    if similarity_fct not in (cos_sim, dot_score):
+        raise InputError(
+            f"similarity_fct must be sentence_transformers.util.cos_sim or dot_score, by which the corpus can be "
+            f"searched; got {similarity_fct!r}."
+        )
+    if corpus.splits and split not in corpus.splits:
+        raise InputError(f"The corpus has no split {split!r}, it has {corpus.splits}: pass the one that is trained on.")
+
+
+def _check_cache(cache: EmbeddingCache, expected: dict[str, Any]) -> None:
+    """Refuse a cache of another corpus or kind of encoder. Other weights are what a stale cache is about."""
+    if not cache.fingerprint:
+        return
+    relevant = [{k: v for k, v in each.items() if k != "weights"} for each in (cache.fingerprint, expected)]
+    if different := differences(*relevant):
+        raise InputError(
+            "The cache was built of something else than what is trained:\n  " + "\n  ".join(different) + "\nBuild the "
+            "cache again with this model and corpus (or set the model's prompts and max_seq_length before it is built)."
+        )
+
+
+def _finite(embeddings: Tensor, what: str, rows: Tensor | None = None) -> Tensor:
+    finite = torch.isfinite(embeddings.detach()).all(-1)
+    if not finite.all():
+        bad = (~finite).nonzero().flatten()
+        where = f"positions {bad[:5].tolist()}" if rows is None else f"corpus rows {rows[bad[:5]].tolist()}"
+        raise InputError(
+            f"The embeddings of {len(bad)} of {len(embeddings)} {what} are NaN or infinite ({where}). Training has "
+            "diverged or a text breaks the encoder: lower the learning rate, clip gradients, or look at these texts."
+        )
+    return embeddings

@@ -1,0 +1,53 @@
+"""Queries and which targets are judged relevant to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+import numpy as np
+from datasets import Dataset
+
+
+class Qrels:
+    """The judged queries of one split.
+
+    Args:
+        queries: one row a query: ``id``, ``text`` and ``answers`` (a list of strings, empty where there are none).
+        query: query position of each (query, positive) pair, shape ``(P,)``.
+        row: corpus row of each pair's target, shape ``(P,)``.
+    """
+
+    def __init__(self, queries: Dataset, query: Sequence[int] | np.ndarray, row: Sequence[int] | np.ndarray) -> None:
+        query, row = np.asarray(query, dtype=np.int64), np.asarray(row, dtype=np.int64)
+        order = np.lexsort((row, query))
+        self.queries = queries
+        self.query, self.row = query[order], row[order]
+        self._starts = np.searchsorted(self.query, np.arange(len(queries) + 1))
+
+    def __len__(self) -> int:
+        """The number of judged queries."""
+        return len(self.queries)
+
+    def rows_of(self, query: int) -> np.ndarray:
+        """The corpus rows that are judged relevant to the ``query``-th query, ascending."""
+        return self.row[self._starts[query] : self._starts[query + 1]]
+
+    @cached_property
+    def _by_row(self) -> tuple[np.ndarray, np.ndarray]:
+        order = np.argsort(self.row, kind="stable")
+        return self.row[order], self.query[order]
+
+    def co_positives(self, rows: Iterable[int]) -> list[np.ndarray]:
+        """For each of ``rows``: every target that shares a query with it, itself included, ascending.
+
+        A training step knows a query by the corpus row of its positive. Where one target answers several
+        queries, what is relevant to any of them is returned: none of it can safely be called negative.
+        """
+        sorted_rows, queries = self._by_row
+        result = []
+        for row in rows:
+            low, high = np.searchsorted(sorted_rows, [row, row + 1])
+            shared = [self.rows_of(query) for query in queries[low:high]]
+            result.append(np.unique(np.concatenate([[row], *shared])).astype(np.int64))
+        return result

@@ -1,0 +1,147 @@
+"""The token ids of every target, prepared once and kept on disk.
+
+Tokenizing is the slowest part of a training step after the encoder itself, and negatives chosen from
+the corpus are tokenized again and again. Here the model's own ``preprocess`` runs once over the
+corpus; its padding is taken off, the ids go into an Arrow file, and a step only gathers rows and pads
+them again. Which keys there are, on which side they are padded and with what is read off a probe of
+``preprocess`` itself, so that the features are the library's, whatever the tokenizer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# Two texts of clearly different length under any tokenizer: their batch shows how padding is done.
+_PROBE = ["a", "A much longer text, which takes many more tokens than the first one in any vocabulary."]
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How a model's ``preprocess`` lays out a batch of texts.
+
+    Args:
+        keys: the per-token keys that are stored, ``input_ids`` first.
+        padding: the value each key has at padded positions; None for a flat stream of ids with
+            ``offsets`` (:class:`~sentence_transformers.sentence_transformer.modules.StaticEmbedding`).
+        pad_left: whether short rows are padded on the left.
+        constants: keys that are the same for every batch (``modality``, ``task``, ``prompt_length``).
+    """
+
+    keys: tuple[str, ...]
+    padding: dict[str, int] | None
+    pad_left: bool
+    constants: dict[str, Any]
+
+    @classmethod
+    def probe(cls, model: SentenceTransformer, prompt: str | None) -> TokenLayout | None:
+        """The layout of ``model.preprocess``, or None where its features cannot be cut into rows."""
+        features = model.preprocess(list(_PROBE), prompt=prompt, task="document")
+        constants = {key: value for key, value in features.items() if not isinstance(value, Tensor)}
+        tensors = {key: value for key, value in features.items() if isinstance(value, Tensor)}
+        ids = tensors.get("input_ids")
+        if ids is None:
+            return None
+        if ids.ndim == 1 and set(tensors) == {"input_ids", "offsets"}:
+            return cls(("input_ids",), None, False, constants)
+        mask = tensors.pop("attention_mask", None)
+        if mask is None or any(value.shape != ids.shape for value in tensors.values()):
+            return None
+        padded = mask[0] == 0
+        if not padded.any():
+            return None
+        keys = ("input_ids", *sorted(set(tensors) - {"input_ids"}))
+        return cls(keys, {key: int(tensors[key][0][padded][0]) for key in keys}, bool(padded[0]), constants)
+
+    def split(self, features: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Take the padding off: ``(flat ids by key, lengths)`` of one preprocessed batch."""
+        if self.padding is None:
+            ids = features["input_ids"].numpy()
+            ends = np.append(features["offsets"].numpy()[1:], len(ids))
+            return {"input_ids": ids}, np.diff(ends, prepend=0)
+        mask = features["attention_mask"].bool()
+        return {key: features[key][mask].numpy() for key in self.keys}, mask.sum(1).numpy()
+
+    def join(self, flat: dict[str, np.ndarray], lengths: np.ndarray) -> dict[str, Any]:
+        """The inverse of :meth:`split`: model-ready features of ``len(lengths)`` rows."""
+        if self.padding is None:
+            ids = torch.from_numpy(flat["input_ids"].astype(np.int64))
+            offsets = torch.from_numpy(np.cumsum(lengths) - lengths)
+            return {"input_ids": ids, "offsets": offsets, **self.constants}
+        position = np.arange(lengths.max(initial=0))[None, :]
+        width = position.shape[1]
+        mask = position >= width - lengths[:, None] if self.pad_left else position < lengths[:, None]
+        features: dict[str, Any] = {}
+        for key in self.keys:
+            padded = np.full(mask.shape, self.padding[key], dtype=np.int64)
+            padded[mask] = flat[key]
+            features[key] = torch.from_numpy(padded)
+        features["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        return {**features, **self.constants}
+
+
+class TokenizedCorpus:
+    """Features of the document encoder by corpus row, from token ids on disk.
+
+    Obtained from :meth:`st_corrector.Corpus.tokenize`.
+
+    Args:
+        tokens: one ``list<int32>`` column for each of ``layout.keys``, one row a target.
+        layout: how the rows become a batch.
+    """
+
+    def __init__(self, tokens: Dataset, layout: TokenLayout) -> None:
+        self._tokens = tokens.with_format("arrow")
+        self.layout = layout
+        column = tokens.data.column("input_ids")
+        self.lengths: np.ndarray = pc.list_value_length(column).to_numpy()
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def features(self, rows: Sequence[int] | np.ndarray) -> dict[str, Any]:
+        """What ``model.preprocess`` would return for the texts of ``rows``, padded to the longest of them."""
+        rows = np.asarray(rows, dtype=np.int64)
+        table: pa.Table = self._tokens[rows]
+        flat = {}
+        for key in self.layout.keys:
+            column = table.column(key).combine_chunks()
+            flat[key] = column.flatten().to_numpy(zero_copy_only=False)
+        return self.layout.join(flat, self.lengths[rows].astype(np.int64))
+
+
+class TextCorpus:
+    """The same interface for models whose features cannot be cut into rows: tokenizes at each call."""
+
+    def __init__(self, corpus: Any, model: SentenceTransformer, prompt: str | None) -> None:
+        self._corpus, self._model, self._prompt = corpus, model, prompt
+        self.lengths = corpus.text_lengths()
+
+    def __len__(self) -> int:
+        return len(self._corpus)
+
+    def features(self, rows: Sequence[int] | np.ndarray) -> dict[str, Any]:
+        return self._model.preprocess(self._corpus.texts(rows), prompt=self._prompt, task="document")
+
+
+def tokenize_texts(
+    texts: list[str], model: SentenceTransformer, prompt: str | None, layout: TokenLayout
+) -> pa.Table:
+    """The token ids of one batch of texts, as the columns that :class:`TokenizedCorpus` reads."""
+    flat, lengths = layout.split(model.preprocess(texts, prompt=prompt, task="document"))
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    return pa.table(
+        {key: pa.ListArray.from_arrays(offsets, pa.array(flat[key].astype(np.int32))) for key in layout.keys}
+    )
