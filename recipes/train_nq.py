@@ -39,7 +39,9 @@ class RecipeArguments:
 
     dataset: str = field(
         default="sentence-transformers/natural-questions",
-        metadata={"help": "A BEIR folder, or the Hub id of a data set of (query, answer) pairs: its answers are the corpus."},
+        metadata={
+            "help": "A BEIR folder, or the Hub id of a data set of (query, answer) pairs: its answers are the corpus."
+        },
     )
     model: str | None = field(
         default=None, metadata={"help": "Hub id or folder of the model to start from; by default all-MiniLM-L6-v2."}
@@ -55,9 +57,13 @@ class RecipeArguments:
         default="top_k", metadata={"help": "The hardest, or a sample from the corrected softmax."}
     )
     scale: float = field(default=20.0, metadata={"help": "Inverse temperature of the softmax."})
-    max_targets: int | None = field(default=None, metadata={"help": "Keep the first so many passages of a BEIR folder."})
+    max_targets: int | None = field(
+        default=None, metadata={"help": "Keep the first so many passages of a BEIR folder."}
+    )
     eval_queries: int = field(default=2000, metadata={"help": "Pairs of a Hub data set that are held out as dev."})
-    max_seq_length: int | None = field(default=None, metadata={"help": "Longest text in tokens; the model's by default."})
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Longest text in tokens; the model's by default."}
+    )
     results: str | None = field(
         default=None, metadata={"help": "Where results.json goes; by default into --output_dir."}
     )

@@ -169,7 +169,9 @@ class EmbeddingCache:
                 with safe_open(file, framework="pt") as opened:
                     shard = opened.get_tensor(_KEY)
             except SafetensorError as error:
-                raise CacheError(f"{file} is damaged ({error}): delete it and call EmbeddingCache.build again.") from error
+                raise CacheError(
+                    f"{file} is damaged ({error}): delete it and call EmbeddingCache.build again."
+                ) from error
             if tuple(shard.shape) != expected or shard.dtype != DTYPES[manifest["dtype"]]:
                 raise CacheError(
                     f"{file} holds {shard.dtype} of shape {tuple(shard.shape)}, expected {manifest['dtype']} of shape "

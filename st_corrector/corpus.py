@@ -401,7 +401,9 @@ class Corpus:
             CorpusError: there is no such split.
         """
         if split not in self._qrels:
-            raise CorpusError(f"The corpus has no judgements for split {split!r}; it has {self.splits or 'none at all'}.")
+            raise CorpusError(
+                f"The corpus has no judgements for split {split!r}; it has {self.splits or 'none at all'}."
+            )
         return self._qrels[split]
 
     def pairs(self, split: str) -> Dataset:
@@ -424,7 +426,9 @@ class Corpus:
 
     # ------------------------------------------------------------------ tokens
 
-    def tokenize(self, model: SentenceTransformer, prompt: str | None = None, progress: bool = True) -> TokenizedCorpus | TextCorpus:
+    def tokenize(
+        self, model: SentenceTransformer, prompt: str | None = None, progress: bool = True
+    ) -> TokenizedCorpus | TextCorpus:
         """The token ids of every target under ``model``'s tokenizer, prepared once and kept on disk.
 
         What :meth:`~st_corrector.tokens.TokenizedCorpus.features` returns equals
@@ -440,7 +444,14 @@ class Corpus:
             return TextCorpus(self, model, prompt)
         first = model[0].get_config_dict() if hasattr(model[0], "get_config_dict") else {}
         key = digest_json(
-            [self.fingerprint, tokenizer_fingerprint(model), prompt or "", str(model.max_seq_length), first, layout.keys]
+            [
+                self.fingerprint,
+                tokenizer_fingerprint(model),
+                prompt or "",
+                str(model.max_seq_length),
+                first,
+                layout.keys,
+            ]
         )
         schema = pa.schema([(name, pa.list_(pa.int32())) for name in layout.keys])
 

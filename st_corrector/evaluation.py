@@ -106,7 +106,9 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
         queries = compare(queries.float().clone())
         encoder = DocumentEncoder(model, self.corpus, progress=self.show_progress_bar)
         best = RunningTopK(len(queries), _DEPTH, queries.device)
-        with tqdm(total=len(self.corpus), desc="Evaluating", unit=" targets", disable=not self.show_progress_bar) as bar:
+        with tqdm(
+            total=len(self.corpus), desc="Evaluating", unit=" targets", disable=not self.show_progress_bar
+        ) as bar:
             for start in range(0, len(self.corpus), self.chunk_size):
                 rows = np.arange(start, min(start + self.chunk_size, len(self.corpus)))
                 embeddings = encoder.encode(model, rows, batch_size=self.batch_size, bar=bar)

@@ -238,7 +238,9 @@ class CorrectedMultipleNegativesLoss(nn.Module):
 
     @torch.no_grad()
     def _fit_corrector(self, queries: Tensor, candidates: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        once = torch.cat([~repeats_earlier(rows[: len(queries)]), rows.new_ones(len(rows) - len(queries), dtype=torch.bool)])
+        once = torch.cat(
+            [~repeats_earlier(rows[: len(queries)]), rows.new_ones(len(rows) - len(queries), dtype=torch.bool)]
+        )
         fresh = self._comparable(candidates)[once]
         return self.corrector.fit_step(self.search.stale(rows[once]), fresh, self._comparable(queries), self.scale)
 
@@ -269,7 +271,9 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         on_cpu = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in features.items()}
         given, given_lengths = tokens.layout.split(on_cpu)
         expected, expected_lengths = tokens.layout.split(tokens.features(labels.tolist()))
-        if np.array_equal(given_lengths, expected_lengths) and np.array_equal(given["input_ids"], expected["input_ids"]):
+        if np.array_equal(given_lengths, expected_lengths) and np.array_equal(
+            given["input_ids"], expected["input_ids"]
+        ):
             return
         starts = [np.cumsum(lengths) - lengths for lengths in (given_lengths, expected_lengths)]
         for position, label in enumerate(labels.tolist()):

@@ -136,9 +136,7 @@ class TextCorpus:
         return self._model.preprocess(self._corpus.texts(rows), prompt=self._prompt, task="document")
 
 
-def tokenize_texts(
-    texts: list[str], model: SentenceTransformer, prompt: str | None, layout: TokenLayout
-) -> pa.Table:
+def tokenize_texts(texts: list[str], model: SentenceTransformer, prompt: str | None, layout: TokenLayout) -> pa.Table:
     """The token ids of one batch of texts, as the columns that :class:`TokenizedCorpus` reads."""
     flat, lengths = layout.split(model.preprocess(texts, prompt=prompt, task="document"))
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))

@@ -98,7 +98,9 @@ class MLPCorrector(Corrector):
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.network.load_state_dict({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
+        self.network.load_state_dict(
+            {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
+        )
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in state.items():
             if key.startswith("optimizer."):

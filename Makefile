@@ -1,0 +1,54 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Each makes .venv and installs what it needs when it is not there.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# torch goes in first, by an exact pin: a range could bring several GB that are not wanted.
+TORCH  := torch==2.13.0
+# The lower bounds of pyproject.toml, on which `make test-oldest` runs the suite.
+OLDEST := torch==2.11.0 sentence-transformers==6.0.1 transformers==5.17.0 accelerate==1.10.0 datasets==4.0.0 \
+          huggingface-hub==1.3.0 safetensors==0.6.2 tqdm==4.66.0 numpy==1.26.4 pyarrow==21.0.0
+NQ     ?= ../shared/data/nq
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-long test-oldest lint bench report clean
+
+demo: $(VENV)/.installed  ## code search over the installed packages, trained in minutes
+	$(BIN)/python recipes/quickstart.py
+
+test: $(VENV)/.installed  ## the test suite, offline
+	$(BIN)/python -m pytest -q -m "not long"
+
+test-long: $(VENV)/.installed  ## the tests that take minutes
+	$(BIN)/python -m pytest -q -m long
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(VENV)/.installed  ## the strategies on NQ=<BEIR folder>; finished runs are kept
+	$(BIN)/python benchmarks/strategies.py --dataset $(NQ)
+	$(BIN)/python benchmarks/report.py
+
+report: $(VENV)/.installed  ## the tables of committed results, from their JSON
+	$(BIN)/python benchmarks/report.py
+
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -q -m "not long"
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e ".[demo,dev]"
+	touch $@
+
+.venv-oldest/.installed: pyproject.toml Makefile
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q $(OLDEST)
+	.venv-oldest/bin/python -m pip install -q -e ".[demo,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-oldest outputs build dist *.egg-info

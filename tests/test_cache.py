@@ -1,0 +1,175 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_static_model
+
+from st_corrector import CacheError, Corpus, EmbeddingCache
+
+
+def test_the_cache_is_what_the_model_says(bert_model, corpus, tmp_path):
+    cache = EmbeddingCache.build(bert_model, corpus, tmp_path / "cache", batch_size=7, shard_size=64, progress=False)
+    expected = bert_model.encode_document(corpus.texts(range(200)), convert_to_tensor=True)
+    assert (len(cache), cache.dim, cache.dtype) == (200, 32, torch.float32)
+    torch.testing.assert_close(cache[range(200)], expected, atol=1e-6, rtol=1e-5)
+    assert torch.equal(cache[[150, 3, 3]], cache[range(200)][[150, 3, 3]])
+    assert not torch.allclose(cache[[0]], cache[[1]]), "different texts have different embeddings"
+
+
+def test_building_leaves_the_model_in_its_modes(bert_model, corpus, tmp_path):
+    bert_model.train()
+    bert_model[1].eval()
+    EmbeddingCache.build(bert_model, corpus, tmp_path / "cache", progress=False)
+    assert bert_model.training and bert_model[0].training and not bert_model[1].training
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_stored_and_read_as_float32(static_model, corpus, tmp_path, dtype):
+    exact = EmbeddingCache.build(static_model, corpus, tmp_path / "exact", progress=False)
+    cache = EmbeddingCache.build(static_model, corpus, tmp_path / "half", dtype=dtype, progress=False)
+    assert cache.dtype == getattr(torch, dtype) and cache[[0]].dtype == torch.float32
+    assert torch.equal(cache[range(200)], exact[range(200)].to(cache.dtype).float())
+
+
+def test_chunks_cover_every_row_once(static_model, corpus, tmp_path):
+    cache = EmbeddingCache.build(static_model, corpus, tmp_path / "cache", shard_size=64, progress=False)
+    starts, blocks = zip(*cache.chunks(50), strict=True)
+    assert starts == (0, 50, 64, 114, 128, 178, 192)
+    assert torch.equal(torch.cat(blocks), cache[range(200)])
+
+
+def test_the_cache_is_memory_mapped(tmp_path):
+    model, corpus = make_static_model(dim=256), Corpus.from_texts(f"word{n % 400} word{n % 7}" for n in range(40_000))
+    EmbeddingCache.build(model, corpus, tmp_path / "cache", batch_size=1024, progress=False)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    cache = EmbeddingCache.load(tmp_path / "cache")
+    loaded = resident() - before
+    for _, block in cache.chunks(10_000):
+        block.sum()
+    read = resident() - before
+    size = 40_000 * 256 * 4
+    assert loaded < size / 8 and read > size / 2, "loading reads nothing; reading does"
+
+
+BUILD = """
+import sys, time
+from datasets import config
+from sentence_transformers import SentenceTransformer
+from st_corrector import Corpus, EmbeddingCache
+config.HF_DATASETS_CACHE = sys.argv[3]
+texts = [f"text number {n} of {n * 7}" for n in range(300)]
+EmbeddingCache.build(SentenceTransformer(sys.argv[1], device="cpu"), Corpus.from_texts(texts), sys.argv[2], shard_size=10)
+"""
+
+
+def test_a_killed_build_goes_on_where_it_stopped(minilm_path, tmp_path):
+    def start(folder):
+        return subprocess.Popen(
+            [sys.executable, "-c", BUILD, minilm_path, str(folder), str(tmp_path / "datasets")],
+            stderr=subprocess.DEVNULL,
+        )
+
+    folder = tmp_path / "killed"
+    process = start(folder)
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("*.safetensors"))) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    assert 3 <= len(done) < 30, "killed half-way"
+    with pytest.raises(CacheError, match=r"not finished: \d+ of 30 shards are missing"):
+        EmbeddingCache.load(folder)
+
+    assert start(folder).wait() == 0
+    assert start(tmp_path / "whole").wait() == 0
+    assert all(path.stat().st_mtime_ns == written for path, written in done.items()), "finished shards are kept"
+    resumed, whole = EmbeddingCache.load(folder), EmbeddingCache.load(tmp_path / "whole")
+    assert torch.equal(resumed[range(300)], whole[range(300)])
+
+
+def test_a_finished_cache_is_not_built_again(static_model, corpus, tmp_path, monkeypatch):
+    first = EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    again = EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)
+    assert torch.equal(again[range(200)], first[range(200)])
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+
+
+def test_a_cache_of_something_else_is_refused_by_name(static_model, bert_model, corpus, tmp_path):
+    folder = tmp_path / "cache"
+    EmbeddingCache.build(static_model, corpus, folder, progress=False)
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+
+    def refused(pattern, model=static_model, corpus=corpus, **settings):
+        with pytest.raises(CacheError, match=pattern):
+            EmbeddingCache.build(model, corpus, folder, progress=False, **settings)
+
+    refused(r"dtype: 'float32' there, 'float16' here", dtype="float16")
+    refused(r"weights: ", model=make_static_model(seed=1))
+    refused(r"modules: .*\n.*tokenizer: |max_seq_length: ", model=bert_model)
+    refused(r"rows: 200 there, 1 here", corpus=Corpus.from_texts(["word1"]))
+    refused(r"corpus: ", corpus=Corpus.from_texts(corpus.texts(range(199)) + ["word1"]))
+    refused(
+        r"prompt: '' there, 'passage : ' here", corpus=Corpus.from_texts(corpus.texts(range(200)), prompt="passage : ")
+    )
+    assert files == {path: path.read_bytes() for path in folder.iterdir()}, "a refused build touches nothing"
+
+
+def test_the_models_own_document_prompt_is_used(corpus, tmp_path):
+    model = make_static_model()
+    model.prompts = {"document": "passage : "}
+    cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
+    torch.testing.assert_close(cache[range(5)], model.encode_document(corpus.texts(range(5)), convert_to_tensor=True))
+    assert not torch.allclose(cache[range(5)], model.encode(corpus.texts(range(5)), convert_to_tensor=True))
+
+
+def test_damaged_and_foreign_folders_are_refused(static_model, corpus, tmp_path):
+    with pytest.raises(CacheError, match="holds no embedding cache"):
+        EmbeddingCache.load(tmp_path / "nothing")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(CacheError, match="not empty and holds no embedding cache"):
+        EmbeddingCache.build(static_model, corpus, tmp_path / "photos", progress=False)
+    EmbeddingCache.build(static_model, corpus, tmp_path / "cache", shard_size=64, progress=False)
+    shard = tmp_path / "cache" / "embeddings-000001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CacheError, match=r"embeddings-000001\.safetensors is damaged"):
+        EmbeddingCache.load(tmp_path / "cache")
+    shard.unlink()
+    assert len(EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)) == 200
+    assert shard.read_bytes() == whole
+    (tmp_path / "cache" / "manifest.json").write_text("{}")
+    with pytest.raises(CacheError, match="does not describe a cache of schema 1"):
+        EmbeddingCache.load(tmp_path / "cache")
+
+
+def test_embeddings_that_are_not_finite_are_refused_with_their_rows(static_model, corpus, tmp_path):
+    token = static_model.tokenizer.encode(corpus.texts([42])[0], add_special_tokens=False).ids[0]
+    with torch.no_grad():
+        static_model[0].embedding.weight[token] = torch.nan
+    with pytest.raises(CacheError, match=r"NaN or infinite, e\.g\. rows \["):
+        EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)
+
+
+def test_from_tensor_wraps_and_checks():
+    vectors = torch.randn(5, 3)
+    cache = EmbeddingCache.from_tensor(vectors)
+    assert torch.equal(cache[[4, 0]], vectors[[4, 0]]) and cache.fingerprint == {}
+    assert len(EmbeddingCache.from_tensor(np.zeros((2, 3), dtype=np.float32))) == 2
+    for wrong in (torch.randn(5), torch.ones(2, 2, dtype=torch.int64), torch.empty(0, 3)):
+        with pytest.raises(CacheError, match="Expected floating-point embeddings of shape"):
+            EmbeddingCache.from_tensor(wrong)
+    with pytest.raises(IndexError, match=r"0 … 4, got -1 … 2"):
+        cache[[2, -1]]

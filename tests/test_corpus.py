@@ -1,0 +1,215 @@
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_bert_model, make_static_model, make_texts
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+
+from st_corrector import Corpus, CorpusError
+from st_corrector.tokens import TextCorpus, TokenizedCorpus
+
+
+def write_beir(folder, corpus, queries, qrels, header=True, compress=False):
+    opener, suffix = (gzip.open, ".gz") if compress else (open, "")
+    with opener(folder / f"corpus.jsonl{suffix}", "wt") as file:
+        file.writelines(json.dumps(record) + "\n" for record in corpus)
+    with opener(folder / f"queries.jsonl{suffix}", "wt") as file:
+        file.writelines(json.dumps(record) + "\n" for record in queries)
+    (folder / "qrels").mkdir()
+    for split, lines in qrels.items():
+        text = "".join("\t".join(map(str, line)) + "\n" for line in lines)
+        (folder / "qrels" / f"{split}.tsv").write_text(("query-id\tcorpus-id\tscore\n" if header else "") + text)
+    return folder
+
+
+TARGETS = [
+    {"_id": "a", "title": "Paris", "text": "capital of France"},
+    {"_id": "b", "title": "", "text": "a river"},
+    {"_id": "c", "text": "Paris capital of France"},
+    {"_id": "d", "title": "Rome", "text": "capital of Italy"},
+]
+QUERIES = [
+    {"_id": "q1", "text": "which city", "answers": ["Paris"]},
+    {"_id": "q2", "text": "what flows"},
+    {"_id": "q3", "text": "unused"},
+]
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("header", [False, True])
+def test_beir_folder_is_read(tmp_path, compress, header):
+    qrels = {"train": [("q1", "a", 1), ("q1", "d", 1), ("q2", "b", 1), ("q2", "a", 0)], "dev": [("q2", "d", 2)]}
+    corpus = Corpus.from_beir(write_beir(tmp_path, TARGETS, QUERIES, qrels, header, compress))
+    assert len(corpus) == 4 and sorted(corpus.splits) == ["dev", "train"]
+    assert corpus.texts([3, 1, 0]) == ["Rome capital of Italy", "a river", "Paris capital of France"]
+    assert corpus.ids([2, 0]) == ["c", "a"]
+    assert corpus.rows_of(["d", "a", "d"]).tolist() == [3, 0, 3]
+    train = corpus.qrels("train")
+    assert train.queries["id"][:] == ["q1", "q2"] and train.queries["answers"][:] == [["Paris"], []]
+    assert train.rows_of(0).tolist() == [0, 3]
+    assert train.rows_of(1).tolist() == [1], "a judgement of score 0 is not a positive"
+    assert corpus.qrels("dev").rows_of(0).tolist() == [3]
+
+
+def test_pairs_have_one_row_for_each_judgement(tmp_path):
+    corpus = Corpus.from_beir(
+        write_beir(tmp_path, TARGETS, QUERIES, {"train": [("q1", "a", 1), ("q2", "b", 1), ("q1", "d", 1)]})
+    )
+    assert corpus.pairs("train").to_list() == [
+        {"anchor": "which city", "positive": "Paris capital of France", "label": 0},
+        {"anchor": "which city", "positive": "Rome capital of Italy", "label": 3},
+        {"anchor": "what flows", "positive": "a river", "label": 1},
+    ]
+
+
+def test_exact_duplicates_are_found_by_the_joined_text(tmp_path):
+    corpus = Corpus.from_beir(write_beir(tmp_path, TARGETS, QUERIES, {"train": [("q1", "a", 1)]}))
+    assert corpus.duplicates_of(0).tolist() == [0, 2] and corpus.duplicates_of(2).tolist() == [0, 2]
+    assert corpus.duplicates_of(1).tolist() == [1]
+    same = Corpus.from_texts(["x"] * 5)
+    assert same.duplicates_of(3).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_positives_of_queries_that_share_one_are_all_known(tmp_path):
+    qrels = {"train": [("q1", "a", 1), ("q1", "d", 1), ("q2", "a", 1), ("q2", "b", 1)]}
+    corpus = Corpus.from_beir(write_beir(tmp_path, TARGETS, QUERIES, qrels))
+    shared = corpus.qrels("train").co_positives([3, 0, 2])
+    assert [rows.tolist() for rows in shared] == [[0, 3], [0, 1, 3], [2]]
+
+
+def test_texts_are_on_disk_and_memory_mapped(corpus):
+    assert corpus.targets.cache_files and corpus.pairs("train").cache_files
+    assert corpus.targets.cache_files[0]["filename"].endswith(".arrow")
+
+
+def test_from_dataset_takes_named_columns():
+    dataset = Dataset.from_dict({"pid": [7, 5], "body": ["one", "two"], "head": ["A", None]})
+    corpus = Corpus.from_dataset(dataset, text="body", id="pid", title="head")
+    assert corpus.ids([0, 1]) == ["7", "5"] and corpus.texts([0, 1]) == ["A one", "two"]
+    assert corpus.targets.cache_files, "written to disk although the dataset was in memory"
+    assert Corpus.from_dataset(dataset.select([1]), text="body").texts([0]) == ["two"]
+    with pytest.raises(CorpusError, match=r"no column 'text' for text; it has .*body"):
+        Corpus.from_dataset(dataset)
+
+
+def test_from_pairs_makes_distinct_positives_the_corpus():
+    train = Dataset.from_dict({"q": ["one", "two", "one"], "a": ["x", "y", "z"]})
+    dev = Dataset.from_dict({"q": ["three"], "a": ["y"]})
+    corpus = Corpus.from_pairs({"train": train, "dev": dev}, query="q", positive="a")
+    assert corpus.texts(range(3)) == ["x", "y", "z"]
+    assert corpus.pairs("train")["label"][:] == [0, 2, 1], "sorted by query; 'one' has two positives"
+    assert corpus.pairs("dev").to_list() == [{"anchor": "three", "positive": "y", "label": 1}]
+
+
+def test_fingerprint_follows_the_texts_and_their_order():
+    fingerprint = Corpus.from_texts(["a", "b"]).fingerprint
+    assert fingerprint == Corpus.from_texts(["a", "b"], ids=["x", "y"]).fingerprint
+    assert fingerprint != Corpus.from_texts(["b", "a"]).fingerprint
+    assert fingerprint != Corpus.from_texts(["a", "b "]).fingerprint
+
+
+# ---------------------------------------------------------------------- tokens
+
+
+def assert_same_features(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(found[key], value), key
+        else:
+            assert found[key] == value, key
+
+
+@pytest.mark.parametrize("prompt", [None, "passage : "])
+@pytest.mark.parametrize("kind", ["static", "right", "left", "minilm"])
+def test_stored_tokens_are_what_preprocess_gives(kind, prompt, tmp_path, request):
+    if kind == "minilm":
+        model = SentenceTransformer(request.getfixturevalue("minilm_path"), device="cpu")
+    else:
+        model = make_static_model() if kind == "static" else make_bert_model(tmp_path, kind)
+    texts = make_texts(60)[1] + [" ".join(["word1"] * 400), "word3", "", "日本語 and café"]
+    corpus = Corpus.from_texts(texts)
+    tokens = corpus.tokenize(model, prompt)
+    assert isinstance(tokens, TokenizedCorpus), "not tokenized again at each step"
+    distinct = {tuple(tokens.features([row])["input_ids"].flatten().tolist()) for row in range(20)}
+    assert len(distinct) == 20, "different texts have different ids"
+    for rows in ([5], [0, 60, 3, 3], list(range(63, 40, -1))):
+        expected = model.preprocess([texts[row] for row in rows], prompt=prompt, task="document")
+        assert_same_features(tokens.features(rows), expected)
+
+
+def test_tokens_are_prepared_once(static_model, corpus, monkeypatch):
+    first = corpus.tokenize(static_model)
+    again = corpus.tokenize(static_model)
+    assert again._tokens.cache_files == first._tokens.cache_files
+    other = corpus.tokenize(static_model, "passage : ")
+    assert other._tokens.cache_files != first._tokens.cache_files
+    monkeypatch.setattr(static_model, "preprocess", lambda *a, **k: pytest.fail("tokenized again"))
+    first.features([1, 2, 3])
+
+
+def test_models_without_rows_of_tokens_fall_back_to_their_own_preprocess(static_model, corpus, monkeypatch):
+    def scrambled(texts, **kwargs):
+        return {"pixel_values": torch.tensor([len(text) for text in texts])}
+
+    monkeypatch.setattr(static_model, "preprocess", scrambled)
+    tokens = corpus.tokenize(static_model)
+    assert isinstance(tokens, TextCorpus)
+    assert tokens.features([4])["pixel_values"].tolist() == [len(corpus.texts([4])[0])]
+
+
+# ---------------------------------------------------------------------- errors
+
+
+def test_bad_corpora_are_refused_with_what_is_wrong(tmp_path):
+    with pytest.raises(CorpusError, match="no targets"):
+        Corpus.from_texts([])
+    with pytest.raises(CorpusError, match=r"Text 1 is a int"):
+        Corpus.from_texts(["a", 3])
+    with pytest.raises(CorpusError, match=r"2 texts but 1 ids"):
+        Corpus.from_texts(["a", "b"], ids=["x"])
+    with pytest.raises(CorpusError, match=r"1 target ids occur more than once, e\.g\. \['x'\]"):
+        Corpus.from_texts(["a", "b", "c"], ids=["x", "x", "y"])
+    with pytest.raises(CorpusError, match=r"1 ids are not in the corpus, e\.g\. \['z'\]"):
+        Corpus.from_texts(["a"], ids=["x"]).rows_of(["x", "z"])
+    with pytest.raises(CorpusError, match=r"no judgements for split 'dev'; it has none"):
+        Corpus.from_texts(["a"]).pairs("dev")
+    with pytest.raises(CorpusError, match="not a BEIR folder"):
+        Corpus.from_beir(tmp_path)
+
+
+def test_bad_beir_files_are_named_with_their_line(tmp_path):
+    folder = write_beir(tmp_path, TARGETS, QUERIES, {"train": [("q1", "a", 1), ("q1", "nope", 1)]})
+    with pytest.raises(
+        CorpusError, match=r"train\.tsv judges 1 targets that corpus\.jsonl does not have, e\.g\. \['nope'\]"
+    ):
+        Corpus.from_beir(folder)
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\ta\n")
+    with pytest.raises(CorpusError, match=r"train\.tsv, line 2: 2 tab-separated columns"):
+        Corpus.from_beir(folder)
+    (folder / "qrels" / "train.tsv").write_text("q1\ta\t1\nq9\ta\t1\n")
+    with pytest.raises(CorpusError, match=r"judges 1 queries that queries\.jsonl does not have, e\.g\. \['q9'\]"):
+        Corpus.from_beir(folder)
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": "e"\n')
+    with pytest.raises(CorpusError, match=r"corpus\.jsonl, line 5: not valid JSON"):
+        Corpus.from_beir(folder)
+    assert not list((tmp_path / "datasets").rglob("*.partial")), "nothing partial is left"
+
+
+def test_a_limited_corpus_keeps_the_judgements_that_fit(tmp_path):
+    folder = write_beir(tmp_path, TARGETS, QUERIES, {"train": [("q1", "a", 1), ("q1", "d", 1), ("q2", "b", 1)]})
+    corpus = Corpus.from_beir(folder, max_targets=2)
+    assert len(corpus) == 2 and corpus.pairs("train")["label"][:] == [0, 1]
+    assert len(Corpus.from_beir(folder)) == 4, "the limited corpus is not mistaken for the whole"
+
+
+def test_row_lookup_goes_over_all_chunks():
+    ids = [f"id-{n}" for n in range(25_000)]
+    corpus = Corpus.from_texts((f"text {n}" for n in range(25_000)), ids=ids)
+    assert corpus.targets.data.column("id").num_chunks > 1
+    wanted = np.random.default_rng(0).integers(0, 25_000, 500)
+    assert corpus.rows_of([ids[n] for n in wanted]).tolist() == wanted.tolist()

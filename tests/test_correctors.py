@@ -1,0 +1,156 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from st_corrector import IdentityCorrector, InputError, MLPCorrector, RidgeCorrector
+from st_corrector.correctors import CORRECTORS, make_corrector
+
+DIM = 12
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def pairs(steps, rows=40, dim=DIM):
+    """A stream of (stale, fresh, queries) with a drift that is a fixed linear map and a shift."""
+    generator = torch.Generator().manual_seed(7)
+    drift, shift = 0.3 * torch.randn(dim, dim, generator=generator) / dim**0.5, 0.2 * unit(dim, seed=3)
+    for step in range(steps):
+        stale = unit(rows, dim, seed=100 + step)
+        yield stale, F.normalize(stale + stale @ drift + shift, dim=-1), unit(6, dim, seed=500 + step)
+
+
+def fit(corrector, steps):
+    return [corrector.fit_step(*step, scale=20.0) for step in pairs(steps)]
+
+
+@pytest.mark.parametrize("name", CORRECTORS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_before_its_first_step_every_corrector_is_the_stale_baseline(name, normalize):
+    stale = unit(30, DIM) if normalize else torch.randn(30, DIM)
+    corrector = make_corrector(name, DIM, normalize=normalize)
+    expected = IdentityCorrector(DIM, normalize=normalize)(stale)
+    assert torch.equal(corrector(stale), expected)
+    torch.testing.assert_close(expected, stale)
+
+
+@pytest.mark.parametrize(
+    "corrector",
+    [
+        MLPCorrector(DIM, hidden=64, learning_rate=3e-3),
+        MLPCorrector(DIM, hidden=64, learning_rate=3e-3, loss="mse", activation="relu"),
+        MLPCorrector(DIM, hidden=64, steps=3),
+        RidgeCorrector(DIM),
+    ],
+    ids=repr,
+)
+def test_a_corrector_learns_the_drift(corrector):
+    *_, (stale, fresh, _) = pairs(201)
+    metrics = fit(corrector, 200)
+    assert metrics[-1]["correction_loss"] < metrics[0]["correction_loss"]
+    corrected = corrector(stale)
+    before, after = (1 - (each * fresh).sum(-1).mean() for each in (stale, corrected))
+    assert after < 0.35 * before, "on rows that it has never seen"
+    torch.testing.assert_close(corrected.norm(dim=-1), torch.ones(len(stale)))
+
+
+def test_identity_learns_nothing():
+    corrector = IdentityCorrector(DIM)
+    assert fit(corrector, 2) == [{}, {}] and corrector.state_dict() == {}
+
+
+@pytest.mark.parametrize("loss", ["ce", "mse"])
+def test_the_mlp_minimises_the_papers_losses(loss):
+    corrector = MLPCorrector(DIM, hidden=16, loss=loss)
+    fit(corrector, 3)
+    stale, fresh, queries = next(pairs(1))
+    expected = corrector(stale)
+    if loss == "mse":  # Eq. 5
+        value = sum((g - h) @ (g - h) for g, h in zip(fresh, expected, strict=True)) / len(stale)
+    else:  # Eq. 6
+        value = 0.0
+        for x in queries:
+            p = torch.softmax(torch.stack([20 * x @ g for g in fresh]), 0)
+            p_h = torch.softmax(torch.stack([20 * x @ h for h in expected]), 0)
+            value = value - (p * p_h.log()).sum() / len(queries)
+    torch.testing.assert_close(corrector.fit_step(stale, fresh, queries, 20.0)["correction_loss"], value)
+
+
+def test_the_closed_form_is_the_weighted_ridge_solution_over_the_whole_stream():
+    corrector = RidgeCorrector(DIM, regularization=0.7, forgetting=0.9, bias=0.3)
+    fit(corrector, 25)
+    # Naively: all pairs at once, each step weighted by what is left of it, λ as extra rows.
+    rows, targets = [], []
+    for step, (stale, fresh, _) in enumerate(pairs(25)):
+        weight = 0.9 ** ((24 - step) / 2)
+        rows.append(weight * torch.cat([stale, torch.full((len(stale), 1), 0.3)], 1).double())
+        targets.append(weight * (fresh - stale).double())
+    rows.append(0.7**0.5 * torch.eye(DIM + 1, dtype=torch.float64))
+    targets.append(torch.zeros(DIM + 1, DIM, dtype=torch.float64))
+    solution = torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)).solution
+    stale = unit(9, DIM, seed=77)
+    expected = F.normalize(stale + (torch.cat([stale, torch.full((9, 1), 0.3)], 1).double() @ solution).float(), dim=-1)
+    torch.testing.assert_close(corrector(stale), expected, atol=1e-5, rtol=1e-4)
+    assert (expected - stale).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", CORRECTORS)
+def test_a_restored_corrector_goes_on_as_the_original(name):
+    original = make_corrector(name, DIM)
+    stream = list(pairs(8))
+    for step in stream[:4]:
+        original.fit_step(*step, scale=20.0)
+    restored = type(original)(**original.config)
+    restored.load_state_dict({key: value.clone() for key, value in original.state_dict().items()})
+    for step in stream[4:]:
+        for corrector in (original, restored):
+            corrector.fit_step(*step, scale=20.0)
+    probe = unit(5, DIM, seed=9)
+    assert torch.equal(original(probe), restored(probe))
+    if name != "identity":
+        assert not torch.equal(original(probe), type(original)(**original.config)(probe))
+
+
+def test_the_state_is_a_copy():
+    corrector = MLPCorrector(DIM, hidden=8)
+    fit(corrector, 1)
+    state = corrector.state_dict()
+    before = {key: value.clone() for key, value in state.items()}
+    fit(corrector, 3)
+    assert all(torch.equal(state[key], before[key]) for key in before)
+
+
+def test_fitting_gives_no_gradient_to_what_comes_in():
+    stale, fresh, queries = next(pairs(1))
+    fresh.requires_grad_(), queries.requires_grad_()
+    for corrector in (MLPCorrector(DIM), RidgeCorrector(DIM)):
+        metrics = corrector.fit_step(stale, fresh, queries, 20.0)
+        assert fresh.grad is None and queries.grad is None
+        assert not metrics["correction_loss"].requires_grad
+
+
+def test_making_an_mlp_moves_nobodys_random_numbers():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    MLPCorrector(DIM)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MLPCorrector(0), "dimension as a positive integer, got 0"),
+        (lambda: MLPCorrector(DIM, activation="sin"), "activation 'sin' is not one of gelu, relu"),
+        (lambda: MLPCorrector(DIM, loss="l1"), r"loss 'l1' is neither 'ce' \(Eq. 6\) nor 'mse'"),
+        (lambda: MLPCorrector(DIM, hidden=0), "hidden and steps must be at least 1"),
+        (lambda: RidgeCorrector(DIM, regularization=0), "regularization must be positive"),
+        (lambda: RidgeCorrector(DIM, forgetting=1.1), r"forgetting in \(0, 1\], got 1.0 and 1.1"),
+        (lambda: make_corrector("lstm", DIM), "corrector 'lstm' is not one of identity, mlp, ridge"),
+        (lambda: make_corrector(IdentityCorrector(3), DIM), "is for dimension 3, the embeddings have 12"),
+    ],
+)
+def test_bad_settings_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()

@@ -1,0 +1,446 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_bert_model, make_static_model, make_texts
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.modules import Router
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.util import cos_sim, dot_score
+
+from st_corrector import (
+    Corpus,
+    CorrectedMultipleNegativesLoss,
+    EmbeddingCache,
+    IdentityCorrector,
+    InputError,
+    MLPCorrector,
+    RefreshCallback,
+    RidgeCorrector,
+)
+
+CORRECTORS = ["identity", "mlp", "ridge"]
+
+
+@pytest.fixture
+def cache(static_model, corpus, tmp_path):
+    return EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)
+
+
+def batch_of(model, corpus, rows, split="train"):
+    """What the trainer's collator would give the loss for these pairs."""
+    pairs = corpus.pairs(split)[list(rows)]
+    return [model.preprocess(pairs["anchor"]), model.preprocess(pairs["positive"])], torch.tensor(pairs["label"])
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def corrector_state(loss):
+    return loss.corrector.state_dict()
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# ---------------------------------------------------------------------- what is computed
+
+
+def test_the_task_loss_is_the_cross_entropy_over_positives_and_the_union(static_model, corpus, cache):
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=3, corrector="identity", scale=7.0)
+    features, labels = batch_of(static_model, corpus, [4, 8, 15, 16])
+    value = loss(features, labels)["task_loss"]
+    queries = static_model.encode(corpus.pairs("train")[[4, 8, 15, 16]]["anchor"], convert_to_tensor=True)
+    fresh = static_model.encode(corpus.texts(range(200)), convert_to_tensor=True)
+    scores = queries @ fresh.T
+    union = set(labels.tolist())
+    for query, label in enumerate(labels.tolist()):
+        union |= {row for row in scores[query].argsort(descending=True).tolist() if row != label} and set(
+            [row for row in scores[query].argsort(descending=True).tolist() if row != label][:3]
+        )
+    columns = sorted(union)
+    expected = torch.stack(
+        [
+            -(7 * scores[query, columns]).log_softmax(-1)[columns.index(label)]
+            for query, label in enumerate(labels.tolist())
+        ]
+    ).mean()
+    assert len(columns) > 8, "there are negatives beside the batch"
+    torch.testing.assert_close(value, expected)
+    assert loss.targets_encoded == len(columns)
+
+
+def test_without_negatives_it_is_sentence_transformers_own_loss(static_model, corpus):
+    features, labels = batch_of(static_model, corpus, range(20))
+    ours = CorrectedMultipleNegativesLoss(static_model, corpus, num_negatives=0)(features, labels)
+    theirs = MultipleNegativesRankingLoss(static_model)(features, None)
+    assert ours.keys() == {"task_loss"}
+    torch.testing.assert_close(ours["task_loss"], theirs)
+
+
+def test_dot_product_and_unnormalised_encoders(corpus, tmp_path):
+    model = SentenceTransformer(modules=list(make_static_model())[:-1], device="cpu")
+    cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
+    norms = cache[range(200)].norm(dim=-1)
+    assert norms.std() > 0.1, "an encoder whose embeddings have different lengths"
+    rows = [0, 1, 2, 3]
+    features, labels = batch_of(model, corpus, rows)
+    queries = model(dict(features[0]))["sentence_embedding"].detach()
+    exclude = torch.full((4, 1), -1)
+    for similarity, normalize in ((dot_score, False), (cos_sim, True)):
+        loss = CorrectedMultipleNegativesLoss(
+            model, corpus, cache, num_negatives=5, corrector="ridge", similarity_fct=similarity, scale=1.0
+        )
+        assert loss.corrector.normalize is normalize
+        expected = similarity(queries, cache[range(200)]).topk(5).indices.unique()
+        assert torch.equal(loss.select(queries, exclude), expected)
+        assert torch.isfinite(loss(features, labels)["task_loss"])
+
+
+def test_in_batch_negatives_can_be_left_out(static_model, corpus, cache):
+    features, labels = batch_of(static_model, corpus, range(12))
+    alone = CorrectedMultipleNegativesLoss(
+        static_model, corpus, cache, num_negatives=1, corrector="identity", in_batch_negatives=False
+    )
+    queries = static_model(dict(features[0]))["sentence_embedding"]
+    selected = alone.select(queries, labels[:, None])
+    columns = torch.cat([labels, selected])
+    allowed = torch.isin(columns, selected)[None, :] & (columns[None, :] != labels[:, None])
+    allowed[:, :12] &= ~torch.eye(12, dtype=torch.bool)
+    seen = set(columns[allowed.any(0)].tolist())
+    assert seen == set(selected.tolist()) and len(seen) < 12 * 2
+    scores = 20 * queries @ static_model(alone.encoder.features(range(200)))["sentence_embedding"].T
+    expected = []
+    for query, label in enumerate(labels.tolist()):
+        candidates = [label, *[row for row in selected.tolist() if row != label]]
+        expected.append(-scores[query, candidates].log_softmax(-1)[0])
+    torch.testing.assert_close(alone(features, labels)["task_loss"], torch.stack(expected).mean())
+
+
+@pytest.mark.parametrize("corrector", CORRECTORS)
+def test_the_first_step_is_the_stale_baseline_with_any_corrector(static_model, corpus, cache, corrector):
+    features, labels = batch_of(static_model, corpus, range(10, 20))
+    queries = static_model(dict(features[0]))["sentence_embedding"]
+    stale = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, corrector="identity")
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, corrector=corrector)
+    assert torch.equal(loss.select(queries, labels[:, None]), stale.select(queries, labels[:, None]))
+    assert torch.equal(loss(features, labels)["task_loss"], stale(features, labels)["task_loss"])
+
+
+# ---------------------------------------------------------------------- two losses, two parameter sets
+
+
+@pytest.mark.parametrize("corrector", ["mlp", "ridge"])
+def test_the_losses_reach_only_their_own_parameters(static_model, corpus, cache, corrector):
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, corrector=corrector)
+    with torch.no_grad():  # drift, so that there is something to correct
+        static_model[1].linear.weight += 0.1 * torch.randn_like(static_model[1].linear.weight)
+    features, labels = batch_of(static_model, corpus, range(16))
+    encoder, before = weights(static_model), corrector_state(loss)
+    parts = loss(features, labels)
+    assert not same(corrector_state(loss), before), "the correction loss moved the corrector"
+    assert same(weights(static_model), encoder) and all(p.grad is None for p in static_model.parameters())
+    assert not parts["correction_loss"].requires_grad and parts["correction_loss"] > 0
+    learnt = corrector_state(loss)
+    parts["task_loss"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in static_model.parameters())
+    assert same(corrector_state(loss), learnt), "the task loss did not"
+
+
+def test_the_encoders_gradient_is_the_task_losss_alone(static_model, corpus, cache):
+    features, labels = batch_of(static_model, corpus, range(16))
+    gradients = []
+    for corrector in ("identity", "mlp"):
+        loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, corrector=corrector)
+        sum(loss(features, labels).values()).backward()
+        gradients.append({name: p.grad.clone() for name, p in static_model.named_parameters()})
+        static_model.zero_grad()
+    assert same(*gradients)
+
+
+@pytest.mark.parametrize("corrector", ["mlp", "ridge"])
+def test_the_trainers_optimizer_does_not_know_the_corrector(static_model, corpus, cache, tmp_path, corrector):
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, corrector=corrector)
+    assert {id(p) for p in loss.parameters()} == {id(p) for p in static_model.parameters()}
+    assert not set(dict(loss.named_buffers())) - {f"model.{name}" for name, _ in static_model.named_buffers()}
+    before = loss.corrector
+    assert loss.to("cpu").corrector is before
+
+
+# ---------------------------------------------------------------------- known positives
+
+
+class Recorder:
+    """Keeps which candidates each query saw, at the point where the cross-entropy is taken."""
+
+    def __init__(self, loss, monkeypatch):
+        self.seen = []
+        original_forbidden, original_loss = loss._forbidden, loss._task_loss
+
+        def forbidden(rows, negatives, *args):
+            self.columns = torch.cat([rows, negatives])
+            return original_forbidden(rows, negatives, *args)
+
+        def task_loss(queries, candidates, mask):
+            value = original_loss(queries, candidates, mask)
+            assert candidates.shape[0] == len(self.columns)
+            for query, row in enumerate(mask):
+                self.seen.append((int(self.columns[query]), self.columns[~row].tolist()))
+            return value
+
+        monkeypatch.setattr(loss, "_forbidden", forbidden)
+        monkeypatch.setattr(loss, "_task_loss", task_loss)
+
+
+@pytest.mark.parametrize("sampler", ["top_k", "gumbel"])
+def test_a_known_positive_or_its_duplicate_is_never_a_negative(static_model, tmp_path, monkeypatch, sampler):
+    queries, texts = make_texts(60)
+    # Rows 60 … 79 repeat texts 0 … 19; query q is answered by q and q + 1, and queries 0 and 30 share row 31.
+    corpus = Corpus.from_texts(texts + texts[:20])
+    relevant = {str(q): {q, (q + 1) % 60} for q in range(60)}
+    relevant["0"].add(31)
+    corpus.add_split(
+        "train",
+        {str(q): text for q, text in enumerate(queries)},
+        {q: sorted(map(str, rows)) for q, rows in relevant.items()},
+    )
+    cache = EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)
+    loss = CorrectedMultipleNegativesLoss(
+        static_model, corpus, cache, num_negatives=30, corrector="mlp", sampler=sampler
+    )
+    recorder = Recorder(loss, monkeypatch)
+    pairs = corpus.pairs("train")
+    known = {}
+    for pair, label in enumerate(pairs["label"][:]):
+        own = [q for q in range(60) if queries[q] == pairs[pair]["anchor"]]
+        rows = set().union(*(relevant[str(q)] for q in own))
+        known[pair] = rows | {row + 60 for row in rows if row < 20} | {label}
+    order = np.random.default_rng(0).permutation(len(pairs))
+    for batch in np.array_split(order, 6):
+        features, labels = batch_of(static_model, corpus, batch)
+        start = len(recorder.seen)
+        loss(features, labels)
+        for pair, (label, seen) in zip(batch, recorder.seen[start:], strict=True):
+            assert seen[0] == label or label in seen
+            assert seen.count(label) == 1
+            assert not (set(seen) - {label}) & known[int(pair)]
+            assert len(set(seen)) == len(seen), "no candidate counts twice"
+            assert len(seen) > 20, "and there are negatives"
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("sampler", ["top_k", "gumbel"])
+def test_evaluation_is_in_batch_and_changes_nothing(static_model, corpus, cache, sampler):
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, sampler=sampler)
+    features, labels = batch_of(static_model, corpus, range(10))
+    loss(features, labels)  # so that the corrector has a state
+    before = corrector_state(loss), weights(static_model), loss.targets_encoded, torch.get_rng_state()
+    with torch.no_grad():
+        value = loss(features, labels)
+        unlabelled = loss(features, None)
+    assert same(corrector_state(loss), before[0]) and same(weights(static_model), before[1])
+    assert loss.targets_encoded == before[2] and torch.equal(torch.get_rng_state(), before[3])
+    expected = MultipleNegativesRankingLoss(static_model)(features, None)
+    assert value.keys() == {"task_loss"} == unlabelled.keys()
+    torch.testing.assert_close(value["task_loss"], expected)
+    torch.testing.assert_close(unlabelled["task_loss"], expected)
+
+
+# ---------------------------------------------------------------------- in the plain trainer
+
+
+def train(model, loss, dataset, tmp_path, callbacks=None, **settings):
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        per_device_train_batch_size=16,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        **{"max_steps": 25, "learning_rate": 0.05, **settings},
+    )
+    trainer = SentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=dataset, loss=loss, callbacks=callbacks
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("corrector", ["mlp", "ridge"])
+def test_the_plain_trainer_trains_encoder_and_corrector(static_model, corpus, cache, tmp_path, corrector):
+    ids = {tuple(static_model.preprocess([text])["input_ids"].tolist()) for text in corpus.texts(range(50))}
+    assert len(ids) == 50, "different texts have different token ids"
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, corrector=corrector)
+    encoder, before = weights(static_model), corrector_state(loss)
+    trainer = train(static_model, loss, corpus.pairs("train"), tmp_path)
+    moved = {name: not torch.equal(value, encoder[name]) for name, value in weights(static_model).items()}
+    assert all(moved.values()), moved
+    assert not same(corrector_state(loss), before)
+    log = [entry for entry in trainer.state.log_history if "task_loss" in entry]
+    assert all("correction_loss" in entry for entry in log), "the trainer logs both losses apart"
+    first, last = (np.mean([entry["task_loss"] for entry in part]) for part in (log[:5], log[-5:]))
+    assert last < 0.7 * first
+    assert loss.targets_encoded > 25 * 16 and loss.targets_reencoded == 0
+    # What was learnt is the way from the cache to the encoder as it is now.
+    fresh = loss.encoder.encode(static_model, range(200))
+    stale = cache[range(200)]
+    assert (1 - (loss.corrector(stale) * fresh).sum(-1)).mean() < (1 - (stale * fresh).sum(-1)).mean()
+
+
+def test_a_transformer_trains_too(tmp_path, corpus):
+    model = make_bert_model(tmp_path)
+    cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
+    loss = CorrectedMultipleNegativesLoss(model, corpus, cache, num_negatives=2)
+    before = weights(model)
+    trainer = train(
+        model, loss, corpus.pairs("train"), tmp_path, max_steps=12, learning_rate=2e-3, gradient_accumulation_steps=2
+    )
+    after = weights(model)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(moved) > 0.8 * len(before), "all but the unused pooler"
+    losses = [entry["task_loss"] for entry in trainer.state.log_history if "task_loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_a_router_encodes_negatives_as_documents(corpus, tmp_path):
+    query, document = make_static_model(seed=0), make_static_model(seed=1)
+    model = SentenceTransformer(modules=[Router.for_query_document(list(query), list(document))], device="cpu")
+    cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
+    expected = document.encode(corpus.texts(range(200)), convert_to_tensor=True)
+    torch.testing.assert_close(cache[range(200)], expected)
+    loss = CorrectedMultipleNegativesLoss(model, corpus, cache, num_negatives=4)
+    before = weights(model)
+    mapping = {"anchor": "query", "positive": "document"}
+    train(model, loss, corpus.pairs("train"), tmp_path, max_steps=3, router_mapping=mapping)
+    assert all(not torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_prompts_of_the_trainer_and_of_the_cache_must_agree(tmp_path):
+    queries, texts = make_texts(50)
+    corpus = Corpus.from_texts(texts, prompt="passage : ")
+    ids = [str(n) for n in range(50)]
+    corpus.add_split("train", dict(zip(ids, queries, strict=True)), {id: [id] for id in ids})
+    model = make_static_model()
+    cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
+    loss = CorrectedMultipleNegativesLoss(model, corpus, cache, num_negatives=4)
+    with pytest.raises(InputError, match=r"is not the text of corpus row \d+[\s\S]*the corpus has 'passage : '"):
+        train(model, loss, corpus.pairs("train"), tmp_path, max_steps=1)
+    train(model, loss, corpus.pairs("train"), tmp_path, max_steps=1, prompts={"positive": "passage : "})
+    with pytest.raises(InputError, match=r"prompt: 'passage : ' there, '' here"):
+        CorrectedMultipleNegativesLoss(model, Corpus.from_texts(texts), cache)
+
+
+# ---------------------------------------------------------------------- refresh
+
+
+def test_refreshing_chooses_by_the_model_as_it_is(static_model, corpus, cache, tmp_path):
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, corrector="identity")
+    train(static_model, loss, corpus.pairs("train"), tmp_path, [RefreshCallback(loss, every=3)], max_steps=10)
+    assert loss.targets_reencoded == 3 * 200, "before steps 4, 7 and 10"
+    assert not torch.allclose(loss.search.cache[range(200)], cache[range(200)], atol=1e-3)
+    loss.refresh()
+    fresh = static_model.encode_document(corpus.texts(range(200)), convert_to_tensor=True)
+    torch.testing.assert_close(loss.search.cache[range(200)], fresh)
+    assert torch.equal(cache[range(200)], EmbeddingCache.load(tmp_path / "cache")[range(200)]), "the disk is as it was"
+    with pytest.raises(InputError, match="at least 1 step, got 0"):
+        RefreshCallback(loss, every=0)
+
+
+# ---------------------------------------------------------------------- errors
+
+
+def test_unfit_settings_are_refused(static_model, corpus, cache):
+    def refused(message, **changed):
+        arguments = {"model": static_model, "corpus": corpus, "cache": cache, **changed}
+        with pytest.raises(InputError, match=message):
+            CorrectedMultipleNegativesLoss(**arguments)
+
+    refused("The cache has 3 rows, the corpus 200 targets", cache=EmbeddingCache.from_tensor(torch.randn(3, 24)))
+    refused("pass EmbeddingCache.build", cache=None)
+    refused("num_negatives must not be negative, got -1", num_negatives=-1)
+    refused("sampler 'best' is not one of top_k, gumbel", sampler="best")
+    refused("scale must be positive, got 0", scale=0)
+    refused("cos_sim or dot_score", similarity_fct=torch.cdist)
+    refused(r"no split 'training', it has \['train'\]", split="training")
+    refused("corrector 'gru' is not one of", corrector="gru")
+    refused("is for dimension 5, the embeddings have 24", corrector=MLPCorrector(5))
+    other = Corpus.from_texts([*corpus.texts(range(199)), "word1"])
+    refused(r"something else than what is trained:\n  corpus: ", corpus=other)
+
+
+def test_a_cache_of_other_weights_is_a_stale_cache(corpus, cache):
+    model = make_static_model(seed=5)
+    loss = CorrectedMultipleNegativesLoss(model, corpus, cache, num_negatives=2)
+    features, labels = batch_of(model, corpus, range(4))
+    assert torch.isfinite(loss(features, labels)["task_loss"])
+
+
+def test_unfit_batches_are_refused(static_model, corpus, cache):
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=2)
+    features, labels = batch_of(static_model, corpus, range(4))
+
+    def refused(message, features=features, labels=labels):
+        with pytest.raises(InputError, match=message):
+            loss(features, labels)
+
+    refused("no 'label' column", labels=None)
+    refused(
+        r"Label 200 \(position 2 in the batch\) is no row of the corpus, whose rows are 0 … 199",
+        labels=torch.tensor([0, 1, 200, 3]),
+    )
+    refused(r"Label -1 \(position 0", labels=torch.tensor([-1, 1, 2, 3]))
+    refused("must be integers, one corpus row for each pair; got torch.float32", labels=labels.float())
+    refused(r"text columns \(anchor, positive\), got 3", features=[*features, features[1]])
+    refused(r"position 1 in the batch is not the text of corpus row 7,", labels=torch.tensor([0, 7, 2, 3]))
+    with torch.no_grad():
+        static_model[0].embedding.weight[features[0]["input_ids"][0]] = math.nan
+    refused(r"1 of 4 queries in this batch are NaN or infinite \(positions \[0\]\)")
+
+
+def test_nan_positives_and_negatives_are_named_by_row(static_model, corpus, cache):
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=30, corrector=RidgeCorrector(24))
+    features, labels = batch_of(static_model, corpus, range(4))
+    queries = static_model(dict(features[0]))["sentence_embedding"]
+    used = set(torch.cat([each["input_ids"] for each in features]).tolist())
+    negatives = [row for row in loss.select(queries, labels[:, None]).tolist() if row > 3]
+    for row in negatives:
+        tokens = set(loss.encoder.features([row])["input_ids"].tolist()) - used
+        if tokens:
+            break
+    with torch.no_grad():
+        static_model[0].embedding.weight[min(tokens)] = math.nan
+    before = corrector_state(loss)
+    with pytest.raises(InputError, match=r"negatives are NaN or infinite \(corpus rows \["):
+        loss(features, labels)
+    assert same(corrector_state(loss), before), "the corrector has learnt nothing from it"
+    with torch.no_grad():
+        static_model[0].embedding.weight[features[1]["input_ids"][0]] = math.nan
+    with pytest.raises(InputError, match=r"positives in this batch are NaN or infinite \(corpus rows \[0"):
+        loss(features, labels)
+
+
+# ---------------------------------------------------------------------- what it says of itself
+
+
+def test_config_and_citation(static_model, corpus, cache):
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=3, corrector=IdentityCorrector(24))
+    config = loss.get_config_dict()
+    assert config["num_negatives"] == 3 and config["similarity_fct"] == "cos_sim" and config["sampler"] == "top_k"
+    assert config["corrector"] == "IdentityCorrector(dim=24, normalize=True)" and "200 targets" in config["corpus"]
+    assert "monath2024" in loss.citation and "2409.01890" in loss.citation
+
+
+def test_labels_of_a_plain_dataset_work_without_judgements(static_model, tmp_path):
+    queries, texts = make_texts(40)
+    corpus = Corpus.from_texts(texts)
+    cache = EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)
+    dataset = Dataset.from_dict({"question": queries, "answer": texts, "label": list(range(40))})
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4)
+    trainer = train(static_model, loss, dataset, tmp_path, max_steps=5)
+    assert len([entry for entry in trainer.state.log_history if "correction_loss" in entry]) == 5

@@ -1,0 +1,36 @@
+import subprocess
+import sys
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import st_corrector
+
+
+def test_importing_needs_neither_faiss_nor_peft():
+    script = "import sys, st_corrector; print([name for name in ('faiss', 'peft') if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"
+
+
+def test_the_package_is_typed_and_versioned():
+    assert (Path(st_corrector.__file__).parent / "py.typed").is_file()
+    assert version("st-corrector") == st_corrector.__version__
+
+
+def test_everything_public_is_there_and_documented():
+    for name in st_corrector.__all__:
+        assert getattr(st_corrector, name) is not None
+    undocumented = [
+        name
+        for name in st_corrector.__all__
+        if isinstance(getattr(st_corrector, name), type) and not getattr(st_corrector, name).__doc__
+    ]
+    assert undocumented == ["CorrectedMultipleNegativesLoss"], (
+        "its docstring is the constructor's, as in the host library"
+    )
+    assert st_corrector.CorrectedMultipleNegativesLoss.__init__.__doc__
+
+
+def test_the_extras_are_declared():
+    extras = {extra for line in requires("st-corrector") for extra in line.split("extra ==")[1:]}
+    assert {extra.strip().strip("'\"") for extra in extras} == {"faiss-cpu", "faiss-gpu", "peft", "demo", "dev"}

@@ -1,0 +1,193 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from st_corrector import CorrectedSearch, EmbeddingCache, IdentityCorrector, InputError, MLPCorrector, RidgeCorrector
+from st_corrector.search import RunningTopK, gumbel_noise
+
+
+def trained(corrector, dim):
+    """A corrector that does something: a few steps on a drift."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        stale = F.normalize(torch.randn(64, dim, generator=generator), dim=-1)
+        fresh = F.normalize(stale.roll(1, dims=1) + stale, dim=-1)
+        corrector.fit_step(stale, fresh, stale[:5], 20.0)
+    return corrector
+
+
+def naive(scores, k):
+    """The k largest of each row, equal ones by column: a full stable sort in float64."""
+    order = scores.double().sort(dim=1, descending=True, stable=True)
+    return order.values[:, :k], order.indices[:, :k]
+
+
+@pytest.mark.parametrize(
+    "make", [IdentityCorrector, lambda d: MLPCorrector(d, hidden=20, learning_rate=1e-2), RidgeCorrector]
+)
+@pytest.mark.parametrize(
+    ("rows", "dim", "batch", "k", "chunk"),
+    [(1, 4, 1, 1, 1), (7, 3, 2, 7, 2), (1000, 16, 5, 10, 64), (1000, 16, 5, 10, 10_000), (513, 8, 33, 100, 50)],
+)
+def test_selection_equals_naive_top_k(make, rows, dim, batch, k, chunk):
+    generator = torch.Generator().manual_seed(rows)
+    vectors = F.normalize(torch.randn(rows, dim, generator=generator), dim=-1)
+    queries = torch.randn(batch, dim, generator=generator)
+    corrector = trained(make(dim), dim)
+    if not isinstance(corrector, IdentityCorrector):
+        assert not torch.allclose(corrector(vectors), vectors, atol=0.05), "the corrector does something"
+    exclude = torch.randint(-1, rows, (batch, min(3, rows - 1)), generator=generator)
+    scores, found = CorrectedSearch(EmbeddingCache.from_tensor(vectors), corrector, chunk_size=chunk).search(
+        queries, k, exclude=exclude
+    )
+    expected = queries @ corrector(vectors).T
+    for query, excluded in enumerate(exclude):
+        expected[query, excluded[excluded >= 0]] = -math.inf
+    values, indices = naive(expected, k)
+    allowed = values > -math.inf
+    torch.testing.assert_close(scores.double()[allowed], values[allowed], atol=1e-6, rtol=1e-5)
+    assert (found[~allowed] == -1).all() and (scores[~allowed] == -math.inf).all()
+    # Rows may only differ where their scores are equal up to rounding.
+    differ = (found != indices) & allowed
+    if differ.any():
+        at = expected.gather(1, found.clamp(min=0)).double()
+        torch.testing.assert_close(at[differ], values[differ], atol=1e-6, rtol=1e-5)
+    assert differ.float().mean() < 0.01
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 60),
+    st.integers(1, 5),
+    st.integers(1, 70),
+    st.integers(1, 20),
+    st.integers(1, 4),
+    st.integers(0, 2**31),
+)
+def test_ties_are_ordered_by_row_whatever_the_chunks(rows, batch, k, chunk, levels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, levels, (batch, rows), generator=generator).float()
+    scores[torch.rand(batch, rows, generator=generator) < 0.2] = -math.inf
+    best = RunningTopK(batch, k)
+    for start in range(0, rows, chunk):
+        best.update(scores[:, start : start + chunk], start)
+    values, indices = naive(scores, k)
+    width = values.shape[1]
+    indices = indices.masked_fill(values == -math.inf, -1)
+    assert torch.equal(best.scores[:, :width].double(), values) and torch.equal(best.rows[:, :width], indices)
+    assert (best.rows[:, width:] == -1).all()
+
+
+def test_shards_and_half_precision_are_searched_as_stored():
+    vectors = torch.randn(300, 8).bfloat16()
+    cache = EmbeddingCache([vectors[:100], vectors[100:101], vectors[101:]])
+    queries = torch.randn(4, 8)
+    _, rows = CorrectedSearch(cache, IdentityCorrector(8), chunk_size=30).search(queries, 5)
+    expected = queries @ F.normalize(vectors.float(), dim=-1).T
+    assert torch.equal(rows, naive(expected, 5)[1])
+    _, rows = CorrectedSearch(cache, IdentityCorrector(8, normalize=False), normalize=False).search(queries, 5)
+    assert torch.equal(rows, naive(queries @ vectors.float().T, 5)[1])
+
+
+def test_excluding_everything_leaves_nothing():
+    search = CorrectedSearch(EmbeddingCache.from_tensor(torch.randn(6, 4)), IdentityCorrector(4), chunk_size=4)
+    scores, rows = search.search(torch.randn(2, 4), 3, exclude=torch.arange(6))
+    assert (rows == -1).all() and (scores == -math.inf).all()
+    _, rows = search.search(torch.randn(2, 4), 3, exclude=torch.arange(6), sampler="gumbel", seed=1)
+    assert (rows == -1).all()
+
+
+# ---------------------------------------------------------------------- Gumbel
+
+
+def test_gumbel_draws_have_the_softmaxs_frequencies():
+    torch.manual_seed(0)
+    vectors = F.normalize(torch.randn(6, 4), dim=-1)
+    query = F.normalize(torch.randn(1, 4), dim=-1)
+    scale, draws = 3.0, 20_000
+    search = CorrectedSearch(EmbeddingCache.from_tensor(vectors), IdentityCorrector(4), chunk_size=4)
+    # Every query of the batch is the same and draws for itself.
+    first, second = torch.zeros(6), torch.zeros(6, 6)
+    for seed in range(4):
+        _, rows = search.search(query.expand(draws // 4, -1), 2, sampler="gumbel", scale=scale, seed=seed)
+        first += rows[:, 0].bincount(minlength=6)
+        second += torch.zeros(6, 6).index_put_((rows[:, 0], rows[:, 1]), torch.ones(()), accumulate=True)
+        assert (rows[:, 0] != rows[:, 1]).all(), "without replacement"
+    p = (scale * query @ vectors.T).softmax(-1)[0]
+    sd = (p * (1 - p) / draws).sqrt()
+    assert ((first / draws - p).abs() < 4 * sd).all()
+    # The second is drawn from what is left: P(j | i first) = p_j / (1 − p_i).
+    pair = p[:, None] * p[None, :] / (1 - p[:, None])
+    pair.fill_diagonal_(0)
+    assert ((second / draws - pair).abs() < 4.5 * (pair * (1 - pair) / draws).sqrt() + 1e-9).all()
+
+
+def test_gumbel_draws_depend_on_the_seed_alone():
+    vectors, queries = torch.randn(500, 8), torch.randn(6, 8)
+
+    def draw(chunk, seed):
+        search = CorrectedSearch(EmbeddingCache.from_tensor(vectors), IdentityCorrector(8), chunk_size=chunk)
+        return search.search(queries, 20, sampler="gumbel", scale=5.0, seed=seed)
+
+    scores, rows = draw(500, 3)
+    for chunk in (7, 64):
+        assert torch.equal(draw(chunk, 3)[1], rows)
+    assert not torch.equal(draw(500, 4)[1], rows)
+    plain = queries @ F.normalize(vectors, dim=-1).T
+    torch.testing.assert_close(scores, plain.gather(1, rows)), "scores are without the noise"
+
+
+def test_the_noise_is_standard_gumbel_and_independent():
+    noise = gumbel_noise(200, 1_000_000, 5_000, seed=12345).double()
+    assert torch.isfinite(noise).all()
+    assert abs(noise.mean() - 0.5772) < 0.005 and abs(noise.var() - math.pi**2 / 6) < 0.02
+    for quantile in (0.001, 0.1, 0.5, 0.9, 0.999):
+        expected = -math.log(-math.log(quantile))
+        assert (
+            abs((noise < expected).double().mean() - quantile) < 4 * (quantile * (1 - quantile) / noise.numel()) ** 0.5
+        )
+    flat = (noise - noise.mean()) / noise.std()
+    assert abs((flat[:, 1:] * flat[:, :-1]).mean()) < 0.005 and abs((flat[1:] * flat[:-1]).mean()) < 0.005
+    assert torch.equal(gumbel_noise(3, 40, 10, 7), gumbel_noise(5, 0, 60, 7)[:3, 40:50])
+    other = gumbel_noise(200, 1_000_000, 5_000, seed=12346).double()
+    assert abs((flat * (other - other.mean()) / other.std()).mean()) < 0.005
+
+
+def test_bad_searches_are_refused():
+    search = CorrectedSearch(EmbeddingCache.from_tensor(torch.randn(6, 4)), IdentityCorrector(4))
+    for message, arguments in {
+        r"Expected queries of shape \(B, 4\), got \(2, 5\)": (torch.randn(2, 5), 1),
+        "k must be at least 1, got 0": (torch.randn(2, 4), 0),
+        "sampler 'random' is not one of top_k, gumbel": (torch.randn(2, 4), 1, None, "random"),
+        "needs a seed": (torch.randn(2, 4), 1, None, "gumbel"),
+    }.items():
+        with pytest.raises(InputError, match=message):
+            search.search(*arguments)
+    with pytest.raises(InputError, match="is for dimension 3, the cache has 4"):
+        CorrectedSearch(EmbeddingCache.from_tensor(torch.randn(6, 4)), IdentityCorrector(3))
+
+
+def test_memory_stays_with_the_chunk():
+    """Peak memory of a search is far below both N × B scores and a second copy of the cache."""
+    import subprocess
+    import sys
+
+    script = """
+import resource, torch
+from st_corrector import CorrectedSearch, EmbeddingCache, RidgeCorrector
+torch.set_num_threads(2)
+cache = EmbeddingCache.from_tensor(torch.randn(400_000, 64))
+search = CorrectedSearch(cache, RidgeCorrector(64), chunk_size=4096)
+search.search(torch.randn(128, 64), 10)
+search = CorrectedSearch(cache, RidgeCorrector(64), chunk_size=4096)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+search.search(torch.randn(256, 64), 10)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, 400_000 * 64 * 4 // 1024)
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    extra, cache = map(int, out.split())
+    assert extra < cache / 4, f"{extra} kB more than before, the cache has {cache} kB"
