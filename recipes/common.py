@@ -23,9 +23,9 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 
 from st_corrector import (
+    Corpus,
     CorpusRetrievalEvaluator,
     CorrectedMultipleNegativesLoss,
-    Corpus,
     EmbeddingCache,
     RefreshCallback,
 )
@@ -160,4 +160,4 @@ def table(rows: dict[str, dict[str, float]], metrics: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["BatchSamplers", "STRATEGIES", "default_model", "parse_strategy", "static_encoder", "table", "train"]
+__all__ = ["STRATEGIES", "BatchSamplers", "default_model", "parse_strategy", "static_encoder", "table", "train"]

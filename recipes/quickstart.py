@@ -21,15 +21,17 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from common import default_model, static_encoder, table, train
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
+from tqdm.auto import tqdm
 from transformers import set_seed
 
-from st_corrector import Corpus, CorpusRetrievalEvaluator, EmbeddingCache, CorrectedSearch, IdentityCorrector
+from st_corrector import Corpus, CorpusRetrievalEvaluator, CorrectedSearch, EmbeddingCache, IdentityCorrector
 
 QUESTIONS = (
     "compute the cosine similarity between two sets of vectors",
@@ -52,7 +54,7 @@ class Function(NamedTuple):
     summary: str
 
 
-def functions_of(path: Path, module: str) -> Iterator[Function]:
+def functions_of(path: Path, module: str) -> list[Function]:
     """The documented functions and classes of one source file."""
     try:
         source = path.read_text(encoding="utf-8")
@@ -60,7 +62,7 @@ def functions_of(path: Path, module: str) -> Iterator[Function]:
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
     except (SyntaxError, ValueError, OSError):
-        return  # templates and files for other Python versions lie in site-packages too
+        return []  # templates and files for other Python versions lie in site-packages too
     lines = source.splitlines()
 
     def visit(node: ast.AST, prefix: str) -> Iterator[Function]:
@@ -73,7 +75,7 @@ def functions_of(path: Path, module: str) -> Iterator[Function]:
                     yield Function(name, "\n".join(code[:_MAX_LINES]), summary)
                 yield from visit(child, name)
 
-    yield from visit(tree, module)
+    return list(visit(tree, module))
 
 
 def _summary(node: _Definition) -> str:
@@ -93,15 +95,19 @@ def _code(node: _Definition, lines: list[str]) -> list[str]:
 
 def installed_functions(limit: int | None) -> list[Function]:
     """The documented functions and classes of all installed packages, in a fixed order, without repetitions."""
-    found: list[Function] = []
-    summaries: set[str] = set()
-    codes: set[str] = set()
+    modules: dict[Path, str] = {}
     for folder in map(Path, site.getsitepackages()):
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
-            if _SKIPPED_FOLDERS & set(parts):
-                continue
-            for function in functions_of(path, ".".join(part for part in parts if part != "__init__")):
+            if not _SKIPPED_FOLDERS & set(parts):
+                modules[path] = ".".join(part for part in parts if part != "__init__")
+    found: list[Function] = []
+    summaries: set[str] = set()
+    codes: set[str] = set()
+    with ProcessPoolExecutor() as pool:
+        files = pool.map(functions_of, modules, modules.values(), chunksize=64)
+        for functions in tqdm(files, total=len(modules), desc="Reading the installed packages", unit=" files"):
+            for function in functions:
                 # The same docstring on several functions would make the others false negatives.
                 if function.summary not in summaries and function.code not in codes:
                     summaries.add(function.summary)

@@ -10,14 +10,13 @@ from .evaluation import CorpusRetrievalEvaluator
 from .loss import CorrectedMultipleNegativesLoss
 from .search import CorrectedSearch
 
-
 __all__ = [
     "CacheError",
+    "Corpus",
     "CorpusError",
     "CorpusRetrievalEvaluator",
     "CorrectedMultipleNegativesLoss",
     "CorrectedSearch",
-    "Corpus",
     "Corrector",
     "EmbeddingCache",
     "IdentityCorrector",

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -101,7 +100,7 @@ class Corpus:
             CorpusError: the lengths differ, or a text is not a string.
         """
         for name, values in (("ids", ids), ("titles", titles)):
-            if values is not None and hasattr(texts, "__len__") and len(values) != len(texts):
+            if values is not None and isinstance(texts, Sized) and len(values) != len(texts):
                 raise CorpusError(f"{len(texts)} texts but {len(values)} {name}: give one for each text, or none.")
 
         def records() -> Iterator[dict]:
@@ -442,14 +441,14 @@ class Corpus:
         if layout is None:
             logger.info("The model's features cannot be cut into rows: targets are tokenized again at each step.")
             return TextCorpus(self, model, prompt)
-        first = model[0].get_config_dict() if hasattr(model[0], "get_config_dict") else {}
+        settings = getattr(model[0], "get_config_dict", None)
         key = digest_json(
             [
                 self.fingerprint,
                 tokenizer_fingerprint(model),
                 prompt or "",
                 str(model.max_seq_length),
-                first,
+                settings() if callable(settings) else None,
                 layout.keys,
             ]
         )

@@ -76,7 +76,7 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
         self._answers = [[_spaced(answer) for answer in answers] for answers in self.qrels.queries["answers"]]
         self._spaced_texts: dict[int, str] = {}
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
         rows = self.retrieve(model).numpy()
@@ -92,7 +92,7 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
 
     @torch.no_grad()
     def retrieve(self, model: SentenceTransformer) -> Tensor:
-        """The first 100 corpus rows for every query, best first: ``(Q, 100)`` on the CPU, −1 beyond a smaller corpus."""
+        """The first 100 corpus rows for each query, best first: ``(Q, 100)`` on the CPU, −1 beyond a smaller corpus."""
         if model.similarity_fn_name not in ("cosine", "dot"):
             raise InputError(f"The model compares by {model.similarity_fn_name!r}; expected 'cosine' or 'dot'.")
         compare = (lambda x: F.normalize(x, dim=-1)) if model.similarity_fn_name == "cosine" else (lambda x: x)

@@ -39,7 +39,7 @@ def pad_rows(rows: Sequence[np.ndarray]) -> Tensor:
 
 
 def is_in(candidates: Tensor, rows: Tensor) -> Tensor:
-    """Whether each of ``candidates`` (``(M,)``) is among each query's ``rows`` (``(B, m)``, padded with −1): ``(B, M)``."""
+    """Whether each of ``candidates`` ``(M,)`` is among each query's ``rows`` ``(B, m)``, padded with −1: ``(B, M)``."""
     if rows.shape[1] == 0:
         return torch.zeros(len(rows), len(candidates), dtype=torch.bool, device=candidates.device)
     # Binary search, since one comparison of everything with everything would need B × M × m.
@@ -50,5 +50,5 @@ def is_in(candidates: Tensor, rows: Tensor) -> Tensor:
 
 
 def repeats_earlier(candidates: Tensor) -> Tensor:
-    """Whether each of ``candidates`` (``(M,)``) equals an earlier one: ``(M,)``."""
+    """Whether each of ``candidates`` ``(M,)`` equals an earlier one: ``(M,)``."""
     return (candidates[:, None] == candidates[None, :]).triu(1).any(0)

@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
+from transformers import PretrainedConfig
+
+# Where a configuration was loaded from and by what, which embeddings do not depend on.
+_NOT_ARCHITECTURE = ("_name_or_path", "transformers_version")
 
 
 def digest(*parts: bytes | str) -> str:
@@ -52,21 +56,21 @@ def tokenizer_fingerprint(model: SentenceTransformer) -> str:
         rules.pop("padding", None)
         rules.pop("truncation", None)
         return digest_json(rules)
-    if hasattr(tokenizer, "get_vocab"):
+    if tokenizer is not None and hasattr(tokenizer, "get_vocab"):
         return digest_json([type(tokenizer).__name__, tokenizer.get_vocab()])
     return digest_json(type(tokenizer).__name__)
 
 
 def modules_fingerprint(model: SentenceTransformer) -> str:
     """Digest of the pipeline's modules and their settings (architecture, pooling, normalisation …)."""
-    described = []
+    described: list[Any] = []
     for module in model.modules():
-        if hasattr(module, "get_config_dict") and module is not model:
-            described.append([type(module).__qualname__, module.get_config_dict()])
+        settings = getattr(module, "get_config_dict", None)
+        if callable(settings) and module is not model:
+            described.append([type(module).__qualname__, settings()])
         config = getattr(module, "config", None)
-        if hasattr(config, "to_dict"):
-            settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-            described.append(settings)
+        if isinstance(config, PretrainedConfig):
+            described.append({k: v for k, v in config.to_dict().items() if k not in _NOT_ARCHITECTURE})
     return digest_json(described)
 
 

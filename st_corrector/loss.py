@@ -51,8 +51,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
            their exact duplicates excepted.
         3. The distinct targets taken by any query of the batch are encoded with gradient, once.
         4. The task loss is the cross-entropy of the positive among the batch's positives and all these targets, by
-           fresh embeddings; its gradient reaches the encoder. The corrector ``h`` learns from the same fresh embeddings,
-           with its own optimiser; it never sees the task loss's gradient, nor the encoder the corrector's.
+           fresh embeddings; its gradient reaches the encoder. The corrector ``h`` learns from the same fresh
+           embeddings, by itself; it never sees the task loss's gradient, nor the encoder the corrector's.
 
         Args:
             model: SentenceTransformer model.
@@ -136,19 +136,30 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         """Targets encoded only to refresh the cache so far; zero unless :meth:`refresh` is called."""
         self._qrels = corpus.qrels(split) if corpus.splits else None
         self.encoder = DocumentEncoder(unwrap(model), corpus)
-        self.search: CorrectedSearch | None = None
+        # The corrector lives in the search, which is no module: see Corrector for why it must not be a submodule.
+        self._search: CorrectedSearch | None = None
         if cache is not None:
             _check_cache(cache, self.encoder.fingerprint(model))
             cosine = similarity_fct is cos_sim
             unit = cosine or isinstance(list(unwrap(model).children())[-1], Normalize)
             settings = {} if isinstance(corrector, Corrector) else {"normalize": unit}
-            self.search = CorrectedSearch(cache, make_corrector(corrector, cache.dim, **settings), normalize=cosine)
+            self._search = CorrectedSearch(cache, make_corrector(corrector, cache.dim, **settings), normalize=cosine)
 
-    # The corrector lives in the search, which is no module: see Corrector for why it is not a submodule of the loss.
+    @property
+    def search(self) -> CorrectedSearch:
+        """The search over the corrected cache.
+
+        Raises:
+            InputError: the loss was made without a cache.
+        """
+        if self._search is None:
+            raise InputError("This loss was made without a cache: pass EmbeddingCache.build(model, corpus, path).")
+        return self._search
+
     @property
     def corrector(self) -> Corrector | None:
         """The corrector in use; None without a cache."""
-        return self.search.corrector if self.search else None
+        return self._search.corrector if self._search else None
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
         features = list(sentence_features)
@@ -204,14 +215,11 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         The new embeddings are held in memory; a cache on disk is not changed. What the corrector has learnt was
         the way from the old embeddings to the present ones, so it starts anew.
         """
-        if self.search is None:
-            raise InputError("There is no cache to refresh: the loss was made without one.")
+        old = self.search
         embeddings = self.encoder.encode(unwrap(self.model), np.arange(len(self.corpus)), batch_size=batch_size)
         self.targets_reencoded += len(self.corpus)
-        corrector = type(self.corrector)(**self.corrector.config)
-        self.search = CorrectedSearch(
-            EmbeddingCache.from_tensor(embeddings), corrector, normalize=self.search.normalize
-        )
+        corrector = type(old.corrector)(**old.corrector.config)
+        self._search = CorrectedSearch(EmbeddingCache.from_tensor(embeddings), corrector, normalize=old.normalize)
 
     def _comparable(self, embeddings: Tensor) -> Tensor:
         """Embeddings as the search and the corrector see them: float32, unit vectors where cosine is compared."""
@@ -219,7 +227,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         return F.normalize(embeddings, dim=-1) if self.similarity_fct is cos_sim else embeddings
 
     def _forbidden(self, rows: Tensor, negative_rows: Tensor, known: Tensor, selected: Tensor | None = None) -> Tensor:
-        """Which candidates (the batch's positives, then the negatives) are no negatives for which query: ``(B, B + M)``."""
+        """Which candidates (positives, then negatives) a query must not see as negatives: ``(B, B + M)``."""
         forbidden = is_in(torch.cat([rows, negative_rows]), known)
         other = repeats_earlier(rows)  # a positive that two queries share is one candidate, not two
         if not self.in_batch_negatives and selected is not None:
@@ -242,7 +250,9 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             [~repeats_earlier(rows[: len(queries)]), rows.new_ones(len(rows) - len(queries), dtype=torch.bool)]
         )
         fresh = self._comparable(candidates)[once]
-        return self.corrector.fit_step(self.search.stale(rows[once]), fresh, self._comparable(queries), self.scale)
+        return self.search.corrector.fit_step(
+            self.search.stale(rows[once]), fresh, self._comparable(queries), self.scale
+        )
 
     def _check_labels(self, labels: Tensor | None, features: list[dict[str, Any]]) -> Tensor:
         if labels is None:
@@ -252,7 +262,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             )
         if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
             raise InputError(
-                f"Labels must be integers, one corpus row for each pair; got {labels.dtype} of shape {tuple(labels.shape)}."
+                "Labels must be integers, one corpus row for each pair; got "
+                f"{labels.dtype} of shape {tuple(labels.shape)}."
             )
         outside = (labels < 0) | (labels >= len(self.corpus))
         if outside.any():
@@ -275,20 +286,18 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             given["input_ids"], expected["input_ids"]
         ):
             return
-        starts = [np.cumsum(lengths) - lengths for lengths in (given_lengths, expected_lengths)]
-        for position, label in enumerate(labels.tolist()):
-            ours = given["input_ids"][starts[0][position] :][: given_lengths[position]]
-            theirs = expected["input_ids"][starts[1][position] :][: expected_lengths[position]]
-            if not np.array_equal(ours, theirs):
-                break
+        ours = np.split(given["input_ids"], np.cumsum(given_lengths)[:-1])
+        theirs = np.split(expected["input_ids"], np.cumsum(expected_lengths)[:-1])
+        position = next(n for n in range(len(labels)) if not np.array_equal(ours[n], theirs[n]))
+        row, positive, target = int(labels[position]), ours[position], theirs[position]
         tokenizer = unwrap(self.model).tokenizer
         raise InputError(
-            f"The positive at position {position} in the batch is not the text of corpus row {label}, to which its label "
-            f"points.\n  positive ({len(ours)} tokens): {tokenizer.decode(ours)!r:.160}\n"
-            f"  row {label} ({len(theirs)} tokens): {tokenizer.decode(theirs)!r:.160}\n"
+            f"The positive at position {position} in the batch is not the text of corpus row {row}, to which its "
+            f"label points.\n  positive ({len(positive)} tokens): {tokenizer.decode(positive)!r:.160}\n"
+            f"  row {row} ({len(target)} tokens): {tokenizer.decode(target)!r:.160}\n"
             "Either the labels are wrong, or the two are prepared differently: the same prompt (the trainer's is "
-            f"args.prompts={{'positive': …}}, the corpus has {self.encoder.prompt!r}), the same maximum length, and title "
-            "and text joined as in corpus.texts(rows) are needed. corpus.pairs(split) gives pairs that fit."
+            f"args.prompts={{'positive': …}}, the corpus has {self.encoder.prompt!r}), the same maximum length, and "
+            "title and text joined as in corpus.texts(rows) are needed. corpus.pairs(split) gives pairs that fit."
         )
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -307,7 +316,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         return """
 @inproceedings{monath2024freshtakestaleembeddings,
       title={A Fresh Take on Stale Embeddings: Improving Dense Retriever Training with Corrector Networks},
-      author={Nicholas Monath and Will Grathwohl and Michael Boratko and Rob Fergus and Andrew McCallum and Manzil Zaheer},
+      author={Monath, Nicholas and Grathwohl, Will and Boratko, Michael and Fergus, Rob and McCallum, Andrew and
+              Zaheer, Manzil},
       booktitle={International Conference on Machine Learning},
       year={2024},
       url={https://arxiv.org/abs/2409.01890},
@@ -322,8 +332,8 @@ def _check_settings(corpus, cache, num_negatives, sampler, scale, similarity_fct
         raise InputError("Negatives are chosen by a cache: pass EmbeddingCache.build(model, corpus, path).")
     if cache is not None and len(cache) != len(corpus):
         raise InputError(
-            f"The cache has {len(cache)} rows, the corpus {len(corpus)} targets: they must be the same, in the same order. "
-            "Build the cache of this corpus with EmbeddingCache.build."
+            f"The cache has {len(cache)} rows, the corpus {len(corpus)} targets: they must be the same, in the same "
+            "order. Build the cache of this corpus with EmbeddingCache.build."
         )
     if sampler not in SAMPLERS:
         raise InputError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}.")

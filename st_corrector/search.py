@@ -177,7 +177,7 @@ class CorrectedSearch:
         for first_row, block in self.cache.chunks(self.chunk_size):
             corrected = self.corrector(self._prepare(block.to(device).float()))
             keys = queries @ corrected.T
-            if sampler == "gumbel":
+            if sampler == "gumbel" and seed is not None:
                 keys = keys.mul_(scale).add_(gumbel_noise(batch_size, first_row, len(block), seed, device))
             if exclude is not None:
                 _mask_rows(keys, exclude, first_row)

@@ -68,7 +68,8 @@ from sentence_transformers import SentenceTransformer
 from st_corrector import Corpus, EmbeddingCache
 config.HF_DATASETS_CACHE = sys.argv[3]
 texts = [f"text number {n} of {n * 7}" for n in range(300)]
-EmbeddingCache.build(SentenceTransformer(sys.argv[1], device="cpu"), Corpus.from_texts(texts), sys.argv[2], shard_size=10)
+model = SentenceTransformer(sys.argv[1], device="cpu")
+EmbeddingCache.build(model, Corpus.from_texts(texts), sys.argv[2], shard_size=10)
 """
 
 
@@ -119,7 +120,7 @@ def test_a_cache_of_something_else_is_refused_by_name(static_model, bert_model, 
     refused(r"weights: ", model=make_static_model(seed=1))
     refused(r"modules: .*\n.*tokenizer: |max_seq_length: ", model=bert_model)
     refused(r"rows: 200 there, 1 here", corpus=Corpus.from_texts(["word1"]))
-    refused(r"corpus: ", corpus=Corpus.from_texts(corpus.texts(range(199)) + ["word1"]))
+    refused(r"corpus: ", corpus=Corpus.from_texts([*corpus.texts(range(199)), "word1"]))
     refused(
         r"prompt: '' there, 'passage : ' here", corpus=Corpus.from_texts(corpus.texts(range(200)), prompt="passage : ")
     )

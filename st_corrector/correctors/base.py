@@ -53,7 +53,7 @@ class Corrector(ABC):
 
     @abstractmethod
     def correction(self, stale: Tensor) -> Tensor:
-        """What is added to the stale embeddings before normalisation, ``(n, d) → (n, d)``; zero before the first step."""
+        """What is added to stale embeddings before normalisation, ``(n, d) → (n, d)``; zero before the first step."""
 
     @abstractmethod
     def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
@@ -84,11 +84,7 @@ class Corrector(ABC):
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments: ``type(corrector)(**corrector.config)`` is an untrained copy."""
-        parameters: set[str] = set()
-        for cls in type(self).__mro__:
-            if "__init__" in cls.__dict__ and cls is not object:
-                parameters |= set(inspect.signature(cls.__init__).parameters)
-        return {name: getattr(self, name) for name in sorted(parameters - {"self", "args", "kwargs"})}
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"

@@ -57,16 +57,18 @@ class MLPCorrector(Corrector):
             raise InputError(f"loss {loss!r} is neither 'ce' (Eq. 6) nor 'mse' (Eq. 5).")
         if hidden < 1 or steps < 1 or not learning_rate > 0:
             raise InputError(
-                f"hidden and steps must be at least 1 and learning_rate positive, got {hidden}, {steps}, {learning_rate}."
+                f"hidden and steps must be at least 1 and learning_rate positive, got {hidden}, {steps} and "
+                f"{learning_rate}."
             )
         self.hidden, self.activation, self.loss = hidden, activation, loss
         self.learning_rate, self.steps, self.seed = learning_rate, steps, seed
         # Initialised from its own generator state, so that building a corrector moves nobody's random numbers.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = nn.Sequential(nn.Linear(dim, hidden), _ACTIVATIONS[activation](), nn.Linear(hidden, dim))
-        nn.init.zeros_(self.network[2].weight)
-        nn.init.zeros_(self.network[2].bias)
+            first, last = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.network = nn.Sequential(first, _ACTIVATIONS[activation](), last)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate)
 
     def correction(self, stale: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ class MLPCorrector(Corrector):
 
     def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
         stale, fresh, queries = stale.detach(), fresh.detach(), queries.detach()
-        first = None
+        losses = []
         for _ in range(self.steps):
             with torch.enable_grad():
                 corrected = self.forward(stale)
@@ -88,8 +90,8 @@ class MLPCorrector(Corrector):
                 parameter.grad = gradient
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            first = loss.detach() if first is None else first
-        return {"correction_loss": first}
+            losses.append(loss.detach())
+        return {"correction_loss": losses[0]}
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"network.{name}": value.detach().clone() for name, value in self.network.state_dict().items()}
