@@ -2,6 +2,7 @@
 
     python recipes/quickstart.py
     python recipes/quickstart.py "parse a date from a string" "retry a request with backoff"
+    python recipes/quickstart.py --packages torch transformers
 
 The targets are the functions and classes of the environment's packages (name, signature and body, docstrings
 left out), the queries the first paragraphs of their docstrings. It trains a small encoder twice from the same
@@ -93,13 +94,18 @@ def _code(node: _Definition, lines: list[str]) -> list[str]:
     return [lines[number - 1].strip() for number in numbers if lines[number - 1].strip()]
 
 
-def installed_functions(limit: int | None) -> list[Function]:
-    """The documented functions and classes of all installed packages, in a fixed order, without repetitions."""
+def installed_functions(packages: list[str] | None = None, limit: int | None = None) -> list[Function]:
+    """The documented functions and classes of the installed packages, in a fixed order, without repetitions.
+
+    Args:
+        packages: top-level names; by default all.
+        limit: keep at most so many, a fixed random choice.
+    """
     modules: dict[Path, str] = {}
     for folder in map(Path, site.getsitepackages()):
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
-            if not _SKIPPED_FOLDERS & set(parts):
+            if not _SKIPPED_FOLDERS & set(parts) and (packages is None or parts[0] in packages):
                 modules[path] = ".".join(part for part in parts if part != "__init__")
     found: list[Function] = []
     summaries: set[str] = set()
@@ -156,13 +162,14 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--num_negatives", type=int, default=16)
     parser.add_argument("--corrector", default="mlp")
+    parser.add_argument("--packages", nargs="+", help="top-level packages to search; by default all that are installed")
     parser.add_argument("--limit", type=int, default=50_000, help="at most so many functions, a fixed random choice")
     parser.add_argument("--dev", type=int, default=1_500, help="docstrings that are held out")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     started = time.perf_counter()
-    functions = installed_functions(args.limit)
+    functions = installed_functions(args.packages, args.limit)
     corpus = code_corpus(functions, args.dev)
     print(f"{corpus}, collected in {time.perf_counter() - started:.0f} s")
     evaluator = CorpusRetrievalEvaluator(corpus, "dev")

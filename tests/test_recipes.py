@@ -1,0 +1,194 @@
+import argparse
+import csv
+import gzip
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, make_texts
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+
+RECIPES = ROOT / "recipes"
+
+
+def run(recipe, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / recipe), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture
+def recipe_module(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    return lambda name: importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def small_nq(nq, tmp_path_factory):
+    """Real questions and passages: 80 training and 30 dev questions over 200 passages of Natural Questions."""
+    folder = tmp_path_factory.mktemp("nq")
+    (folder / "qrels").mkdir()
+    wanted, queries = set(), set()
+    for split, count in (("train", 80), ("dev", 30)):
+        with (nq / "qrels" / f"{split}.tsv").open() as file:
+            lines = list(csv.reader(file, delimiter="\t"))[: count + 1]
+        (folder / "qrels" / f"{split}.tsv").write_text("".join("\t".join(line) + "\n" for line in lines))
+        queries |= {line[0] for line in lines[1:]}
+        wanted |= {line[1] for line in lines[1:]}
+    others = 200 - len(wanted)
+    with gzip.open(nq / "corpus.jsonl.gz", "rt") as source, (folder / "corpus.jsonl").open("w") as target:
+        for line in source:
+            if json.loads(line)["_id"] in wanted:
+                target.write(line)
+            elif others > 0:
+                others -= 1
+                target.write(line)
+    with (nq / "queries.jsonl").open() as source, (folder / "queries.jsonl").open("w") as target:
+        target.writelines(line for line in source if json.loads(line)["_id"] in queries)
+    return folder
+
+
+METRICS = {"mrr@10", "ndcg@10", "recall@1", "recall@5", "recall@20", "recall@100", "map@100", "answer_recall@20"}
+
+
+def check_results(path, strategy, steps):
+    results = json.loads(path.read_text())
+    assert results["strategy"] == strategy and results["steps"] == steps and results["seed"] == 3
+    for when in ("before", "after"):
+        assert results[when].keys() >= METRICS and all(0 <= value <= 1 for value in results[when].values())
+    assert results["command"].startswith("python ") and results["args"]["strategy"] == strategy
+    assert results["targets"] == 200 and results["versions"]["torch"] and results["seconds"]["train"] > 0
+    return results
+
+
+def test_train_nq_with_a_real_transformer(small_nq, minilm_path, tmp_path):
+    options = ["--max_steps", 4, "--per_device_train_batch_size", 8, "--num_negatives", 2, "--max_seq_length", 64]
+    out = run(
+        "train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3, *options, "--output_dir", tmp_path
+    )
+    results = check_results(tmp_path / "results.json", "corrected", 4)
+    assert results["before"]["ndcg@10"] > 0.5, "the pretrained model is at work"
+    assert 4 * 8 < results["targets_encoded"] <= 4 * 8 * 3 and results["targets_encoded_for_cache"] == 0
+    assert "| after (corrected)" in out and "| before" in out
+    assert all("correction_loss" in entry for entry in results["log"])
+    trained, start = SentenceTransformer(str(tmp_path / "final"), device="cpu"), SentenceTransformer(minilm_path)
+    text = ["a question about history"]
+    assert abs(trained.encode(text) - start.encode(text)).max() > 1e-5, "the saved model is the trained one"
+
+
+def test_train_nq_with_the_static_encoder_and_refreshes(small_nq, minilm_path, tmp_path):
+    options = [
+        "--max_steps",
+        5,
+        "--per_device_train_batch_size",
+        8,
+        "--encoder",
+        "static",
+        "--results",
+        tmp_path / "r.json",
+    ]
+    run(
+        *("train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3, "--strategy", "refresh:2"),
+        *(*options, "--output_dir", tmp_path / "out"),
+    )
+    results = check_results(tmp_path / "r.json", "refresh:2", 5)
+    assert results["targets_encoded_for_cache"] == 2 * 200, "before steps 3 and 5"
+    assert results["before"] != results["after"]
+    assert results["corrector"].startswith("IdentityCorrector")
+
+
+def test_an_unknown_strategy_is_refused_before_anything_is_loaded(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / "train_nq.py"), "--strategy", "refresh:0"], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and "is not one of in-batch, stale, corrected, exhaustive or refresh:<steps>" in done.stderr
+    )
+
+
+def test_a_hub_data_set_becomes_corpus_and_splits(recipe_module, monkeypatch):
+    queries, texts = make_texts(50)
+    train_nq = recipe_module("train_nq")
+    pairs = Dataset.from_dict({"query": queries, "answer": texts})
+    monkeypatch.setattr(train_nq, "load_dataset", lambda name, split: pairs)
+    corpus = train_nq.load_corpus(train_nq.RecipeArguments(eval_queries=10))
+    assert len(corpus) == 50 and len(corpus.qrels("dev")) == 10 and len(corpus.qrels("train")) == 40
+    for pair in corpus.pairs("train"):
+        assert pair["positive"] == texts[queries.index(pair["anchor"])] == corpus.texts([pair["label"]])[0]
+
+
+def test_strategies_are_parsed(recipe_module):
+    parse = recipe_module("common").parse_strategy
+    assert parse("refresh:50") == ("refresh", 50) and parse("exhaustive") == ("exhaustive", None)
+    for wrong in ("refresh", "refresh:x", "best", "stale:3"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not one of"):
+            parse(wrong)
+
+
+def test_the_static_encoder_starts_as_the_mean_of_token_vectors(recipe_module, minilm_path):
+    model = recipe_module("common").static_encoder(minilm_path)
+    vectors = SentenceTransformer(minilm_path, device="cpu").transformers_model.get_input_embeddings().weight.detach()
+    ids = model.preprocess(["dense retrieval"])["input_ids"]
+    mean = vectors[ids].mean(0)
+    embedding = torch.from_numpy(model.encode("dense retrieval"))
+    assert (embedding @ mean / mean.norm()).item() > 0.98 and embedding.norm().item() == pytest.approx(1, abs=1e-5)
+
+
+# ---------------------------------------------------------------------- quickstart
+
+SOURCE = '''
+def area(radius: float) -> float:
+    """Compute the area of a circle.
+
+    More about it.
+    """
+    # the square
+    return 3.14 * radius**2
+
+
+class Shelf:
+    """Keeps books in alphabetical order."""
+
+    def add(self, book):
+        """Put one more book on it."""
+        self.books.append(book)
+        self.books.sort()
+
+    def undocumented(self):
+        return self.books
+
+
+def short():
+    """Too short."""
+    return 1
+'''
+
+
+def test_functions_are_read_without_their_docstrings(recipe_module, tmp_path):
+    (tmp_path / "m.py").write_text(SOURCE)
+    found = {function.name: function for function in recipe_module("quickstart").functions_of(tmp_path / "m.py", "m")}
+    assert set(found) == {"m.area", "m.Shelf", "m.Shelf.add"}
+    assert found["m.area"].summary == "Compute the area of a circle."
+    assert found["m.area"].code == "def area(radius: float) -> float:\n# the square\nreturn 3.14 * radius**2"
+    assert "alphabetical" not in found["m.Shelf"].code and "one more book" not in found["m.Shelf"].code
+    assert "self.books.sort()" in found["m.Shelf"].code
+    (tmp_path / "broken.py").write_text("def f(:")
+    assert recipe_module("quickstart").functions_of(tmp_path / "broken.py", "m") == []
+
+
+def test_quickstart_trains_compares_and_answers():
+    arguments = ["--packages", "huggingface_hub", "datasets", "--steps", 12, "--dev", 100, "--num_negatives", 4]
+    out = run("quickstart.py", "download a file from the hub", *arguments)
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in out.splitlines() if line.startswith("| ")}
+    before, in_batch, corrected = (
+        float(rows[name][0]) for name in ("before", "after, in-batch negatives", "after, corrected negatives")
+    )
+    assert in_batch > before and corrected > before
+    assert "download a file from the hub\n  0." in out and "huggingface_hub." in out.split("download a file")[1]
