@@ -34,12 +34,13 @@ def mean_sd(values: list[float], digits: int = 1) -> str:
 
 
 def table(runs: dict[str, list[dict]]) -> str:
-    first = next(iter(runs.values()))[0]
-    before = " | ".join(f"{100 * first['before'][metric]:.1f}" for metric in METRICS)
+    # The untrained encoder depends on the seed alone.
+    untrained = list({run["seed"]: run["before"] for group in runs.values() for run in group}.values())
+    before = " | ".join(mean_sd([100 * run[metric] for run in untrained]) for metric in METRICS)
     lines = [
         "| strategy | seeds | " + " | ".join(METRICS) + " | re-encoded for the cache | training, s |",
         "|---|---|" + "---|" * (len(METRICS) + 2),
-        f"| before training | | {before} | | |",
+        f"| before training | {len(untrained)} | {before} | | |",
     ]
     for name in (name for name in ORDER if name in runs):
         group = runs[name]
@@ -59,11 +60,16 @@ def main() -> None:
     commands = "\n".join(f"    {run['command']}" for group in runs.values() for run in group)
     first = next(iter(runs.values()))[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    (args.results / "README.md").write_text(
-        f"# Strategies on Natural Questions\n\n{first['targets']:,} passages, {first['steps']} steps, static encoder; "
-        f"percent on the dev questions, mean ± sample sd over seeds. Seconds are medians on a shared machine: compare "
-        f"them only roughly.\n\n{text}\n\nVersions: {versions}.\n\nCommands (or all of them: `make bench`):\n\n{commands}\n"
-    )
+    sections = [
+        "# Strategies on Natural Questions",
+        f"{first['targets']:,} passages, {first['steps']} steps, static encoder; percent on the dev questions, mean ± "
+        "sample sd over seeds. Seconds are medians on a shared machine: compare them only roughly.",
+        text,
+        f"Versions: {versions}.",
+        "Commands (`make bench` runs them all):",
+        commands,
+    ]
+    (args.results / "README.md").write_text("\n\n".join(sections) + "\n")
     readme = ROOT / "README.md"
     start, _, rest = readme.read_text().partition(BEGIN)
     readme.write_text(f"{start}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
