@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 # The lower bounds of pyproject.toml, on which `make test-oldest` runs the suite.
 OLDEST := torch==2.11.0 sentence-transformers==6.0.1 transformers==5.17.0 accelerate==1.10.0 datasets==4.0.0 \
-          huggingface-hub==1.3.0 safetensors==0.6.2 tqdm==4.66.0 numpy==1.26.4 pyarrow==21.0.0
+          huggingface-hub==1.5.0 safetensors==0.8.0 tqdm==4.66.3 numpy==1.26.4 pyarrow==21.0.0
 NQ     ?= ../shared/data/nq
 
 export HF_HUB_OFFLINE ?= 1

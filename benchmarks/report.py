@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "nq")
     args = parser.parse_args()
     runs = load(args.results)
+    if not runs:
+        parser.error(f"{args.results} has no <strategy>-seed<n>.json: run benchmarks/strategies.py first")
     text = table(runs)
     commands = "\n".join(f"    {run['command']}" for group in runs.values() for run in group)
     first = next(iter(runs.values()))[0]

@@ -8,6 +8,7 @@ Each run is the recipe itself, in a process of its own; its JSON holds the comma
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def main() -> None:
             if path.exists():
                 continue
             command = ["recipes/train_nq.py", "--dataset", args.dataset, "--encoder", "static", *STRATEGIES[name]]
-            command += ["--seed", str(seed), "--disable_tqdm", "true", "--results", str(path.relative_to(ROOT))]
+            command += ["--seed", str(seed), "--disable_tqdm", "true", "--results", os.path.relpath(path, ROOT)]
             command += ["--output_dir", f"outputs/nq/{name}-seed{seed}", *args.options]
             print(name, "seed", seed, flush=True)
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)

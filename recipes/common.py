@@ -29,6 +29,9 @@ from st_corrector import (
     EmbeddingCache,
     RefreshCallback,
 )
+from st_corrector.correctors import Corrector, make_corrector
+from st_corrector.encoding import DocumentEncoder
+from st_corrector.fingerprint import digest_json
 
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 STRATEGIES = "in-batch, stale, corrected, exhaustive or refresh:<steps>"
@@ -78,7 +81,9 @@ def train(
     args: SentenceTransformerTrainingArguments,
     strategy: str,
     cache_path: str | os.PathLike,
-    corrector: Any = "mlp",
+    corrector: str = "mlp",
+    corrector_settings: dict[str, Any] | None = None,
+    write_back: bool = False,
     num_negatives: int = 16,
     sampler: str = "top_k",
     scale: float = 20.0,
@@ -98,14 +103,20 @@ def train(
     started = time.perf_counter()
     cache = None
     if name != "in-batch":
-        cache = EmbeddingCache.build(model, corpus, cache_path)
+        # A folder for each model and corpus, so that another run in the same place finds its own or none.
+        fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
+        cache = EmbeddingCache.build(model, corpus, Path(cache_path) / digest_json(fingerprint)[:12])
     cached = time.perf_counter()
+    chosen: str | Corrector = "identity"
+    if cache is not None and name == "corrected":
+        chosen = make_corrector(corrector, cache.dim, **(corrector_settings or {}))
     loss = CorrectedMultipleNegativesLoss(
         model,
         corpus,
         cache,
         num_negatives=0 if name == "in-batch" else num_negatives,
-        corrector=corrector if name == "corrected" else "identity",
+        corrector=chosen,
+        write_back=write_back,
         sampler=sampler,
         scale=scale,
     )

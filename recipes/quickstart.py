@@ -145,7 +145,8 @@ def answer(
     model: SentenceTransformer, corpus: Corpus, functions: list[Function], questions: list[str], folder: Path
 ) -> None:
     """Print the first functions found for each question."""
-    search = CorrectedSearch(EmbeddingCache.build(model, corpus, folder, progress=False), IdentityCorrector(384))
+    cache = EmbeddingCache.build(model, corpus, folder, progress=False)
+    search = CorrectedSearch(cache, IdentityCorrector(cache.dim))
     scores, rows = search.search(model.encode_query(questions, convert_to_tensor=True), k=3)
     for question, question_scores, question_rows in zip(questions, scores.tolist(), rows.tolist(), strict=True):
         print(f"\n{question}")

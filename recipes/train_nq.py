@@ -52,6 +52,12 @@ class RecipeArguments:
     )
     strategy: str = field(default="corrected", metadata={"help": f"{STRATEGIES}."})
     corrector: str = field(default="mlp", metadata={"help": f"With --strategy corrected: {', '.join(CORRECTORS)}."})
+    corrector_settings: str = field(
+        default="{}", metadata={"help": "The corrector's settings as JSON, e.g. '{\"hidden\": 128}'."}
+    )
+    write_back: bool = field(
+        default=False, metadata={"help": "Let freshly encoded targets stand for their stale embeddings from then on."}
+    )
     num_negatives: int = field(default=16, metadata={"help": "Targets that each query takes as negatives."})
     sampler: Literal["top_k", "gumbel"] = field(
         default="top_k", metadata={"help": "The hardest, or a sample from the corrected softmax."}
@@ -104,6 +110,8 @@ def parse_arguments() -> tuple[RecipeArguments, SentenceTransformerTrainingArgum
         parse_strategy(recipe.strategy)
     except Exception as error:
         parser.error(str(error))
+    if training.world_size > 1 and recipe.strategy != "in-batch":
+        parser.error(f"{training.world_size} processes are not supported yet: accelerate launch --num_processes 1")
     return recipe, training
 
 
@@ -121,6 +129,8 @@ def main() -> None:
         recipe.strategy,
         output / "cache",
         corrector=recipe.corrector,
+        corrector_settings=json.loads(recipe.corrector_settings),
+        write_back=recipe.write_back,
         num_negatives=recipe.num_negatives,
         sampler=recipe.sampler,
         scale=recipe.scale,

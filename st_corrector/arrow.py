@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,6 +26,10 @@ def write_arrow(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Da
     file that a later run could take for the finished one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # What a killed process has left of this file; one that is still being written is younger.
+    for leftover in path.parent.glob(f"{path.name}.*.partial"):
+        if time.time() - leftover.stat().st_mtime > 3600:
+            leftover.unlink(missing_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:

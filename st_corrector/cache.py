@@ -33,6 +33,7 @@ SCHEMA = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MANIFEST = "manifest.json"
 _KEY = "embeddings"
+_CHECKED_AT_ONCE = 65_536
 
 
 class EmbeddingCache:
@@ -67,6 +68,11 @@ class EmbeddingCache:
                 f"Expected floating-point embeddings of shape (targets, dimension), got {tensor.dtype} of shape "
                 f"{tuple(tensor.shape)}."
             )
+        for start in range(0, len(tensor), _CHECKED_AT_ONCE):
+            finite = torch.isfinite(tensor[start : start + _CHECKED_AT_ONCE]).all(1)
+            if not finite.all():
+                row = start + int((~finite).nonzero()[0])
+                raise CacheError(f"The embedding of row {row} is NaN or infinite; each target needs a finite one.")
         return cls([tensor.detach()])
 
     @classmethod
@@ -131,16 +137,17 @@ class EmbeddingCache:
                 if shard.exists():
                     bar.update(len(rows))
                     continue
-                embeddings = encoder.encode(model, rows, batch_size=batch_size, bar=bar)
+                # Checked in the stored dtype: float16 overflows at 65,504.
+                embeddings = encoder.encode(model, rows, batch_size=batch_size, bar=bar).to("cpu", DTYPES[dtype])
                 finite = torch.isfinite(embeddings).all(1)
                 if not finite.all():
-                    bad = rows[(~finite).cpu().numpy()]
+                    bad = rows[(~finite).numpy()]
                     raise CacheError(
                         f"The embeddings of {len(bad)} targets are NaN or infinite, e.g. rows {bad[:3].tolist()} "
-                        f"(ids {corpus.ids(bad[:3])}): check the model's weights and precision."
+                        f"(ids {corpus.ids(bad[:3])}), in {dtype}: check the model's weights, or choose another dtype."
                     )
-                partial = shard.with_suffix(".partial")
-                save_file({_KEY: embeddings.to("cpu", DTYPES[dtype]).contiguous()}, partial)
+                partial = _partial(shard)
+                save_file({_KEY: embeddings.contiguous()}, partial)
                 _sync(partial)
                 os.replace(partial, shard)
         return cls.load(folder)
@@ -223,6 +230,10 @@ class EmbeddingCache:
             for offset in range(0, len(shard), size):
                 yield int(start) + offset, shard[offset : offset + size]
 
+    def empty_like(self) -> Tensor:
+        """An uninitialised tensor for as many embeddings, ``(N, d)``, of the same dtype and on the same device."""
+        return torch.empty(len(self), self.dim, dtype=self.dtype, device=self._shards[0].device)
+
     def to(self, device: torch.device | str) -> EmbeddingCache:
         """The same cache held on ``device`` (a GPU that has room for it), where it is searched much faster."""
         return EmbeddingCache([shard.to(device) for shard in self._shards], self.fingerprint)
@@ -255,10 +266,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    partial = path.with_suffix(".partial")
+    partial = _partial(path)
     partial.write_bytes(data)
     _sync(partial)
     os.replace(partial, path)
+
+
+def _partial(path: Path) -> Path:
+    """A name of this process's own: two builders of one cache must not write into one file."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 def _sync(path: Path) -> None:

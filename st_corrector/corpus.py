@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .arrow import batched_tables, default_cache_dir, read_or_write_arrow, write_arrow
 from .beir import find_jsonl, read_jsonl, read_qrels
 from .errors import CorpusError
-from .fingerprint import digest, digest_json, tokenizer_fingerprint
+from .fingerprint import digest, digest_json, max_lengths, tokenizer_fingerprint
 from .qrels import Qrels
 from .tokens import TextCorpus, TokenizedCorpus, TokenLayout, tokenize_texts
 
@@ -63,12 +63,18 @@ class Corpus:
     ) -> None:
         if len(targets) == 0:
             raise CorpusError("The corpus has no targets.")
+        # What follows reads the Arrow columns, which know nothing of a selection or shuffling of rows.
+        targets = targets if targets._indices is None else targets.flatten_indices()
         self.targets = targets
         self.prompt = prompt
         self._arrow = targets.with_format("arrow")
         self._qrels = dict(qrels or {})
         self._cache_dir = _folder(cache_dir)
         ids = targets.data.column("id")
+        if ids.null_count:
+            raise CorpusError(
+                f"{ids.null_count} targets have no id: give each its own, or leave the ids out altogether."
+            )
         if pc.count_distinct(ids).as_py() != len(targets):
             counts = pc.value_counts(ids.combine_chunks())
             repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
@@ -99,19 +105,24 @@ class Corpus:
         Raises:
             CorpusError: the lengths differ, or a text is not a string.
         """
-        for name, values in (("ids", ids), ("titles", titles)):
-            if values is not None and isinstance(texts, Sized) and len(values) != len(texts):
-                raise CorpusError(f"{len(texts)} texts but {len(values)} {name}: give one for each text, or none.")
+        given = {name: values for name, values in (("ids", ids), ("titles", titles)) if values is not None}
 
         def records() -> Iterator[dict]:
+            row = -1
             for row, text in enumerate(texts):
                 if not isinstance(text, str):
                     raise CorpusError(f"Text {row} is a {type(text).__name__}, expected a string: {text!r:.80}")
+                for name, values in given.items():
+                    if row >= len(values):
+                        raise CorpusError(f"There are more texts than {name} ({len(values)}): give one for each text.")
                 yield {
                     "id": str(row) if ids is None else str(ids[row]),
                     "title": None if titles is None else titles[row],
                     "text": text,
                 }
+            for name, values in given.items():
+                if len(values) != row + 1:
+                    raise CorpusError(f"{row + 1} texts but {len(values)} {name}: give one for each text, or none.")
 
         return cls(_write_by_content(records(), _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
 
@@ -189,6 +200,11 @@ class Corpus:
             for split, dataset in splits.items():
                 for batch in dataset.select_columns([query, positive]).iter(_BATCH):
                     for question, text in zip(batch[query], batch[positive], strict=True):
+                        if not isinstance(question, str) or not isinstance(text, str):
+                            raise CorpusError(
+                                f"Pair {len(pairs[split])} of split {split!r} is not two strings: {question!r:.60} and "
+                                f"{text!r:.60}. Filter such pairs out first."
+                            )
                         key = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
                         if key not in row_of:
                             row_of[key] = len(row_of)
@@ -441,17 +457,7 @@ class Corpus:
         if layout is None:
             logger.info("The model's features cannot be cut into rows: targets are tokenized again at each step.")
             return TextCorpus(self, model, prompt)
-        settings = getattr(model[0], "get_config_dict", None)
-        key = digest_json(
-            [
-                self.fingerprint,
-                tokenizer_fingerprint(model),
-                prompt or "",
-                str(model.max_seq_length),
-                settings() if callable(settings) else None,
-                layout.keys,
-            ]
-        )
+        key = digest_json([self.fingerprint, tokenizer_fingerprint(model, prompt), prompt or "", max_lengths(model)])
         schema = pa.schema([(name, pa.list_(pa.int32())) for name in layout.keys])
 
         def tables() -> Iterator[pa.Table]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .corpus import Corpus
-from .fingerprint import modules_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from .fingerprint import max_lengths, modules_fingerprint, tokenizer_fingerprint, weights_fingerprint
 
 # The prompt names that SentenceTransformer.encode_document looks for, in its order.
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
@@ -110,14 +110,18 @@ class DocumentEncoder:
             raise ValueError("No rows to encode.")
         return embeddings
 
-    def fingerprint(self, model: SentenceTransformer) -> dict[str, Any]:
-        """What this model's embeddings of this corpus depend on, by component."""
+    def fingerprint(self, model: SentenceTransformer, weights: bool = True) -> dict[str, Any]:
+        """What this model's embeddings of this corpus depend on, by component.
+
+        Args:
+            weights: include the digest of all weights, which reads every one of them.
+        """
         model = unwrap(model)
-        return {
+        components = {
             "corpus": self.corpus.fingerprint,
-            "weights": weights_fingerprint(model),
             "modules": modules_fingerprint(model),
-            "tokenizer": tokenizer_fingerprint(model),
+            "tokenizer": tokenizer_fingerprint(model, self.prompt),
             "prompt": self.prompt,
-            "max_seq_length": str(model.max_seq_length),
+            "max_seq_length": max_lengths(model),
         }
+        return {**components, "weights": weights_fingerprint(model)} if weights else components

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import unicodedata
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 RECALL_AT = (1, 5, 20, 100)
 _DEPTH = 100
+_SCORES_AT_ONCE = 2**27  # half a GB
 _TOKEN = re.compile(r"[^\W_]+|[^\w\s]|_")
 
 
@@ -47,7 +49,7 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
         split: the queries to evaluate.
         name: precedes every metric, as in sentence-transformers' evaluators.
         batch_size: texts in one forward pass.
-        chunk_size: targets that are encoded and scored at once.
+        chunk_size: targets that are encoded and scored at once, at most.
         write_csv: append a line to a CSV file in the ``output_path`` of each call.
         show_progress_bar: show the encoding's progress.
 
@@ -73,8 +75,7 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
         self.write_csv, self.show_progress_bar = write_csv, show_progress_bar
         self.primary_metric = "ndcg@10"
         self.csv_file = f"corpus-retrieval_evaluation{'_' + name if name else ''}_results.csv"
-        self._answers = [[_spaced(answer) for answer in answers] for answers in self.qrels.queries["answers"]]
-        self._spaced_texts: dict[int, str] = {}
+        self._answers: list[list[str]] = self.qrels.queries["answers"][:]
 
     def __call__(  # type: ignore[override]
         self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
@@ -109,10 +110,12 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
         with tqdm(
             total=len(self.corpus), desc="Evaluating", unit=" targets", disable=not self.show_progress_bar
         ) as bar:
-            for start in range(0, len(self.corpus), self.chunk_size):
-                rows = np.arange(start, min(start + self.chunk_size, len(self.corpus)))
+            chunk_size = max(1, min(self.chunk_size, _SCORES_AT_ONCE // len(queries)))
+            for start in range(0, len(self.corpus), chunk_size):
+                rows = np.arange(start, min(start + chunk_size, len(self.corpus)))
                 embeddings = encoder.encode(model, rows, batch_size=self.batch_size, bar=bar)
-                best.update(queries @ compare(embeddings).T, start)
+                # encode_query cuts to model.truncate_dim where that is set; the targets are cut to the same width.
+                best.update(queries @ compare(embeddings[:, : queries.shape[1]]).T, start)
         return best.rows.cpu()
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -132,22 +135,17 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
         asked = [query for query, answers in enumerate(self._answers) if answers]
         if not asked:
             return {}
-        self._remember_texts(rows[asked])
+        found = np.unique(rows[asked])
+        found = found[found >= 0]
+        text_of = dict(zip(found.tolist(), self.corpus.targets[found]["text"], strict=True))
         first = []
         for query in asked:
-            hits = (
-                rank
-                for rank, row in enumerate(rows[query].tolist())
-                if row >= 0 and any(answer in self._spaced_texts[row] for answer in self._answers[query])
+            answers = self._answers[query]
+            ranks = (
+                n for n, row in enumerate(rows[query].tolist()) if row >= 0 and contains_answer(text_of[row], answers)
             )
-            first.append(next(hits, _DEPTH))
+            first.append(next(ranks, _DEPTH))
         return {f"answer_recall@{k}": float(np.mean(np.array(first) < k)) for k in RECALL_AT}
-
-    def _remember_texts(self, rows: np.ndarray) -> None:
-        """Keep the split-up texts between calls: the same targets are found again at every evaluation."""
-        new = [row for row in np.unique(rows).tolist() if row >= 0 and row not in self._spaced_texts]
-        for row, text in zip(new, self.corpus.targets[new]["text"] if new else (), strict=True):
-            self._spaced_texts[row] = _spaced(text)
 
     def _append_csv(self, folder: Path, epoch: int, steps: int, metrics: dict[str, float]) -> None:
         os.makedirs(folder, exist_ok=True)
@@ -190,6 +188,7 @@ def contains_answer(text: str, answers: list[str]) -> bool:
     return any(_spaced(answer) in spaced for answer in answers)
 
 
+@lru_cache(maxsize=2**16)  # the same targets are found for many queries, and again at the next evaluation
 def _spaced(text: str) -> str:
     """The text's tokens with a space before, between and behind them, so that containment is by whole tokens."""
     return f" {' '.join(_TOKEN.findall(unicodedata.normalize('NFC', text).lower()))} "

@@ -42,23 +42,39 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     return state.hexdigest()
 
 
-def tokenizer_fingerprint(model: SentenceTransformer) -> str:
-    """Digest of the tokenizer's vocabulary, rules and special tokens.
+def tokenizer_fingerprint(model: SentenceTransformer, prompt: str | None = None) -> str:
+    """Digest of what turns a document's text into token ids.
 
-    Padding and truncation are left out: ``preprocess`` sets them on the tokenizer as it goes, so they
-    say which call came last. What they should be follows from the maximum length, which is
-    fingerprinted on its own.
+    It covers the vocabulary, rules and special tokens of every tokenizer in the model (a Router has several), and what
+    ``preprocess`` makes of two texts, one of them longer than any maximum: lengths and sides of truncation that are
+    set elsewhere show there.
     """
-    tokenizer = getattr(model, "tokenizer", None)
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    described: list[Any] = []
+    for module in model.modules():
+        if module is not model:
+            described.append(_tokenizer_rules(getattr(module, "tokenizer", None)))
+    for text in ("Dense retrieval, 1st probe.", " ".join(map(str, range(20_000)))):
+        features = model.preprocess([text], prompt=prompt, task="document")
+        described.append({key: value.tolist() for key, value in features.items() if isinstance(value, torch.Tensor)})
+    return digest_json(described)
+
+
+def _tokenizer_rules(tokenizer: Any) -> Any:
+    if isinstance(tokenizer, Tokenizer):
+        return json.loads(tokenizer.to_str())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, Tokenizer):
-        rules = json.loads(backend.to_str())
-        rules.pop("padding", None)
-        rules.pop("truncation", None)
-        return digest_json(rules)
-    if tokenizer is not None and hasattr(tokenizer, "get_vocab"):
-        return digest_json([type(tokenizer).__name__, tokenizer.get_vocab()])
-    return digest_json(type(tokenizer).__name__)
+        # Padding and truncation are left out: each call sets them on the backend, so they say which came last.
+        rules = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+        return {**rules, "truncation_side": getattr(tokenizer, "truncation_side", None)}
+    vocabulary = getattr(tokenizer, "get_vocab", None)
+    return [type(tokenizer).__name__, vocabulary() if callable(vocabulary) else None]
+
+
+def max_lengths(model: SentenceTransformer) -> str:
+    """The maximum sequence length in tokens; of a Router with several towers those of all, in their order."""
+    lengths = [getattr(module, "max_seq_length", None) for module in model.modules() if module is not model]
+    return " / ".join(dict.fromkeys(str(length) for length in lengths if length is not None)) or "None"
 
 
 def modules_fingerprint(model: SentenceTransformer) -> str:

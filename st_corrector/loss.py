@@ -23,6 +23,8 @@ from .fingerprint import differences
 from .search import NO_ROW, SAMPLERS, CorrectedSearch, Sampler
 from .tokens import TokenizedCorpus
 
+_REFRESHED_AT_ONCE = 16_384
+
 
 class CorrectedMultipleNegativesLoss(nn.Module):
     def __init__(
@@ -36,6 +38,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         scale: float = 20.0,
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
         in_batch_negatives: bool = True,
+        write_back: bool = False,
         split: str = "train",
     ) -> None:
         r"""
@@ -68,6 +71,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             similarity_fct: :func:`sentence_transformers.util.cos_sim` or :func:`sentence_transformers.util.dot_score`
                 (then set ``scale`` to 1).
             in_batch_negatives: whether the other queries' positives are negatives too.
+            write_back: whether what a step has encoded afresh stands for these targets from then on, in the frame of
+                the stale embeddings (:meth:`CorrectedSearch.write_back`), so that later corrections move it on.
             split: the corpus split that is trained on: its judgements say what else is relevant to a query.
                 A query is known by its positive's row: where one target answers several queries of the split, nothing
                 that is relevant to any of them is a negative for them.
@@ -116,9 +121,10 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 trainer.train()
 
         Raises:
-            InputError: settings that are out of range, a cache of another size, corpus or kind of encoder; and in
-                training a batch without ``label``, with a label outside the corpus, with a positive that is not the
-                text of its row, or with embeddings that are not finite.
+            InputError: settings that are out of range, a cache of another size, corpus or kind of encoder, several
+                processes; and in training a batch without ``label``, with a label outside the corpus, with a positive
+                that is not the text of its row (checked by token ids, where the model has them), or with embeddings
+                that are not finite.
         """
         super().__init__()
         _check_settings(corpus, cache, num_negatives, sampler, scale, similarity_fct, split)
@@ -129,6 +135,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         self.scale = scale
         self.similarity_fct = similarity_fct
         self.in_batch_negatives = in_batch_negatives
+        self.write_back = write_back
         self.split = split
         self.targets_encoded = 0
         """Targets encoded for the task loss so far, positives and negatives."""
@@ -139,11 +146,18 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         # The corrector lives in the search, which is no module: see Corrector for why it must not be a submodule.
         self._search: CorrectedSearch | None = None
         if cache is not None:
-            _check_cache(cache, self.encoder.fingerprint(model))
+            _check_cache(cache, self.encoder.fingerprint(model, weights=False))
             cosine = similarity_fct is cos_sim
             unit = cosine or isinstance(list(unwrap(model).children())[-1], Normalize)
             settings = {} if isinstance(corrector, Corrector) else {"normalize": unit}
-            self._search = CorrectedSearch(cache, make_corrector(corrector, cache.dim, **settings), normalize=cosine)
+            corrector = make_corrector(corrector, cache.dim, **settings)
+            if corrector.normalize and not unit:
+                raise InputError(
+                    f"{corrector!r} returns unit vectors, but the encoder's embeddings are not and are compared by dot "
+                    "product: make it with normalize=False."
+                )
+            self._search = CorrectedSearch(cache, corrector, normalize=cosine)
+            _require_one_process()
 
     @property
     def search(self) -> CorrectedSearch:
@@ -199,9 +213,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             queries: ``f(x)``, ``(B, d)``.
             exclude: rows each query must not take, ``(B, m)``, padded with −1.
         """
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise InputError("Training on several processes is not supported yet: start one process.")
-        # Drawn from torch's own generator, which a checkpoint saves and restores.
+        _require_one_process()
+        # From torch's own generator: seeded by the trainer, and restored by it on resume.
         seed = int(torch.randint(2**62, ()).item()) if self.sampler == "gumbel" else None
         _, rows = self.search.search(
             self._comparable(queries), self.num_negatives, exclude, sampler=self.sampler, scale=self.scale, seed=seed
@@ -212,12 +225,17 @@ class CorrectedMultipleNegativesLoss(nn.Module):
     def refresh(self, batch_size: int = 256) -> None:
         """Encode all targets with the model as it is now, and choose negatives by that from here on.
 
-        The new embeddings are held in memory; a cache on disk is not changed. What the corrector has learnt was
-        the way from the old embeddings to the present ones, so it starts anew.
+        The new embeddings are held in memory, in the old ones' dtype and on their device; a cache on disk is not
+        changed. What the corrector has learnt was the way from the old embeddings to the present ones, so it starts
+        anew, and so does what has been written back.
         """
         old = self.search
-        embeddings = self.encoder.encode(unwrap(self.model), np.arange(len(self.corpus)), batch_size=batch_size)
-        self.targets_reencoded += len(self.corpus)
+        model, size = unwrap(self.model), len(self.corpus)
+        embeddings = old.cache.empty_like()
+        for start in range(0, size, _REFRESHED_AT_ONCE):
+            rows = np.arange(start, min(start + _REFRESHED_AT_ONCE, size))
+            embeddings[start : start + len(rows)] = self.encoder.encode(model, rows, batch_size=batch_size)
+        self.targets_reencoded += size
         corrector = type(old.corrector)(**old.corrector.config)
         self._search = CorrectedSearch(EmbeddingCache.from_tensor(embeddings), corrector, normalize=old.normalize)
 
@@ -246,13 +264,14 @@ class CorrectedMultipleNegativesLoss(nn.Module):
 
     @torch.no_grad()
     def _fit_corrector(self, queries: Tensor, candidates: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        once = torch.cat(
-            [~repeats_earlier(rows[: len(queries)]), rows.new_ones(len(rows) - len(queries), dtype=torch.bool)]
-        )
-        fresh = self._comparable(candidates)[once]
-        return self.search.corrector.fit_step(
-            self.search.stale(rows[once]), fresh, self._comparable(queries), self.scale
-        )
+        # A positive that two queries share has been encoded twice; negatives are distinct.
+        once = ~repeats_earlier(rows)
+        rows, fresh = rows[once], self._comparable(candidates)[once]
+        stale = self.search.stale(rows)
+        metrics = self.search.corrector.fit_step(stale, fresh, self._comparable(queries), self.scale)
+        if self.write_back:
+            self.search.write_back(rows, fresh)
+        return metrics
 
     def _check_labels(self, labels: Tensor | None, features: list[dict[str, Any]]) -> Tensor:
         if labels is None:
@@ -308,6 +327,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             "scale": self.scale,
             "similarity_fct": similarity_fct_name(self.similarity_fct),
             "in_batch_negatives": self.in_batch_negatives,
+            "write_back": self.write_back,
             "corpus": repr(self.corpus),
         }
 
@@ -323,6 +343,16 @@ class CorrectedMultipleNegativesLoss(nn.Module):
       url={https://arxiv.org/abs/2409.01890},
 }
 """
+
+
+def _require_one_process() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        processes = torch.distributed.get_world_size()
+        if processes > 1:
+            raise InputError(
+                f"Choosing negatives from the corpus is not supported on {processes} processes yet: start one "
+                "(accelerate launch --num_processes 1)."
+            )
 
 
 def _check_settings(corpus, cache, num_negatives, sampler, scale, similarity_fct, split) -> None:
@@ -350,10 +380,8 @@ def _check_settings(corpus, cache, num_negatives, sampler, scale, similarity_fct
 
 def _check_cache(cache: EmbeddingCache, expected: dict[str, Any]) -> None:
     """Refuse a cache of another corpus or kind of encoder. Other weights are what a stale cache is about."""
-    if not cache.fingerprint:
-        return
-    relevant = [{k: v for k, v in each.items() if k != "weights"} for each in (cache.fingerprint, expected)]
-    if different := differences(*relevant):
+    found = {component: value for component, value in cache.fingerprint.items() if component != "weights"}
+    if found and (different := differences(found, expected)):
         raise InputError(
             "The cache was built of something else than what is trained:\n  " + "\n  ".join(different) + "\nBuild the "
             "cache again with this model and corpus (or set the model's prompts and max_seq_length before it is built)."

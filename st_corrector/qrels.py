@@ -14,15 +14,15 @@ class Qrels:
 
     Args:
         queries: one row a query: ``id``, ``text`` and ``answers`` (a list of strings, empty where there are none).
-        query: query position of each (query, positive) pair, shape ``(P,)``.
+        query: query position of each (query, positive) pair, shape ``(P,)``; pairs that occur again are dropped.
         row: corpus row of each pair's target, shape ``(P,)``.
     """
 
     def __init__(self, queries: Dataset, query: Sequence[int] | np.ndarray, row: Sequence[int] | np.ndarray) -> None:
         query, row = np.asarray(query, dtype=np.int64), np.asarray(row, dtype=np.int64)
-        order = np.lexsort((row, query))
         self.queries = queries
-        self.query, self.row = query[order], row[order]
+        # Sorted by query, then row; a pair that is judged twice is one pair.
+        self.query, self.row = np.unique(np.stack([query, row]), axis=1)
         self._starts = np.searchsorted(self.query, np.arange(len(queries) + 1))
 
     def __len__(self) -> int:

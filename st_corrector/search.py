@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import EmbeddingCache
-from .correctors import Corrector
+from .correctors import AffineCorrector, Corrector, PullBack
 from .errors import InputError
+from .overlay import Overlay
 
 Sampler = Literal["top_k", "gumbel"]
 SAMPLERS: tuple[Sampler, ...] = ("top_k", "gumbel")
@@ -121,13 +122,34 @@ class CorrectedSearch:
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}.")
         self.cache, self.corrector = cache, corrector
         self.normalize, self.chunk_size = normalize, chunk_size
+        self.overlay = Overlay(len(cache), cache.dim)
+        """Rows written back; they are searched instead of the cache's. See :meth:`write_back`."""
+
+    @property
+    def query_side(self) -> AffineCorrector | None:
+        """The corrector if the queries can be corrected instead of the corpus: affine, and not normalising."""
+        corrector = self.corrector
+        return corrector if isinstance(corrector, AffineCorrector) and not corrector.normalize else None
 
     def stale(self, rows: Tensor) -> Tensor:
         """What the corrector sees of ``rows``: float32, ``(n, d)``, on the device of ``rows``."""
-        return self._prepare(self.cache[rows].to(rows.device))
+        return self._prepare(self.cache[rows].to(rows.device), rows)
 
-    def _prepare(self, stale: Tensor) -> Tensor:
-        return F.normalize(stale, dim=-1) if self.normalize else stale
+    def _prepare(self, stale: Tensor, rows: Tensor | slice) -> Tensor:
+        """Written rows are in the corrector's frame already: their length says something, and they keep it."""
+        stale = F.normalize(stale, dim=-1) if self.normalize else stale
+        return self.overlay.replace(stale, rows)
+
+    def write_back(self, rows: Tensor, fresh: Tensor) -> PullBack:
+        """Let what the encoder has just said of ``rows`` stand in the stale frame, where later correctors move it on.
+
+        Args:
+            rows: distinct corpus rows, ``(n,)``.
+            fresh: ``g(y)``, ``(n, d)``.
+        """
+        pulled = self.corrector.pull_back(fresh)
+        self.overlay.write(rows, pulled.stale)
+        return pulled
 
     @torch.no_grad()
     def search(
@@ -173,17 +195,19 @@ class CorrectedSearch:
             exclude = exclude.to(device).expand(batch_size, -1)
         self.corrector.to(device)
 
+        affine = self.query_side
+        probes, offset = affine.on_query_side(queries) if affine else (queries, queries.new_zeros(batch_size))
         best = RunningTopK(batch_size, k, device)
         for first_row, block in self.cache.chunks(self.chunk_size):
-            corrected = self.corrector(self._prepare(block.to(device).float()))
-            keys = queries @ corrected.T
+            vectors = self._prepare(block.to(device).float(), slice(first_row, first_row + len(block)))
+            keys = probes @ (vectors if affine else self.corrector(vectors)).T
             if sampler == "gumbel" and seed is not None:
                 keys = keys.mul_(scale).add_(gumbel_noise(batch_size, first_row, len(block), seed, device))
             if exclude is not None:
                 _mask_rows(keys, exclude, first_row)
             best.update(keys, first_row)
         if sampler == "top_k":
-            return best.scores, best.rows
+            return best.scores + offset[:, None], best.rows
         return self.score(queries, best.rows), best.rows
 
     @torch.no_grad()

@@ -1,5 +1,7 @@
 import gzip
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ import torch
 from conftest import make_bert_model, make_static_model, make_texts
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
+from tokenizers import Tokenizer, normalizers
 
 from st_corrector import Corpus, CorpusError
 from st_corrector.tokens import TextCorpus, TokenizedCorpus
@@ -169,8 +173,14 @@ def test_bad_corpora_are_refused_with_what_is_wrong(tmp_path):
         Corpus.from_texts([])
     with pytest.raises(CorpusError, match=r"Text 1 is a int"):
         Corpus.from_texts(["a", 3])
-    with pytest.raises(CorpusError, match=r"2 texts but 1 ids"):
-        Corpus.from_texts(["a", "b"], ids=["x"])
+    with pytest.raises(CorpusError, match=r"more texts than ids \(1\)"):
+        Corpus.from_texts((text for text in ("a", "b")), ids=["x"])
+    with pytest.raises(CorpusError, match=r"1 texts but 2 titles"):
+        Corpus.from_texts(["a"], titles=["x", "y"])
+    with pytest.raises(CorpusError, match=r"1 targets have no id"):
+        Corpus.from_dataset(Dataset.from_dict({"text": ["a", "b"], "id": ["x", None]}), id="id")
+    with pytest.raises(CorpusError, match=r"Pair 1 of split 'train' is not two strings: 'r' and None"):
+        Corpus.from_pairs({"train": Dataset.from_dict({"anchor": ["q", "r"], "positive": ["a", None]})})
     with pytest.raises(CorpusError, match=r"1 target ids occur more than once, e\.g\. \['x'\]"):
         Corpus.from_texts(["a", "b", "c"], ids=["x", "x", "y"])
     with pytest.raises(CorpusError, match=r"1 ids are not in the corpus, e\.g\. \['z'\]"):
@@ -213,3 +223,70 @@ def test_row_lookup_goes_over_all_chunks():
     assert corpus.targets.data.column("id").num_chunks > 1
     wanted = np.random.default_rng(0).integers(0, 25_000, 500)
     assert corpus.rows_of([ids[n] for n in wanted]).tolist() == wanted.tolist()
+
+
+def test_a_shuffled_dataset_keeps_rows_and_ids_together():
+    dataset = Dataset.from_dict({"id": list("abcd"), "title": [None] * 4, "text": ["1", "2", "3", "4"]})
+    corpus = Corpus(dataset.select([3, 1, 0]))
+    assert corpus.ids(range(3)) == ["d", "b", "a"] and corpus.rows_of(["a", "b", "d"]).tolist() == [2, 1, 0]
+    assert corpus.texts([0, 2]) == ["4", "1"]
+
+
+def test_a_pair_that_is_judged_twice_is_one_pair():
+    pairs = Dataset.from_dict({"anchor": ["q", "q", "q"], "positive": ["a", "b", "a"]})
+    corpus = Corpus.from_pairs({"train": pairs})
+    assert corpus.pairs("train")["label"][:] == [0, 1] and corpus.qrels("train").rows_of(0).tolist() == [0, 1]
+
+
+def cased(model, lowercase):
+    """The same model with a tokenizer that lower-cases or does not."""
+    tokenizer = Tokenizer.from_str(model[0].tokenizer.to_str())
+    tokenizer.normalizer = normalizers.Lowercase() if lowercase else normalizers.Replace("Word", "word")
+    model[0].tokenizer = tokenizer
+    return model
+
+
+def test_token_files_are_told_apart_by_tokenizer_and_length(tmp_path):
+    corpus = Corpus.from_texts(["word1 WORD2 Word3", "word4 " * 30])
+
+    def ids(model, row):
+        found = corpus.tokenize(model).features([row])["input_ids"].flatten().tolist()
+        assert found == model.preprocess(corpus.texts([row]), task="document")["input_ids"].flatten().tolist()
+        return found
+
+    assert ids(cased(make_static_model(), True), 0) != ids(cased(make_static_model(), False), 0)
+    bert = make_bert_model(tmp_path)
+    long = ids(bert, 1)
+    bert.max_seq_length = 8
+    assert len(ids(bert, 1)) == 8 < len(long)
+    bert.tokenizer.truncation_side = "left"
+    assert bert.preprocess(["word1 " + "word2 " * 30 + "word3"])["input_ids"][0, 1] != ids(bert, 0)[1]
+    corpus = Corpus.from_texts([" ".join(f"word{n}" for n in range(30))])
+    right = make_bert_model(tmp_path)
+    right.max_seq_length = 8
+    assert ids(bert, 0) != ids(right, 0), "truncated at the other end"
+
+
+def test_a_router_is_told_by_its_document_tokenizer():
+    corpus = Corpus.from_texts(["word1 WORD2"])
+    query = make_static_model()
+    found = []
+    for lowercase in (True, False):
+        document = cased(make_static_model(), lowercase)
+        model = SentenceTransformer(modules=[Router.for_query_document(list(query), list(document))], device="cpu")
+        expected = model.preprocess(["word1 WORD2"], task="document")["input_ids"].tolist()
+        found.append(corpus.tokenize(model).features([0])["input_ids"].tolist())
+        assert found[-1] == expected
+    assert found[0] != found[1]
+
+
+def test_leftovers_of_killed_writers_are_cleared(static_model, corpus):
+    tokens = corpus.tokenize(static_model)
+    path = Path(tokens._tokens.cache_files[0]["filename"])
+    old, young = (path.with_name(f"{path.name}.{name}.partial") for name in ("old", "young"))
+    for leftover in (old, young):
+        leftover.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    path.unlink()
+    corpus.tokenize(static_model)
+    assert not old.exists() and young.exists() and path.exists()

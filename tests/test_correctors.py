@@ -130,10 +130,38 @@ def test_fitting_gives_no_gradient_to_what_comes_in():
         assert not metrics["correction_loss"].requires_grad
 
 
-def test_making_an_mlp_moves_nobodys_random_numbers():
+def test_the_mlps_settings_do_what_they_say():
+    probe = unit(5, DIM, seed=9)
+
+    def after(times, **settings):
+        corrector = MLPCorrector(DIM, **settings)
+        step = next(pairs(1))
+        for _ in range(times):
+            corrector.fit_step(*step, scale=20.0)
+        return corrector(probe)
+
+    assert torch.equal(after(1, steps=3), after(3)) and not torch.equal(after(1), after(3))
+    assert torch.equal(after(2, seed=4), after(2, seed=4)) and not torch.equal(after(2, seed=4), after(2, seed=5))
+    assert not torch.equal(after(2, activation="tanh"), after(2)) and after(2, hidden=7).shape == (5, DIM)
+
+
+@pytest.mark.parametrize("name", ["mlp", "ridge"])
+def test_nothing_is_learnt_from_what_is_not_finite(name):
+    corrector = make_corrector(name, DIM)
+    fit(corrector, 2)
+    before = corrector.state_dict()
+    stale, fresh, queries = next(pairs(1))
+    fresh[3, 2] = torch.nan
+    with pytest.raises(InputError, match="The correction loss is nan"):
+        corrector.fit_step(stale, fresh, queries, 20.0)
+    assert all(torch.equal(value, before[key]) for key, value in corrector.state_dict().items())
+
+
+def test_making_an_mlp_moves_nobodys_random_numbers(monkeypatch):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("reseeds the GPUs"))
     MLPCorrector(DIM)
     assert torch.equal(torch.rand(3), expected)
 
@@ -154,3 +182,53 @@ def test_making_an_mlp_moves_nobodys_random_numbers():
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+# ---------------------------------------------------------------------- pull-back
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("name", CORRECTORS)
+def test_pulled_back_embeddings_are_corrected_to_the_fresh_ones(name, normalize):
+    corrector = make_corrector(name, DIM, normalize=normalize)
+    fit(corrector, 40)
+    fresh = unit(50, DIM, seed=31)
+    pulled = corrector.pull_back(fresh)
+    torch.testing.assert_close(corrector(pulled.stale), fresh, atol=1e-5, rtol=0)
+    assert not pulled.damped and pulled.residual.max() < 1e-5
+    if name != "identity":
+        assert (pulled.stale - fresh).abs().max() > 0.02, "the stale frame is another one"
+
+
+def test_an_ill_conditioned_map_is_damped_and_says_so():
+    corrector = RidgeCorrector(DIM)
+    corrector.weight = -torch.eye(DIM)
+    corrector.weight[0, 0] = -1 + 1e-6
+    corrector.weight[1:, 1:] += torch.eye(DIM - 1)
+    fresh = unit(20, DIM)
+    pulled = corrector.pull_back(fresh)
+    assert pulled.damped and torch.isfinite(pulled.stale).all()
+    assert pulled.stale.norm(dim=-1).max() < 10, "no row is blown up"
+    assert pulled.residual.max() > 1e-3, "what could not be solved is reported"
+    torch.testing.assert_close((corrector.forward(pulled.stale))[:, 1:].norm(dim=-1), torch.ones(20), atol=0.1, rtol=0)
+
+
+def test_an_mlp_that_is_no_contraction_keeps_its_best_and_says_so():
+    corrector = MLPCorrector(DIM, hidden=64, activation="relu")
+    with torch.no_grad():
+        corrector.network[2].weight.normal_(0, 3.0, generator=torch.Generator().manual_seed(0))
+    fresh = unit(20, DIM)
+    pulled = corrector.pull_back(fresh)
+    start = corrector.correction(fresh).norm(dim=-1)
+    assert pulled.damped and torch.isfinite(pulled.stale).all() and (pulled.residual <= start + 1e-6).all()
+    missing = (pulled.stale + corrector.correction(pulled.stale) - fresh).norm(dim=-1)
+    torch.testing.assert_close(missing, pulled.residual, atol=1e-4, rtol=1e-4)
+
+
+def test_correcting_the_queries_is_correcting_the_corpus():
+    corrector = RidgeCorrector(DIM, normalize=False)
+    fit(corrector, 10)
+    queries, stale = unit(7, DIM, seed=1), unit(30, DIM, seed=2)
+    transformed, offset = corrector.on_query_side(queries)
+    torch.testing.assert_close(transformed @ stale.T + offset[:, None], queries @ corrector(stale).T)
+    assert (transformed - queries).abs().max() > 0.02 and offset.abs().max() > 0.01

@@ -9,6 +9,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from st_corrector import Corpus, CorpusError, CorpusRetrievalEvaluator, CorrectedMultipleNegativesLoss, InputError
 from st_corrector.evaluation import contains_answer, ranking_metrics
+from st_corrector.search import RunningTopK
 
 
 @pytest.fixture
@@ -67,13 +68,13 @@ def test_answer_recall_counts_the_text_and_not_the_title(static_model):
     corpus = Corpus.from_texts(texts, titles=["word9", None, None])
     corpus.add_split(
         "dev",
-        {"q": "word1 word2", "r": "word3 word4", "s": "word5 word6"},
-        {"q": ["0"], "r": ["1"], "s": ["2"]},
-        answers={"q": ["word9"], "r": ["WORD4"]},
+        {"q": "word1 word2", "r": "word3 word4", "s": "word5 word6", "t": "word5"},
+        {"q": ["0"], "r": ["1"], "s": ["2"], "t": ["2"]},
+        answers={"q": ["word9"], "r": ["WORD4"], "t": ["word"]},
     )
     metrics = CorpusRetrievalEvaluator(corpus, "dev")(static_model)
-    assert metrics["answer_recall@100"] == 0.5, "of the two queries that have answers"
-    assert metrics["answer_recall@1"] == 0.5 and metrics["recall@1"] == 1.0
+    assert metrics["answer_recall@100"] == pytest.approx(1 / 3), "of the three queries that have answers"
+    assert metrics["answer_recall@1"] == pytest.approx(1 / 3) and metrics["recall@1"] == 1.0
 
 
 def test_a_corpus_smaller_than_the_depth(static_model, judged):
@@ -137,3 +138,22 @@ def test_what_cannot_be_evaluated_is_refused(judged):
     model = SentenceTransformer(modules=list(make_static_model()), device="cpu", similarity_fn_name="euclidean")
     with pytest.raises(InputError, match="compares by 'euclidean'"):
         CorpusRetrievalEvaluator(judged, "dev")(model)
+
+
+def test_truncated_dimensions_are_compared_at_the_same_width(judged):
+    model = SentenceTransformer(modules=list(make_static_model()), device="cpu", truncate_dim=8)
+    rows = CorpusRetrievalEvaluator(judged, "dev").retrieve(model)
+    queries = model.encode_query(judged.qrels("dev").queries["text"][:], convert_to_tensor=True)
+    assert queries.shape[1] == 8
+    scores = model.similarity(queries, model.encode_document(judged.texts(range(300)), convert_to_tensor=True))
+    torch.testing.assert_close(scores.gather(1, rows), scores.topk(100).values)
+
+
+def test_few_scores_are_held_at_once(static_model, judged, monkeypatch):
+    expected = CorpusRetrievalEvaluator(judged, "dev").retrieve(static_model)
+    widest = []
+    update = RunningTopK.update
+    monkeypatch.setattr(RunningTopK, "update", lambda self, s, row: widest.append(s.numel()) or update(self, s, row))
+    monkeypatch.setattr("st_corrector.evaluation._SCORES_AT_ONCE", 60 * 32)
+    assert torch.equal(CorpusRetrievalEvaluator(judged, "dev").retrieve(static_model), expected)
+    assert max(widest) <= 60 * 32

@@ -87,18 +87,22 @@ def test_dot_product_and_unnormalised_encoders(corpus, tmp_path):
     cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
     norms = cache[range(200)].norm(dim=-1)
     assert norms.std() > 0.1, "an encoder whose embeddings have different lengths"
-    rows = [0, 1, 2, 3]
-    features, labels = batch_of(model, corpus, rows)
+    features, labels = batch_of(model, corpus, [0, 1, 2, 3])
     queries = model(dict(features[0]))["sentence_embedding"].detach()
     exclude = torch.full((4, 1), -1)
     for similarity, normalize in ((dot_score, False), (cos_sim, True)):
         loss = CorrectedMultipleNegativesLoss(
-            model, corpus, cache, num_negatives=5, corrector="ridge", similarity_fct=similarity, scale=1.0
+            model, corpus, cache, num_negatives=5, corrector="ridge", similarity_fct=similarity, scale=2.0
         )
         assert loss.corrector.normalize is normalize
         expected = similarity(queries, cache[range(200)]).topk(5).indices.unique()
         assert torch.equal(loss.select(queries, exclude), expected)
-        assert torch.isfinite(loss(features, labels)["task_loss"])
+        columns = torch.cat([labels, loss.select(queries, labels[:, None])]).unique()
+        logits = 2 * similarity(queries, cache[columns])
+        task_loss = torch.nn.functional.cross_entropy(logits, torch.searchsorted(columns, labels))
+        torch.testing.assert_close(loss(features, labels)["task_loss"].detach(), task_loss)
+    with pytest.raises(InputError, match="make it with normalize=False"):
+        CorrectedMultipleNegativesLoss(model, corpus, cache, corrector=RidgeCorrector(24), similarity_fct=dot_score)
 
 
 def test_in_batch_negatives_can_be_left_out(static_model, corpus, cache):
@@ -167,8 +171,84 @@ def test_the_trainers_optimizer_does_not_know_the_corrector(static_model, corpus
     loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, corrector=corrector)
     assert {id(p) for p in loss.parameters()} == {id(p) for p in static_model.parameters()}
     assert not set(dict(loss.named_buffers())) - {f"model.{name}" for name, _ in static_model.named_buffers()}
-    before = loss.corrector
-    assert loss.to("cpu").corrector is before
+
+
+def test_the_corrector_learns_from_each_row_s_own_pair(static_model, tmp_path, monkeypatch):
+    """Stale and fresh embeddings of the same rows, each row once, and the step's queries."""
+    queries, texts = make_texts(60)
+    corpus = Corpus.from_texts(texts)
+    relevant = {str(q): [str(q)] for q in range(60)} | {"1": ["0"]}  # queries 0 and 1 share target 0
+    corpus.add_split("train", {str(q): text for q, text in enumerate(queries)}, relevant)
+    cache = EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=3, corrector="ridge", scale=7.0)
+    with torch.no_grad():
+        static_model[1].linear.weight += 0.1 * torch.randn_like(static_model[1].linear.weight)
+    stale, fresh = cache[range(60)], static_model.encode(texts, convert_to_tensor=True)
+    assert not torch.allclose(stale, fresh, atol=0.01)
+    seen = {}
+    original = loss.corrector.fit_step
+    monkeypatch.setattr(loss.corrector, "fit_step", lambda *a, **k: seen.update(args=a) or original(*a, **k))
+    features, labels = batch_of(static_model, corpus, range(8))
+    assert labels.tolist()[:2] == [0, 0]
+    loss(features, labels)
+    got_stale, got_fresh, got_queries, got_scale = seen["args"]
+    rows = (got_stale @ stale.T).argmax(1)
+    assert len(set(rows.tolist())) == len(rows) > 7 and set(labels.tolist()) <= set(rows.tolist())
+    torch.testing.assert_close(got_stale, stale[rows])
+    torch.testing.assert_close(got_fresh, fresh[rows])
+    torch.testing.assert_close(got_queries, static_model.encode(queries[:8], convert_to_tensor=True))
+    assert got_scale == 7.0 and not got_fresh.requires_grad and not got_queries.requires_grad
+
+
+def test_write_back_puts_what_was_encoded_into_the_stale_frame(static_model, corpus, cache):
+    def step(loss):
+        features, labels = batch_of(static_model, corpus, range(16))
+        loss(features, labels)
+        return labels
+
+    with torch.no_grad():
+        static_model[1].linear.weight += 0.1 * torch.randn_like(static_model[1].linear.weight)
+    fresh = static_model.encode(corpus.texts(range(200)), convert_to_tensor=True)
+    for corrector in CORRECTORS:
+        loss = CorrectedMultipleNegativesLoss(
+            static_model, corpus, cache, num_negatives=4, corrector=corrector, write_back=True
+        )
+        labels = step(loss)
+        written = loss.search.overlay.rows
+        assert len(written) == loss.targets_encoded and set(labels.tolist()) <= set(written.tolist()) < set(range(200))
+        everything = torch.arange(200)
+        corrected = loss.corrector(loss.search.stale(everything))
+        torch.testing.assert_close(corrected[written], fresh[written], atol=1e-5, rtol=0)
+        untouched = torch.tensor(sorted(set(range(200)) - set(written.tolist())))
+        torch.testing.assert_close(loss.search.stale(untouched), cache[untouched])
+        # A search sees written rows as they are now, the others as they are corrected.
+        queries = torch.nn.functional.normalize(torch.randn(3, 24), dim=-1)
+        _, rows = loss.search.search(queries, 200)
+        torch.testing.assert_close(
+            (queries @ corrected.T).gather(1, rows), (queries @ corrected.T).sort(descending=True).values
+        )
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4)
+    step(loss)
+    assert len(loss.search.overlay) == 0, "off by default"
+
+
+def test_gumbel_sampling_draws_anew_at_every_step(static_model, corpus, cache):
+    def selected(scale, seed):
+        loss = CorrectedMultipleNegativesLoss(
+            static_model, corpus, cache, num_negatives=4, corrector="identity", sampler="gumbel", scale=scale
+        )
+        torch.manual_seed(seed)
+        return [loss.select(queries, labels[:, None]) for _ in range(12)]
+
+    features, labels = batch_of(static_model, corpus, range(16))
+    queries = static_model(dict(features[0]))["sentence_embedding"]
+    flat, peaked = selected(1e-3, 0), selected(1e3, 0)
+    assert not torch.equal(flat[0], flat[1]), "two steps draw differently"
+    assert all(torch.equal(*pair) for pair in zip(flat, selected(1e-3, 0), strict=True)), "the same seed draws the same"
+    assert not torch.equal(flat[0], selected(1e-3, 1)[0])
+    hardest = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, corrector="identity")
+    assert torch.equal(peaked[0], hardest.select(queries, labels[:, None])), "a very high scale leaves no chance"
+    assert len(torch.cat(flat).unique()) > 190, "a very low one leaves out nobody"
 
 
 # ---------------------------------------------------------------------- known positives
@@ -250,6 +330,37 @@ def test_evaluation_is_in_batch_and_changes_nothing(static_model, corpus, cache,
     assert value.keys() == {"task_loss"} == unlabelled.keys()
     torch.testing.assert_close(value["task_loss"], expected)
     torch.testing.assert_close(unlabelled["task_loss"], expected)
+
+
+def test_evaluation_masks_shared_positives_and_duplicates_too(static_model, tmp_path):
+    queries, texts = make_texts(4)
+    corpus = Corpus.from_texts([*texts[:3], texts[0]])
+    corpus.add_split(
+        "train", {str(q): text for q, text in enumerate(queries)}, {"0": ["0"], "1": ["1"], "2": ["1"], "3": ["3"]}
+    )
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, num_negatives=0)
+    features, labels = batch_of(static_model, corpus, range(4))
+    assert labels.tolist() == [0, 1, 1, 3]
+    with torch.no_grad():
+        value = loss(features, labels)["task_loss"]
+    x = static_model.encode(queries, convert_to_tensor=True)
+    scores = 20 * x @ static_model.encode(corpus.texts([0, 1]), convert_to_tensor=True).T
+    # Two candidates are left: target 0 (and its duplicate 3) and target 1, which two queries share.
+    expected = [-scores[q].log_softmax(-1)[target] for q, target in ((1, 1), (2, 1), (0, 0), (3, 0))]
+    four = (
+        torch.stack([scores[1, 0], scores[1, 1], scores[1, 0]]),
+        torch.stack([scores[2, 0], scores[2, 1], scores[2, 0]]),
+    )
+    expected[0], expected[1] = -four[0].log_softmax(-1)[1], -four[1].log_softmax(-1)[1]
+    torch.testing.assert_close(value, torch.stack(expected).mean())
+
+
+def test_several_processes_are_refused_when_the_loss_is_made(static_model, corpus, cache, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(InputError, match="not supported on 2 processes yet"):
+        CorrectedMultipleNegativesLoss(static_model, corpus, cache)
+    CorrectedMultipleNegativesLoss(static_model, corpus, num_negatives=0)
 
 
 # ---------------------------------------------------------------------- in the plain trainer
@@ -348,6 +459,14 @@ def test_refreshing_chooses_by_the_model_as_it_is(static_model, corpus, cache, t
     fresh = static_model.encode_document(corpus.texts(range(200)), convert_to_tensor=True)
     torch.testing.assert_close(loss.search.cache[range(200)], fresh)
     assert torch.equal(cache[range(200)], EmbeddingCache.load(tmp_path / "cache")[range(200)]), "the disk is as it was"
+    half = EmbeddingCache.build(static_model, corpus, tmp_path / "half", dtype="bfloat16", progress=False)
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, half, num_negatives=4, write_back=True)
+    features, labels = batch_of(static_model, corpus, range(16))
+    loss(features, labels)
+    assert len(loss.search.overlay) and loss.corrector.state_dict()["network.2.weight"].abs().sum() > 0
+    loss.refresh()
+    assert loss.search.cache.dtype == torch.bfloat16, "in the old cache's dtype"
+    assert len(loss.search.overlay) == 0 and loss.corrector.state_dict()["network.2.weight"].abs().sum() == 0
     with pytest.raises(InputError, match="at least 1 step, got 0"):
         RefreshCallback(loss, every=0)
 

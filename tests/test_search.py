@@ -180,12 +180,13 @@ def test_memory_stays_with_the_chunk():
 import resource, torch
 from st_corrector import CorrectedSearch, EmbeddingCache, RidgeCorrector
 torch.set_num_threads(2)
+def search(cache):
+    CorrectedSearch(cache, RidgeCorrector(64), chunk_size=4096).search(torch.randn(256, 64), 10)
+
+search(EmbeddingCache.from_tensor(torch.randn(8192, 64)))  # what the libraries need for themselves
 cache = EmbeddingCache.from_tensor(torch.randn(400_000, 64))
-search = CorrectedSearch(cache, RidgeCorrector(64), chunk_size=4096)
-search.search(torch.randn(128, 64), 10)
-search = CorrectedSearch(cache, RidgeCorrector(64), chunk_size=4096)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-search.search(torch.randn(256, 64), 10)
+search(cache)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, 400_000 * 64 * 4 // 1024)
 """
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

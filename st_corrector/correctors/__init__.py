@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import InputError
-from .base import Corrector
+from .affine import AffineCorrector
+from .base import Corrector, PullBack
 from .identity import IdentityCorrector
 from .mlp import MLPCorrector
 from .ridge import RidgeCorrector
@@ -28,4 +29,13 @@ def make_corrector(corrector: str | Corrector, dim: int, **settings: Any) -> Cor
     return CORRECTORS[corrector](dim, **settings)
 
 
-__all__ = ["CORRECTORS", "Corrector", "IdentityCorrector", "MLPCorrector", "RidgeCorrector", "make_corrector"]
+__all__ = [
+    "CORRECTORS",
+    "AffineCorrector",
+    "Corrector",
+    "IdentityCorrector",
+    "MLPCorrector",
+    "PullBack",
+    "RidgeCorrector",
+    "make_corrector",
+]

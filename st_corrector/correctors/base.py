@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+
+
+class PullBack(NamedTuple):
+    """What :meth:`Corrector.pull_back` found.
+
+    Args:
+        stale: ``z'``, ``(n, d)``, with ``h(z') ≈ g(y)`` for the present corrector.
+        residual: what is missing, ``‖z' + c(z') − g(y)‖ / ‖g(y)‖``, ``(n,)``.
+        damped: whether an exact solution was given up because it would have been unstable.
+    """
+
+    stale: Tensor
+    residual: Tensor
+    damped: bool
 
 
 class Corrector(ABC):
@@ -21,8 +35,8 @@ class Corrector(ABC):
     corrector owns what it learns and how, and is stepped by the loss; the task loss never reaches Ψ,
     the correction loss never reaches the encoder.
 
-    Subclasses keep their tensors in :attr:`tensors` and take every setting as a constructor argument
-    of the same name as the attribute that holds it, which makes :attr:`config` follow by itself.
+    Subclasses take every setting as a constructor argument of the same name as the attribute that holds it,
+    which makes :attr:`config` follow by itself.
 
     Args:
         dim: dimension ``d`` of the embeddings.
@@ -69,6 +83,39 @@ class Corrector(ABC):
             Metrics to log, as scalars; ``"correction_loss"`` is the loss before this step, if there is one.
         """
 
+    @torch.no_grad()
+    def pull_back(self, fresh: Tensor) -> PullBack:
+        """Fresh embeddings in the stale frame: ``z'`` for which the present corrector gives ``h(z') = g(y)``.
+
+        By the fixed-point iteration ``z' ← g(y) − c(z')``, ``c`` being :meth:`correction`, which converges where
+        ``c`` is a contraction. A row stops as soon as a step no longer makes it better, and keeps its best.
+
+        Args:
+            fresh: ``g(y)``, ``(n, d)``.
+        """
+        scale = fresh.norm(dim=-1).clamp_min(1e-12)
+        best, stale = fresh, fresh
+        residual = torch.full_like(scale, torch.inf)
+        for _ in range(_MAX_ITERATIONS):
+            missing = fresh - stale - self.correction(stale)
+            error = missing.norm(dim=-1) / scale
+            better = error < residual
+            best = torch.where(better[:, None], stale, best)
+            residual = torch.where(better, error, residual)
+            if not (better & (error > _TOLERANCE)).any():
+                break
+            stale = torch.where(better[:, None], stale + missing, best)
+        return PullBack(best, residual, bool((residual > 10 * _TOLERANCE).any()))
+
+    def _require_finite(self, loss: Tensor) -> Tensor:
+        """Refuse to learn from what is not finite: the step that did would spoil every later selection."""
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"The correction loss is {loss.item()}: the stale or fresh embeddings are not finite, or the corrector "
+                f"has diverged ({self!r}). Nothing was learnt from this step."
+            )
+        return loss
+
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """All that has been learnt and is needed to go on learning, as tensors by name."""
@@ -88,3 +135,7 @@ class Corrector(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
+
+
+_MAX_ITERATIONS = 50
+_TOLERANCE = 1e-6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Corrector
+from .base import Corrector, PullBack
 
 
 class IdentityCorrector(Corrector):
@@ -18,6 +18,10 @@ class IdentityCorrector(Corrector):
 
     def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
         return {}
+
+    def pull_back(self, fresh: Tensor) -> PullBack:
+        """``z' = g(y)``: the fresh embedding itself."""
+        return PullBack(fresh, fresh.new_zeros(len(fresh)), False)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

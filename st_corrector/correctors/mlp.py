@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from ..errors import InputError
 from .base import Corrector
@@ -62,12 +63,14 @@ class MLPCorrector(Corrector):
             )
         self.hidden, self.activation, self.loss = hidden, activation, loss
         self.learning_rate, self.steps, self.seed = learning_rate, steps, seed
-        # Initialised from its own generator state, so that building a corrector moves nobody's random numbers.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            first, last = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        # From a generator of its own, so that making a corrector moves nobody's random numbers; the distributions
+        # are those of nn.Linear.
+        generator = torch.Generator().manual_seed(seed)
+        first, last = skip_init(nn.Linear, dim, hidden), skip_init(nn.Linear, hidden, dim)
+        for parameter in (first.weight, first.bias):
+            nn.init.uniform_(parameter, -(dim**-0.5), dim**-0.5, generator=generator)
+        for parameter in (last.weight, last.bias):
+            nn.init.zeros_(parameter)
         self.network = nn.Sequential(first, _ACTIVATIONS[activation](), last)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate)
 
@@ -85,6 +88,7 @@ class MLPCorrector(Corrector):
                 else:
                     target = (scale * queries @ fresh.T).softmax(-1)
                     loss = F.cross_entropy(scale * queries @ corrected.T, target)
+                self._require_finite(loss)
                 gradients = torch.autograd.grad(loss, list(self.network.parameters()))
             for parameter, gradient in zip(self.network.parameters(), gradients, strict=True):
                 parameter.grad = gradient

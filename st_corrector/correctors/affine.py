@@ -1,0 +1,84 @@
+"""What affine correctors share: an exact pull-back, and scoring on the query side."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..fingerprint import differences
+from .base import Corrector, PullBack
+
+
+class AffineCorrector(Corrector):
+    """``h(z) = zM + b`` with ``M = I + W``; subclasses learn :attr:`weight` ``W`` and :attr:`shift` ``b``.
+
+    Costs ``2·d²`` operations a target in the search; without normalisation nothing, since then
+    ``⟨f(x), zM + b⟩ = ⟨f(x)Mᵀ, z⟩ + ⟨f(x), b⟩``: the queries are transformed and the stale vectors stay as
+    they are.
+    """
+
+    def __init__(self, dim: int, *, normalize: bool = True) -> None:
+        super().__init__(dim, normalize=normalize)
+        self.weight = torch.zeros(dim, dim)
+        self.shift = torch.zeros(dim)
+
+    def correction(self, stale: Tensor) -> Tensor:
+        return torch.addmm(self.shift, stale, self.weight)
+
+    @property
+    def matrix(self) -> Tensor:
+        """``M``, ``(d, d)``."""
+        return self.weight + torch.eye(self.dim, device=self.weight.device)
+
+    def on_query_side(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """``(f(x)Mᵀ, ⟨f(x), b⟩)``, ``(B, d)`` and ``(B,)``: what makes stale vectors score as corrected ones.
+
+        Only right where :attr:`normalize` is off; the second part is the same for all of a query's targets.
+        """
+        return torch.addmm(queries, queries, self.weight.T), queries @ self.shift
+
+    @torch.no_grad()
+    def pull_back(self, fresh: Tensor) -> PullBack:
+        """One solve: ``z' = (g(y) − b) M⁻¹``.
+
+        Where ``M`` is so ill-conditioned that the solution grows beyond :data:`_LONGEST` times the embedding's own
+        length, which would carry rounding and noise into every later score, the whole step is solved with damping
+        instead (``z' = g + (g − gM − b) Mᵀ(MMᵀ + δI)⁻¹``, the least change of ``g`` that nearly solves it).
+        """
+        matrix = self.matrix
+        stale, info = torch.linalg.solve_ex(matrix.T, (fresh - self.shift).T)
+        stale = stale.T
+        too_long = stale.norm(dim=-1) > _LONGEST * fresh.norm(dim=-1)
+        damped = bool(info) or not bool(torch.isfinite(stale).all()) or bool(too_long.any())
+        if damped:
+            gram = matrix @ matrix.T
+            gram.diagonal().add_(_DAMPING * gram.diagonal().mean())
+            error = fresh - fresh @ matrix - self.shift
+            stale = fresh + error @ matrix.T @ torch.linalg.inv(gram)
+        residual = (stale @ matrix + self.shift - fresh).norm(dim=-1) / fresh.norm(dim=-1).clamp_min(1e-12)
+        return PullBack(stale.contiguous(), residual, damped)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self._tensors().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        expected = {name: tuple(value.shape) for name, value in self._tensors().items()}
+        found = {name: tuple(value.shape) for name, value in state.items()}
+        if different := differences(found, expected):
+            raise InputError(f"Not the state of {self!r}:\n  " + "\n  ".join(different))
+        for name, value in state.items():
+            setattr(self, name, value.clone().to(self.weight.device))
+
+    def to(self, device: torch.device | str) -> AffineCorrector:
+        for name, value in self._tensors().items():
+            setattr(self, name, value.to(device))
+        return self
+
+
+# A corrector near the identity, as every useful one is, has M's singular values within a factor of a few of 1.
+_LONGEST = 10.0
+_DAMPING = 1e-2

@@ -1,0 +1,89 @@
+"""Rows written back during a run: they lie over the cache, which itself never changes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Overlay:
+    """Vectors that stand for some of the cache's rows from the moment they were written.
+
+    A training step encodes some targets afresh. Writing what it learnt back, *in the frame of the stale
+    embeddings* (:meth:`Corrector.pull_back`), keeps rows of every age in one frame: later correctors move the
+    written row on with the drift that they have learnt since. Memory: 4 bytes for each target of the corpus, and
+    a float32 vector for each row written.
+
+    Args:
+        size: number of targets ``N``.
+        dim: dimension ``d``.
+    """
+
+    def __init__(self, size: int, dim: int) -> None:
+        self._slot = torch.full((size,), -1, dtype=torch.int32)
+        self._rows = torch.empty(0, dtype=torch.int64)
+        self._vectors = torch.empty(0, dim)
+        self._used = 0
+
+    def __len__(self) -> int:
+        """How many rows have been written."""
+        return self._used
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows that have been written, in the order of their first writing."""
+        return self._rows[: self._used]
+
+    @property
+    def vectors(self) -> Tensor:
+        """The vectors of :attr:`rows`, ``(len(overlay), d)``."""
+        return self._vectors[: self._used]
+
+    def write(self, rows: Tensor, vectors: Tensor) -> None:
+        """Let ``vectors`` ``(n, d)`` stand for the distinct ``rows`` ``(n,)`` from now on."""
+        self.to(vectors.device)
+        new = rows[self._slot[rows] < 0]
+        self._reserve(self._used + len(new))
+        slots = torch.arange(self._used, self._used + len(new), dtype=torch.int32, device=rows.device)
+        self._slot[new] = slots
+        self._rows[self._used : self._used + len(new)] = new
+        self._used += len(new)
+        self._vectors[self._slot[rows].long()] = vectors.detach().float()
+
+    def _reserve(self, used: int) -> None:
+        """Room for ``used`` rows; it doubles, so that writing stays linear in what is written."""
+        capacity = len(self._rows)
+        if used <= capacity:
+            return
+        capacity = min(max(used, 2 * capacity, 1024), len(self._slot))
+        grown_rows = self._rows.new_empty(capacity)
+        grown_vectors = self._vectors.new_empty(capacity, self._vectors.shape[1])
+        grown_rows[: self._used], grown_vectors[: self._used] = self.rows, self.vectors
+        self._rows, self._vectors = grown_rows, grown_vectors
+
+    def replace(self, stale: Tensor, rows: Tensor | slice) -> Tensor:
+        """``stale`` ``(n, d)``, the cache's vectors of ``rows``, with those rows replaced that have been written."""
+        if not self._used:
+            return stale
+        self.to(stale.device)
+        slot = self._slot[rows]
+        written = slot >= 0
+        return torch.where(written[:, None], self._vectors[slot.clamp(min=0).long()], stale) if written.any() else stale
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The written rows and their vectors."""
+        return {"rows": self.rows.clone(), "vectors": self.vectors.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` of an overlay of the same corpus returned."""
+        self._slot.fill_(-1)
+        self._used = 0
+        self.write(state["rows"].to(self._slot.device), state["vectors"].to(self._slot.device))
+
+    def to(self, device: torch.device | str) -> Overlay:
+        """Move everything to ``device``, in place; returns itself."""
+        if self._slot.device != torch.device(device):
+            self._slot, self._rows, self._vectors = (
+                each.to(device) for each in (self._slot, self._rows, self._vectors)
+            )
+        return self
