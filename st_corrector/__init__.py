@@ -4,13 +4,24 @@ from ._version import __version__
 from .cache import EmbeddingCache
 from .callbacks import RefreshCallback
 from .corpus import Corpus
-from .correctors import Corrector, IdentityCorrector, MLPCorrector, RidgeCorrector
+from .correctors import (
+    AffineCorrector,
+    Corrector,
+    IdentityCorrector,
+    KernelRidgeCorrector,
+    MeanShiftCorrector,
+    MLPCorrector,
+    OrthogonalCorrector,
+    RidgeCorrector,
+    RidgeMLPCorrector,
+)
 from .errors import CacheError, CorpusError, InputError, StCorrectorError
 from .evaluation import CorpusRetrievalEvaluator
 from .loss import CorrectedMultipleNegativesLoss
 from .search import CorrectedSearch
 
 __all__ = [
+    "AffineCorrector",
     "CacheError",
     "Corpus",
     "CorpusError",
@@ -21,9 +32,13 @@ __all__ = [
     "EmbeddingCache",
     "IdentityCorrector",
     "InputError",
+    "KernelRidgeCorrector",
     "MLPCorrector",
+    "MeanShiftCorrector",
+    "OrthogonalCorrector",
     "RefreshCallback",
     "RidgeCorrector",
+    "RidgeMLPCorrector",
     "StCorrectorError",
     "__version__",
 ]

@@ -175,7 +175,7 @@ def test_making_an_mlp_moves_nobodys_random_numbers(monkeypatch):
         (lambda: MLPCorrector(DIM, hidden=0), "hidden and steps must be at least 1"),
         (lambda: RidgeCorrector(DIM, regularization=0), "regularization must be positive"),
         (lambda: RidgeCorrector(DIM, forgetting=1.1), r"forgetting in \(0, 1\], got 1.0 and 1.1"),
-        (lambda: make_corrector("lstm", DIM), "corrector 'lstm' is not one of identity, mlp, ridge"),
+        (lambda: make_corrector("lstm", DIM), "corrector 'lstm' is not one of identity, mean-shift, orthogonal, ridge"),
         (lambda: make_corrector(IdentityCorrector(3), DIM), "is for dimension 3, the embeddings have 12"),
     ],
 )

@@ -8,10 +8,25 @@ from ..errors import InputError
 from .affine import AffineCorrector
 from .base import Corrector, PullBack
 from .identity import IdentityCorrector
+from .kernel import KernelRidgeCorrector
+from .mean_shift import MeanShiftCorrector
 from .mlp import MLPCorrector
+from .orthogonal import OrthogonalCorrector
 from .ridge import RidgeCorrector
+from .ridge_mlp import RidgeMLPCorrector
 
-CORRECTORS: dict[str, type[Corrector]] = {cls.name: cls for cls in (IdentityCorrector, MLPCorrector, RidgeCorrector)}
+CORRECTORS: dict[str, type[Corrector]] = {
+    cls.name: cls
+    for cls in (
+        IdentityCorrector,
+        MeanShiftCorrector,
+        OrthogonalCorrector,
+        RidgeCorrector,
+        KernelRidgeCorrector,
+        MLPCorrector,
+        RidgeMLPCorrector,
+    )
+}
 
 
 def make_corrector(corrector: str | Corrector, dim: int, **settings: Any) -> Corrector:
@@ -34,8 +49,12 @@ __all__ = [
     "AffineCorrector",
     "Corrector",
     "IdentityCorrector",
+    "KernelRidgeCorrector",
     "MLPCorrector",
+    "MeanShiftCorrector",
+    "OrthogonalCorrector",
     "PullBack",
     "RidgeCorrector",
+    "RidgeMLPCorrector",
     "make_corrector",
 ]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..fingerprint import differences
 from .base import Corrector, PullBack
+from .state import TensorState
 
 
-class AffineCorrector(Corrector):
+class AffineCorrector(TensorState, Corrector):
     """``h(z) = zM + b`` with ``M = I + W``; subclasses learn :attr:`weight` ``W`` and :attr:`shift` ``b``.
 
     Costs ``2·d²`` operations a target in the search; without normalisation nothing, since then
@@ -58,25 +57,6 @@ class AffineCorrector(Corrector):
             stale = fresh + error @ matrix.T @ torch.linalg.inv(gram)
         residual = (stale @ matrix + self.shift - fresh).norm(dim=-1) / fresh.norm(dim=-1).clamp_min(1e-12)
         return PullBack(stale.contiguous(), residual, damped)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self._tensors().items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        expected = {name: tuple(value.shape) for name, value in self._tensors().items()}
-        found = {name: tuple(value.shape) for name, value in state.items()}
-        if different := differences(found, expected):
-            raise InputError(f"Not the state of {self!r}:\n  " + "\n  ".join(different))
-        for name, value in state.items():
-            setattr(self, name, value.clone().to(self.weight.device))
-
-    def to(self, device: torch.device | str) -> AffineCorrector:
-        for name, value in self._tensors().items():
-            setattr(self, name, value.to(device))
-        return self
 
 
 # A corrector near the identity, as every useful one is, has M's singular values within a factor of a few of 1.

@@ -1,0 +1,76 @@
+"""Kernel ridge regression by random features: what an affine map cannot follow, in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .base import Corrector
+from .regression import StreamingRidge
+from .state import TensorState
+
+
+class KernelRidgeCorrector(TensorState, Corrector):
+    """``h(z) = z + [z, c, φ(z)] W``, with random Fourier features of a Gaussian kernel.
+
+    ``φ(z) = √(2/m) cos(Ωz + u)``, ``Ω ~ N(0, 1/σ²)``, ``u ~ U[0, 2π)``, gives
+    ``⟨φ(z), φ(z')⟩ ≈ exp(−‖z − z'‖²/2σ²)`` (`Rahimi and Recht 2007
+    <https://papers.nips.cc/paper/3182-random-features-for-large-scale-kernel-machines>`_), and ``W`` is a
+    :class:`StreamingRidge` from these features to ``g(y) − z``. Affine in the features: a cache of them, ``m`` numbers
+    a target beside ``z``'s ``d``, could be searched from the query side. As it is, it costs ``2·d·m + 2·(d + m)·d``
+    operations a target in the search.
+
+    Args:
+        dim: dimension ``d`` of the embeddings.
+        features: ``m``.
+        bandwidth: ``σ``, in units of the embeddings (unit vectors are 0 to 2 apart).
+        regularization: λ.
+        forgetting: ρ, the weight that is left of a pair after one more step, in ``(0, 1]``.
+        bias: the constant ``c``, as in :class:`RidgeCorrector`.
+        seed: of the random features.
+        normalize: see :class:`Corrector`.
+
+    Raises:
+        InputError: λ, σ or m is not positive, or ρ is outside ``(0, 1]``.
+    """
+
+    name = "kernel-ridge"
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        features: int = 512,
+        bandwidth: float = 1.0,
+        regularization: float = 1.0,
+        forgetting: float = 0.97,
+        bias: float = 0.1,
+        seed: int = 0,
+        normalize: bool = True,
+    ) -> None:
+        super().__init__(dim, normalize=normalize)
+        if features < 1 or not bandwidth > 0:
+            raise InputError(f"features must be at least 1 and bandwidth positive, got {features} and {bandwidth}.")
+        self.features, self.bandwidth, self.seed = features, bandwidth, seed
+        self.regularization, self.forgetting, self.bias = regularization, forgetting, bias
+        generator = torch.Generator().manual_seed(seed)
+        self._frequencies = torch.randn(dim, features, generator=generator) / bandwidth
+        self._phases = torch.rand(features, generator=generator) * 2 * math.pi
+        self._regression = StreamingRidge(dim + 1 + features, dim, regularization, forgetting)
+        self._weight = torch.zeros(dim + 1 + features, dim)
+
+    def _features(self, stale: Tensor) -> Tensor:
+        waves = torch.addmm(self._phases, stale, self._frequencies).cos_().mul_((2 / self.features) ** 0.5)
+        return torch.cat([stale, stale.new_full((len(stale), 1), self.bias), waves], dim=1)
+
+    def correction(self, stale: Tensor) -> Tensor:
+        return self._features(stale) @ self._weight
+
+    @torch.no_grad()
+    def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
+        error = self._require_finite((fresh - self(stale)).square().sum(-1).mean())
+        self._weight = self._regression.update(self._features(stale), fresh - stale)
+        return {"correction_loss": error}
