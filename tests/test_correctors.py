@@ -2,7 +2,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from st_corrector import IdentityCorrector, InputError, MLPCorrector, RidgeCorrector
+from st_corrector import (
+    IdentityCorrector,
+    InputError,
+    KernelRidgeCorrector,
+    MeanShiftCorrector,
+    MLPCorrector,
+    OrthogonalCorrector,
+    RidgeCorrector,
+    RidgeMLPCorrector,
+)
 from st_corrector.correctors import CORRECTORS, make_corrector
 
 DIM = 12
@@ -42,6 +51,8 @@ def test_before_its_first_step_every_corrector_is_the_stale_baseline(name, norma
         MLPCorrector(DIM, hidden=64, learning_rate=3e-3, loss="mse", activation="relu"),
         MLPCorrector(DIM, hidden=64, steps=3),
         RidgeCorrector(DIM),
+        KernelRidgeCorrector(DIM, features=64),
+        RidgeMLPCorrector(DIM, hidden=32),
     ],
     ids=repr,
 )
@@ -53,6 +64,43 @@ def test_a_corrector_learns_the_drift(corrector):
     before, after = (1 - (each * fresh).sum(-1).mean() for each in (stale, corrected))
     assert after < 0.35 * before, "on rows that it has never seen"
     torch.testing.assert_close(corrected.norm(dim=-1), torch.ones(len(stale)))
+
+
+def test_a_common_shift_and_a_rotation_are_learnt_by_those_made_for_them():
+    generator = torch.Generator().manual_seed(3)
+    skew = torch.randn(DIM, DIM, generator=generator)
+    rotation = torch.linalg.matrix_exp(0.3 * (skew - skew.T) / DIM**0.5)
+    shift = 0.3 * unit(DIM, seed=5)
+    maps = {MeanShiftCorrector: lambda z: z + shift, OrthogonalCorrector: lambda z: z @ rotation}
+    for make, drift in maps.items():
+        corrector = make(DIM, normalize=False)
+        for seed in range(60):
+            stale = unit(40, DIM, seed=seed)
+            corrector.fit_step(stale, drift(stale), stale[:3], 20.0)
+        stale = unit(30, DIM, seed=999)
+        torch.testing.assert_close(corrector(stale), drift(stale), atol=0.02, rtol=0)
+        assert (drift(stale) - stale).abs().max() > 0.1
+    matrix = corrector.matrix
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(DIM), atol=1e-4, rtol=0)
+
+
+def test_kernel_features_follow_what_no_affine_map_can():
+    """A drift that depends on where a target lies: two clusters that move in opposite directions."""
+    centre, step = unit(DIM, seed=1), 0.3 * unit(DIM, seed=2)
+
+    def pair(seed):
+        side = torch.where(torch.arange(40) % 2 == 0, 1.0, -1.0)[:, None]
+        stale = torch.nn.functional.normalize(side * centre + 0.3 * unit(40, DIM, seed=seed), dim=-1)
+        return stale, F.normalize(stale + step * (stale @ centre).square()[:, None], dim=-1)
+
+    errors = {}
+    for make in (RidgeCorrector, KernelRidgeCorrector):
+        corrector = make(DIM, bias=1e-3, regularization=0.1)
+        for seed in range(60):
+            corrector.fit_step(*pair(seed), unit(2, DIM), 20.0)
+        stale, fresh = pair(1000)
+        errors[make] = (1 - (corrector(stale) * fresh).sum(-1)).mean()
+    assert errors[KernelRidgeCorrector] < 0.5 * errors[RidgeCorrector]
 
 
 def test_identity_learns_nothing():
