@@ -17,6 +17,7 @@ from .correctors import (
 )
 from .errors import CacheError, CorpusError, InputError, StCorrectorError
 from .evaluation import CorpusRetrievalEvaluator
+from .filters import FalseNegativeFilter
 from .loss import CorrectedMultipleNegativesLoss
 from .search import CorrectedSearch
 
@@ -30,6 +31,7 @@ __all__ = [
     "CorrectedSearch",
     "Corrector",
     "EmbeddingCache",
+    "FalseNegativeFilter",
     "IdentityCorrector",
     "InputError",
     "KernelRidgeCorrector",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +18,26 @@ from .corpus import Corpus
 from .correctors import Corrector, make_corrector
 from .encoding import DocumentEncoder, unwrap
 from .errors import InputError
-from .filters import is_in, known_positives, pad_rows, repeats_earlier
+from .filters import FalseNegativeFilter, is_in, known_positives, pad_rows, repeats_earlier
 from .fingerprint import differences
 from .search import NO_ROW, SAMPLERS, CorrectedSearch, Sampler
 from .tokens import TokenizedCorpus
 
 _REFRESHED_AT_ONCE = 16_384
+
+
+class Selection(NamedTuple):
+    """The negatives of a batch.
+
+    Args:
+        rows: each query's negatives, ``(B, k)``, hardest first; −1 where fewer were allowed.
+        verified_rows: the distinct rows that were encoded to be verified, ``(V,)``; none unless asked for.
+        verified: their fresh embeddings, ``(V, d)``.
+    """
+
+    rows: Tensor
+    verified_rows: Tensor
+    verified: Tensor
 
 
 class CorrectedMultipleNegativesLoss(nn.Module):
@@ -39,6 +53,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
         in_batch_negatives: bool = True,
         write_back: bool = False,
+        candidates: int | None = None,
+        false_negatives: FalseNegativeFilter | None = None,
         split: str = "train",
     ) -> None:
         r"""
@@ -66,13 +82,19 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 plain in-batch negatives.
             corrector: ``"mlp"`` (the paper's), ``"ridge"``, ``"identity"`` (choose by the stale embeddings), or a
                 :class:`Corrector` with settings of your own.
-            sampler: ``"top_k"`` takes the hardest; ``"gumbel"`` samples from the corrected softmax without replacement.
+            sampler: ``"top_k"`` takes the hardest, ``"gumbel"`` samples from the corrected softmax without replacement,
+                ``"uniform"`` from all targets alike.
             scale: output of the similarity function is multiplied by it (the inverse temperature).
             similarity_fct: :func:`sentence_transformers.util.cos_sim` or :func:`sentence_transformers.util.dot_score`
                 (then set ``scale`` to 1).
             in_batch_negatives: whether the other queries' positives are negatives too.
             write_back: whether what a step has encoded afresh stands for these targets from then on, in the frame of
                 the stale embeddings (:meth:`CorrectedSearch.write_back`), so that later corrections move it on.
+            candidates: verify: take so many targets for each query by corrected score (more than ``num_negatives``),
+                encode them without gradient, and keep the hardest by fresh score. Their fresh embeddings teach the
+                corrector too. Costs those encodings; see :attr:`targets_verified`.
+            false_negatives: which targets are too similar to be negatives, judged by corrected scores when they are
+                chosen and by fresh ones in the softmax.
             split: the corpus split that is trained on: its judgements say what else is relevant to a query.
                 A query is known by its positive's row: where one target answers several queries of the split, nothing
                 that is relevant to any of them is a negative for them.
@@ -127,7 +149,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 that are not finite.
         """
         super().__init__()
-        _check_settings(corpus, cache, num_negatives, sampler, scale, similarity_fct, split)
+        _check_settings(corpus, cache, num_negatives, candidates, sampler, scale, similarity_fct, split)
         self.model = model
         self.corpus = corpus
         self.num_negatives = num_negatives
@@ -136,9 +158,13 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         self.similarity_fct = similarity_fct
         self.in_batch_negatives = in_batch_negatives
         self.write_back = write_back
+        self.candidates = candidates
+        self.false_negatives = false_negatives or FalseNegativeFilter()
         self.split = split
         self.targets_encoded = 0
         """Targets encoded for the task loss so far, positives and negatives."""
+        self.targets_verified = 0
+        """Targets encoded without gradient to verify them so far; see ``candidates``."""
         self.targets_reencoded = 0
         """Targets encoded only to refresh the cache so far; zero unless :meth:`refresh` is called."""
         self._qrels = corpus.qrels(split) if corpus.splits else None
@@ -194,7 +220,11 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             self.targets_encoded += len(rows) if training else 0
             return {"task_loss": self._task_loss(queries, positives, self._forbidden(rows, rows[:0], known))}
 
-        selected = self.select(queries, known)
+        with torch.no_grad():
+            positive_scores = (self._comparable(queries) * self._comparable(positives)).sum(-1)
+            ceiling = self.false_negatives.ceiling(positive_scores)
+        selection = self.select(queries, known, ceiling)
+        selected = selection.rows[selection.rows != NO_ROW].unique()
         negative_rows = selected[~torch.isin(selected, rows)]
         self.targets_encoded += len(rows) + len(negative_rows)
         candidates = positives
@@ -202,24 +232,50 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             negative_features = self.encoder.features(negative_rows.cpu().numpy(), queries.device)
             negatives = _finite(self.model(negative_features)["sentence_embedding"], "negatives", negative_rows)
             candidates = torch.cat([positives, negatives])
-        task_loss = self._task_loss(queries, candidates, self._forbidden(rows, negative_rows, known, selected))
-        return {"task_loss": task_loss, **self._fit_corrector(queries, candidates, torch.cat([rows, negative_rows]))}
+        forbidden = self._forbidden(rows, negative_rows, known, selected)
+        task_loss = self._task_loss(queries, candidates, forbidden, ceiling)
+        candidate_rows = torch.cat([rows, negative_rows, selection.verified_rows])
+        fresh = torch.cat([self._comparable(candidates), selection.verified])
+        return {"task_loss": task_loss, **self._fit_corrector(queries, fresh, candidate_rows)}
 
     @torch.no_grad()
-    def select(self, queries: Tensor, exclude: Tensor) -> Tensor:
-        """The distinct corpus rows that the batch's queries take as negatives, ascending.
+    def select(self, queries: Tensor, exclude: Tensor, ceiling: Tensor | None = None) -> Selection:
+        """The corpus rows that each query takes as negatives, the hardest first.
 
         Args:
             queries: ``f(x)``, ``(B, d)``.
             exclude: rows each query must not take, ``(B, m)``, padded with −1.
+            ceiling: the highest score of a negative of each query, ``(B,)``.
         """
         _require_one_process()
+        queries = self._comparable(queries)
+        skipped = self.false_negatives.range_min
         # From torch's own generator: seeded by the trainer, and restored by it on resume.
-        seed = int(torch.randint(2**62, ()).item()) if self.sampler == "gumbel" else None
+        seed = int(torch.randint(2**62, ()).item()) if self.sampler != "top_k" else None
         _, rows = self.search.search(
-            self._comparable(queries), self.num_negatives, exclude, sampler=self.sampler, scale=self.scale, seed=seed
+            queries,
+            (self.candidates or self.num_negatives) + skipped,
+            exclude,
+            sampler=self.sampler,
+            scale=self.scale,
+            seed=seed,
+            ceiling=ceiling,
         )
-        return rows[rows != NO_ROW].unique()
+        if self.candidates is None:
+            return Selection(rows[:, skipped:], rows.new_empty(0), queries.new_empty(0, queries.shape[1]))
+        verified_rows = rows[rows != NO_ROW].unique()
+        if not len(verified_rows):
+            return Selection(rows[:, skipped:], verified_rows, queries.new_empty(0, queries.shape[1]))
+        verified = self._comparable(self.encoder.encode(unwrap(self.model), verified_rows.cpu().numpy()))
+        _finite(verified, "verified targets", verified_rows)
+        self.targets_verified += len(verified_rows)
+        position = torch.searchsorted(verified_rows, rows.clamp(min=0)).clamp(max=len(verified_rows) - 1)
+        scores = (queries @ verified.T).gather(1, position).masked_fill(rows == NO_ROW, -torch.inf)
+        if ceiling is not None:
+            scores = scores.masked_fill(scores > ceiling[:, None], -torch.inf)
+        best = scores.topk(self.num_negatives + skipped, dim=1)
+        rows = rows.gather(1, best.indices).masked_fill(best.values == -torch.inf, NO_ROW)
+        return Selection(rows[:, skipped:], verified_rows, verified)
 
     @torch.no_grad()
     def refresh(self, batch_size: int = 256) -> None:
@@ -253,20 +309,24 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         forbidden[:, : len(rows)] |= other
         return forbidden
 
-    def _task_loss(self, queries: Tensor, candidates: Tensor, forbidden: Tensor | None) -> Tensor:
+    def _task_loss(
+        self, queries: Tensor, candidates: Tensor, forbidden: Tensor | None, ceiling: Tensor | None = None
+    ) -> Tensor:
         """Cross-entropy of candidate ``i`` for query ``i`` among all candidates that are not forbidden."""
-        logits = self.similarity_fct(queries, candidates) * self.scale
+        scores = self.similarity_fct(queries, candidates)
         target = torch.arange(len(queries), device=queries.device)
         if forbidden is not None:
+            if ceiling is not None:
+                forbidden = forbidden | (scores.detach() > ceiling[:, None])
             forbidden[target, target] = False
-            logits = logits.masked_fill(forbidden, -torch.inf)
-        return F.cross_entropy(logits, target)
+            scores = scores.masked_fill(forbidden, -torch.inf)
+        return F.cross_entropy(scores * self.scale, target)
 
     @torch.no_grad()
-    def _fit_corrector(self, queries: Tensor, candidates: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        # A positive that two queries share has been encoded twice; negatives are distinct.
+    def _fit_corrector(self, queries: Tensor, fresh: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        # Positives that queries share were encoded twice, verified targets that were selected as well.
         once = ~repeats_earlier(rows)
-        rows, fresh = rows[once], self._comparable(candidates)[once]
+        rows, fresh = rows[once], fresh[once]
         stale = self.search.stale(rows)
         metrics = self.search.corrector.fit_step(stale, fresh, self._comparable(queries), self.scale)
         if self.write_back:
@@ -328,6 +388,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             "similarity_fct": similarity_fct_name(self.similarity_fct),
             "in_batch_negatives": self.in_batch_negatives,
             "write_back": self.write_back,
+            "candidates": self.candidates,
+            "false_negatives": repr(self.false_negatives),
             "corpus": repr(self.corpus),
         }
 
@@ -355,9 +417,13 @@ def _require_one_process() -> None:
             )
 
 
-def _check_settings(corpus, cache, num_negatives, sampler, scale, similarity_fct, split) -> None:
+def _check_settings(corpus, cache, num_negatives, candidates, sampler, scale, similarity_fct, split) -> None:
     if num_negatives < 0:
         raise InputError(f"num_negatives must not be negative, got {num_negatives}.")
+    if candidates is not None and candidates <= num_negatives:
+        raise InputError(
+            f"candidates are what the {num_negatives} negatives are chosen from: there must be more, got {candidates}."
+        )
     if num_negatives and cache is None:
         raise InputError("Negatives are chosen by a cache: pass EmbeddingCache.build(model, corpus, path).")
     if cache is not None and len(cache) != len(corpus):

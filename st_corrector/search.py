@@ -18,8 +18,8 @@ from .correctors import AffineCorrector, Corrector, PullBack
 from .errors import InputError
 from .overlay import Overlay
 
-Sampler = Literal["top_k", "gumbel"]
-SAMPLERS: tuple[Sampler, ...] = ("top_k", "gumbel")
+Sampler = Literal["top_k", "gumbel", "uniform"]
+SAMPLERS: tuple[Sampler, ...] = ("top_k", "gumbel", "uniform")
 NO_ROW = -1
 
 
@@ -160,6 +160,7 @@ class CorrectedSearch:
         sampler: Sampler = "top_k",
         scale: float = 1.0,
         seed: int | None = None,
+        ceiling: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The ``k`` targets of each query, by ``s = ⟨f(x), h(g'(y))⟩`` over all rows.
 
@@ -169,9 +170,10 @@ class CorrectedSearch:
             exclude: rows that each query must not get, ``(B, m)`` or ``(m,)`` for all, padded with −1.
             sampler: ``"top_k"`` takes the largest scores; ``"gumbel"`` draws without replacement from
                 ``P_h(y|x) ∝ exp(β s)``, Eq. 4 of `Monath et al. 2024 <https://arxiv.org/abs/2409.01890>`_, by
-                adding Gumbel noise to ``β s`` and taking the largest.
+                adding Gumbel noise to ``β s`` and taking the largest; ``"uniform"`` draws without regard to scores.
             scale: the inverse temperature β; only sampling depends on it.
-            seed: of the Gumbel noise; required for it. The same seed gives the same draw.
+            seed: of the random samplers' noise; required for them. The same seed gives the same draw.
+            ceiling: each query's highest allowed score ``s``, ``(B,)``.
 
         Returns:
             ``(scores, rows)``, each ``(B, k)``, best first (by noisy logit when sampling): scores are the
@@ -179,7 +181,7 @@ class CorrectedSearch:
             ordered by row.
 
         Raises:
-            InputError: the shapes do not fit, ``k < 1``, an unknown sampler, or no seed for ``"gumbel"``.
+            InputError: the shapes do not fit, ``k < 1``, an unknown sampler, or a random one without seed.
         """
         if queries.ndim != 2 or queries.shape[1] != self.cache.dim:
             raise InputError(f"Expected queries of shape (B, {self.cache.dim}), got {tuple(queries.shape)}.")
@@ -187,8 +189,9 @@ class CorrectedSearch:
             raise InputError(f"k must be at least 1, got {k}.")
         if sampler not in SAMPLERS:
             raise InputError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}.")
-        if sampler == "gumbel" and seed is None:
-            raise InputError("sampler='gumbel' needs a seed: an integer, another one for each draw.")
+        if sampler != "top_k" and seed is None:
+            raise InputError(f"sampler={sampler!r} needs a seed: an integer, another one for each draw.")
+        temper = {"top_k": 1.0, "gumbel": scale, "uniform": 0.0}[sampler]
         queries = queries.detach().float()
         device, batch_size = queries.device, len(queries)
         if exclude is not None:
@@ -201,8 +204,11 @@ class CorrectedSearch:
         for first_row, block in self.cache.chunks(self.chunk_size):
             vectors = self._prepare(block.to(device).float(), slice(first_row, first_row + len(block)))
             keys = probes @ (vectors if affine else self.corrector(vectors)).T
-            if sampler == "gumbel" and seed is not None:
-                keys = keys.mul_(scale).add_(gumbel_noise(batch_size, first_row, len(block), seed, device))
+            too_similar = keys > (ceiling - offset)[:, None] if ceiling is not None else None
+            if seed is not None and sampler != "top_k":
+                keys = keys.mul_(temper).add_(gumbel_noise(batch_size, first_row, len(block), seed, device))
+            if too_similar is not None:
+                keys = keys.masked_fill_(too_similar, -math.inf)
             if exclude is not None:
                 _mask_rows(keys, exclude, first_row)
             best.update(keys, first_row)

@@ -14,6 +14,7 @@ from st_corrector import (
     Corpus,
     CorrectedMultipleNegativesLoss,
     EmbeddingCache,
+    FalseNegativeFilter,
     IdentityCorrector,
     InputError,
     MLPCorrector,
@@ -96,8 +97,8 @@ def test_dot_product_and_unnormalised_encoders(corpus, tmp_path):
         )
         assert loss.corrector.normalize is normalize
         expected = similarity(queries, cache[range(200)]).topk(5).indices.unique()
-        assert torch.equal(loss.select(queries, exclude), expected)
-        columns = torch.cat([labels, loss.select(queries, labels[:, None])]).unique()
+        assert torch.equal(loss.select(queries, exclude).rows.unique(), expected)
+        columns = torch.cat([labels, loss.select(queries, labels[:, None]).rows.flatten()]).unique()
         logits = 2 * similarity(queries, cache[columns])
         task_loss = torch.nn.functional.cross_entropy(logits, torch.searchsorted(columns, labels))
         torch.testing.assert_close(loss(features, labels)["task_loss"].detach(), task_loss)
@@ -111,7 +112,7 @@ def test_in_batch_negatives_can_be_left_out(static_model, corpus, cache):
         static_model, corpus, cache, num_negatives=1, corrector="identity", in_batch_negatives=False
     )
     queries = static_model(dict(features[0]))["sentence_embedding"]
-    selected = alone.select(queries, labels[:, None])
+    selected = alone.select(queries, labels[:, None]).rows.unique()
     columns = torch.cat([labels, selected])
     allowed = torch.isin(columns, selected)[None, :] & (columns[None, :] != labels[:, None])
     allowed[:, :12] &= ~torch.eye(12, dtype=torch.bool)
@@ -131,7 +132,7 @@ def test_the_first_step_is_the_stale_baseline_with_any_corrector(static_model, c
     queries = static_model(dict(features[0]))["sentence_embedding"]
     stale = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, corrector="identity")
     loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, corrector=corrector)
-    assert torch.equal(loss.select(queries, labels[:, None]), stale.select(queries, labels[:, None]))
+    assert torch.equal(loss.select(queries, labels[:, None]).rows, stale.select(queries, labels[:, None]).rows)
     assert torch.equal(loss(features, labels)["task_loss"], stale(features, labels)["task_loss"])
 
 
@@ -238,7 +239,7 @@ def test_gumbel_sampling_draws_anew_at_every_step(static_model, corpus, cache):
             static_model, corpus, cache, num_negatives=4, corrector="identity", sampler="gumbel", scale=scale
         )
         torch.manual_seed(seed)
-        return [loss.select(queries, labels[:, None]) for _ in range(12)]
+        return [loss.select(queries, labels[:, None]).rows.unique() for _ in range(12)]
 
     features, labels = batch_of(static_model, corpus, range(16))
     queries = static_model(dict(features[0]))["sentence_embedding"]
@@ -247,7 +248,9 @@ def test_gumbel_sampling_draws_anew_at_every_step(static_model, corpus, cache):
     assert all(torch.equal(*pair) for pair in zip(flat, selected(1e-3, 0), strict=True)), "the same seed draws the same"
     assert not torch.equal(flat[0], selected(1e-3, 1)[0])
     hardest = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, corrector="identity")
-    assert torch.equal(peaked[0], hardest.select(queries, labels[:, None])), "a very high scale leaves no chance"
+    assert torch.equal(peaked[0], hardest.select(queries, labels[:, None]).rows.unique()), (
+        "a very high scale leaves no chance"
+    )
     assert len(torch.cat(flat).unique()) > 190, "a very low one leaves out nobody"
 
 
@@ -265,9 +268,10 @@ class Recorder:
             self.columns = torch.cat([rows, negatives])
             return original_forbidden(rows, negatives, *args)
 
-        def task_loss(queries, candidates, mask):
-            value = original_loss(queries, candidates, mask)
+        def task_loss(queries, candidates, mask, *args):
+            value = original_loss(queries, candidates, mask, *args)
             assert candidates.shape[0] == len(self.columns)
+            mask = mask & ~torch.eye(*mask.shape, dtype=torch.bool)
             for query, row in enumerate(mask):
                 self.seen.append((int(self.columns[query]), self.columns[~row].tolist()))
             return value
@@ -310,6 +314,98 @@ def test_a_known_positive_or_its_duplicate_is_never_a_negative(static_model, tmp
             assert not (set(seen) - {label}) & known[int(pair)]
             assert len(set(seen)) == len(seen), "no candidate counts twice"
             assert len(seen) > 20, "and there are negatives"
+
+
+# ---------------------------------------------------------------------- verification and false negatives
+
+
+def test_verification_keeps_the_hardest_by_fresh_score(static_model, corpus, cache, monkeypatch):
+    with torch.no_grad():
+        static_model[1].linear.weight += 0.15 * torch.randn_like(static_model[1].linear.weight)
+    features, labels = batch_of(static_model, corpus, range(16))
+    loss = CorrectedMultipleNegativesLoss(
+        static_model, corpus, cache, num_negatives=4, corrector="ridge", candidates=20, write_back=True
+    )
+    stale = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=20, corrector="identity")
+    queries = static_model.encode(corpus.pairs("train")[:16]["anchor"], convert_to_tensor=True)
+    fresh = static_model.encode(corpus.texts(range(200)), convert_to_tensor=True)
+    offered = stale.select(queries, labels[:, None]).rows
+    scores = (queries @ fresh.T).gather(1, offered)
+    expected = offered.gather(1, scores.topk(4).indices)
+    selection = loss.select(queries, labels[:, None])
+    assert torch.equal(selection.rows, expected)
+    assert not torch.equal(selection.rows, offered[:, :4]), "which are others than the hardest by stale score"
+    assert torch.equal(selection.verified_rows, offered.unique())
+    torch.testing.assert_close(selection.verified, fresh[offered.unique()])
+    loss(features, labels)
+    assert loss.targets_verified == 2 * len(offered.unique()), "counted at both calls"
+    assert loss.targets_encoded == len(torch.cat([labels, expected.flatten()]).unique())
+    written = set(loss.search.overlay.rows.tolist())
+    assert written == set(offered.flatten().tolist()) | set(labels.tolist()), "what was verified is written back too"
+    static_model.train()
+    loss.select(queries, labels[:, None])
+    assert static_model.training
+
+
+@pytest.mark.parametrize("candidates", [None, 60])
+def test_too_similar_targets_are_no_negatives(static_model, corpus, cache, monkeypatch, candidates):
+    features, labels = batch_of(static_model, corpus, range(32))
+    queries = static_model.encode(corpus.pairs("train")[:32]["anchor"], convert_to_tensor=True)
+    fresh = static_model.encode(corpus.texts(range(200)), convert_to_tensor=True)
+    scores = queries @ fresh.T
+    positive = scores[torch.arange(32), labels]
+    rules = FalseNegativeFilter(max_score=0.4, absolute_margin=0.05)
+    ceiling = torch.minimum(positive - 0.05, torch.tensor(0.4))
+    loss = CorrectedMultipleNegativesLoss(
+        static_model, corpus, cache, num_negatives=4, corrector="identity", candidates=candidates, false_negatives=rules
+    )
+    recorder = Recorder(loss, monkeypatch)
+    allowed = scores.clone()
+    allowed[torch.arange(32), labels] = -torch.inf
+    allowed[allowed > ceiling[:, None]] = -torch.inf
+    selection = loss.select(queries, labels[:, None], ceiling)
+    hardest = allowed.topk(4)
+    assert torch.equal(selection.rows, hardest.indices.masked_fill(hardest.values == -torch.inf, -1))
+    assert (scores.topk(5).values[:, 1:] > ceiling[:, None]).any(), "the rules keep something out"
+    loss(features, labels)
+    masked = []
+
+    def cross_entropy(logits, target):
+        masked.append(logits == -torch.inf)
+        return logits.sum() * 0
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", cross_entropy)
+    loss(features, labels)
+    columns = recorder.columns
+    too_similar = scores[:, columns] > ceiling[:, None]
+    own = torch.eye(32, len(columns), dtype=torch.bool)
+    assert torch.equal(masked[0], (too_similar | (columns[None] == labels[:, None])) & ~own)
+
+
+def test_the_hardest_can_be_left_out(static_model, corpus, cache):
+    queries = static_model.encode(corpus.pairs("train")[:8]["anchor"], convert_to_tensor=True)
+    exclude = torch.full((8, 1), -1)
+    rules = FalseNegativeFilter(range_min=3)
+    all_rows = (
+        CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=7).select(queries, exclude).rows
+    )
+    for candidates in (None, 30):
+        loss = CorrectedMultipleNegativesLoss(
+            static_model, corpus, cache, num_negatives=4, false_negatives=rules, candidates=candidates
+        )
+        assert torch.equal(loss.select(queries, exclude).rows, all_rows[:, 3:])
+
+
+def test_margins_are_those_of_the_papers():
+    positive = torch.tensor([0.8, 0.5, -0.2])
+    assert torch.equal(FalseNegativeFilter().ceiling(positive), torch.full((3,), torch.inf))
+    torch.testing.assert_close(FalseNegativeFilter(absolute_margin=0.1).ceiling(positive), positive - 0.1)
+    relative = FalseNegativeFilter(relative_margin=0.05).ceiling(positive)
+    torch.testing.assert_close(relative, torch.tensor([0.76, 0.475, -0.21]))
+    both = FalseNegativeFilter(max_score=0.6, relative_margin=0.05).ceiling(positive)
+    torch.testing.assert_close(both, torch.tensor([0.6, 0.475, -0.21]))
+    with pytest.raises(InputError, match=r"absolute_margin must not be negative, got -0\.1"):
+        FalseNegativeFilter(absolute_margin=-0.1)
 
 
 # ---------------------------------------------------------------------- evaluation
@@ -481,6 +577,7 @@ def test_unfit_settings_are_refused(static_model, corpus, cache):
     refused("num_negatives must not be negative, got -1", num_negatives=-1)
     refused("sampler 'best' is not one of top_k, gumbel", sampler="best")
     refused("scale must be positive, got 0", scale=0)
+    refused("what the 16 negatives are chosen from: there must be more, got 16", candidates=16)
     refused("cos_sim or dot_score", similarity_fct=torch.cdist)
     refused(r"no split 'training', it has \['train'\]", split="training")
     refused("corrector 'gru' is not one of", corrector="gru")
@@ -523,7 +620,7 @@ def test_nan_positives_and_negatives_are_named_by_row(static_model, corpus, cach
     features, labels = batch_of(static_model, corpus, range(4))
     queries = static_model(dict(features[0]))["sentence_embedding"]
     used = set(torch.cat([each["input_ids"] for each in features]).tolist())
-    negatives = [row for row in loss.select(queries, labels[:, None]).tolist() if row > 3]
+    negatives = [row for row in loss.select(queries, labels[:, None]).rows.flatten().tolist() if row > 3]
     for row in negatives:
         tokens = set(loss.encoder.features([row])["input_ids"].tolist()) - used
         if tokens:

@@ -15,10 +15,12 @@ from sentence_transformers import SentenceTransformer
 RECIPES = ROOT / "recipes"
 
 
-def run(recipe, *arguments):
-    done = subprocess.run(
-        [sys.executable, str(RECIPES / recipe), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
-    )
+ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+
+
+def run(recipe, *arguments, launcher=()):
+    command = [sys.executable, *launcher, str(RECIPES / recipe), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -82,7 +84,7 @@ def test_train_nq_with_a_real_transformer(small_nq, minilm_path, tmp_path):
     assert abs(trained.encode(text) - start.encode(text)).max() > 1e-5, "the saved model is the trained one"
 
 
-def test_train_nq_with_the_static_encoder_and_refreshes(small_nq, minilm_path, tmp_path):
+def test_accelerate_launches_train_nq_with_the_static_encoder_and_refreshes(small_nq, minilm_path, tmp_path):
     options = [
         "--max_steps",
         5,
@@ -96,6 +98,7 @@ def test_train_nq_with_the_static_encoder_and_refreshes(small_nq, minilm_path, t
     run(
         *("train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3, "--strategy", "refresh:2"),
         *(*options, "--output_dir", tmp_path / "out"),
+        launcher=ACCELERATE,
     )
     results = check_results(tmp_path / "r.json", "refresh:2", 5)
     assert results["targets_encoded_for_cache"] == 2 * 200, "before steps 3 and 5"

@@ -141,6 +141,47 @@ def test_gumbel_draws_depend_on_the_seed_alone():
     torch.testing.assert_close(scores, plain.gather(1, rows)), "scores are without the noise"
 
 
+def test_uniform_draws_do_not_look_at_scores():
+    vectors = F.normalize(torch.randn(20, 4), dim=-1)
+    search = CorrectedSearch(EmbeddingCache.from_tensor(vectors), IdentityCorrector(4))
+    queries = vectors[:1].expand(20_000, -1)
+    _, rows = search.search(queries, 3, exclude=torch.tensor([7]), sampler="uniform", scale=50.0, seed=3)
+    counts = rows.flatten().bincount(minlength=20).double()
+    assert counts[7] == 0
+    p = 3 / 19
+    assert ((counts / 20_000)[torch.arange(20) != 7] - p).abs().max() < 4.5 * (p * (1 - p) / 20_000) ** 0.5
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_ceiling_leaves_out_what_scores_higher(normalize):
+    corrector = trained(RidgeCorrector(8, normalize=normalize), 8)
+    vectors, queries = F.normalize(torch.randn(300, 8), dim=-1), F.normalize(torch.randn(5, 8), dim=-1)
+    search = CorrectedSearch(EmbeddingCache.from_tensor(vectors), corrector, chunk_size=64)
+    assert (search.query_side is None) is normalize
+    scores = queries @ corrector(vectors).T
+    ceiling = scores.quantile(0.8, dim=1)
+    expected = naive(scores.masked_fill(scores > ceiling[:, None], -math.inf), 9)
+    found_scores, found = search.search(queries, 9, ceiling=ceiling)
+    assert torch.equal(found, expected[1])
+    torch.testing.assert_close(found_scores.double(), expected[0], atol=1e-6, rtol=1e-5)
+    _, drawn = search.search(queries, 9, sampler="gumbel", scale=3.0, seed=1, ceiling=ceiling)
+    assert (scores.gather(1, drawn) <= ceiling[:, None] + 1e-6).all()
+
+
+def test_the_query_side_finds_what_correcting_the_corpus_finds():
+    corrector = trained(RidgeCorrector(8, normalize=False), 8)
+    vectors, queries = F.normalize(torch.randn(500, 8), dim=-1), torch.randn(6, 8)
+    search = CorrectedSearch(EmbeddingCache.from_tensor(vectors), corrector, chunk_size=100)
+    written = torch.tensor([3, 77, 450])
+    _, before = search.search(queries, 20)
+    search.overlay.write(written, 3 * queries[:3])
+    expected = queries @ corrector(search.stale(torch.arange(500))).T
+    scores, rows = search.search(queries, 20)
+    torch.testing.assert_close(scores, expected.topk(20).values, atol=1e-4, rtol=1e-4)
+    assert torch.equal(rows, naive(expected, 20)[1])
+    assert not torch.equal(rows, before), "written rows are found where they are now"
+
+
 def test_the_noise_is_standard_gumbel_and_independent():
     noise = gumbel_noise(200, 1_000_000, 5_000, seed=12345).double()
     assert torch.isfinite(noise).all()
@@ -162,7 +203,7 @@ def test_bad_searches_are_refused():
     for message, arguments in {
         r"Expected queries of shape \(B, 4\), got \(2, 5\)": (torch.randn(2, 5), 1),
         "k must be at least 1, got 0": (torch.randn(2, 4), 0),
-        "sampler 'random' is not one of top_k, gumbel": (torch.randn(2, 4), 1, None, "random"),
+        "sampler 'random' is not one of top_k, gumbel, uniform": (torch.randn(2, 4), 1, None, "random"),
         "needs a seed": (torch.randn(2, 4), 1, None, "gumbel"),
     }.items():
         with pytest.raises(InputError, match=message):
