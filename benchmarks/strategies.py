@@ -21,6 +21,13 @@ STRATEGIES = {
     "stale": ["--strategy", "stale"],
     "corrected-mlp": ["--strategy", "corrected", "--corrector", "mlp"],
     "corrected-ridge": ["--strategy", "corrected", "--corrector", "ridge"],
+    "stale-write-back": ["--strategy", "stale", "--write_back"],
+    "mlp-pull-back": ["--strategy", "corrected", "--corrector", "mlp", "--write_back"],
+    "ridge-pull-back": ["--strategy", "corrected", "--corrector", "ridge", "--write_back"],
+    "ridge-pull-back-query-side": [
+        *("--strategy", "corrected", "--corrector", "ridge", "--write_back"),
+        *("--corrector_settings", '{"normalize": false}'),
+    ],
     "refresh-50": ["--strategy", "refresh:50"],
     "exhaustive": ["--strategy", "exhaustive"],
 }

@@ -83,12 +83,9 @@ def train(
     cache_path: str | os.PathLike,
     corrector: str = "mlp",
     corrector_settings: dict[str, Any] | None = None,
-    write_back: bool = False,
-    num_negatives: int = 16,
-    sampler: str = "top_k",
-    scale: float = 20.0,
     evaluator: Callable[[SentenceTransformer], dict[str, float]] | None = None,
     before: dict[str, float] | None = None,
+    **loss_settings: Any,
 ) -> dict[str, Any]:
     """One training run by ``strategy``, evaluated before and after: what ``results.json`` holds.
 
@@ -96,6 +93,7 @@ def train(
 
     Args:
         before: the untrained model's metrics, where they are known already.
+        loss_settings: further settings of :class:`CorrectedMultipleNegativesLoss`.
     """
     name, every = parse_strategy(strategy)
     evaluator = evaluator or CorpusRetrievalEvaluator(corpus, "dev")
@@ -110,16 +108,9 @@ def train(
     chosen: str | Corrector = "identity"
     if cache is not None and name == "corrected":
         chosen = make_corrector(corrector, cache.dim, **(corrector_settings or {}))
-    loss = CorrectedMultipleNegativesLoss(
-        model,
-        corpus,
-        cache,
-        num_negatives=0 if name == "in-batch" else num_negatives,
-        corrector=chosen,
-        write_back=write_back,
-        sampler=sampler,
-        scale=scale,
-    )
+    if name == "in-batch":
+        loss_settings |= {"num_negatives": 0, "candidates": None}
+    loss = CorrectedMultipleNegativesLoss(model, corpus, cache, corrector=chosen, **loss_settings)
     every = 1 if name == "exhaustive" else every
     trainer = SentenceTransformerTrainer(
         model=model,
@@ -145,7 +136,8 @@ def train(
             "evaluate": round(time.perf_counter() - trained, 1),
         },
         # For the loss every strategy encodes targets; for the cache only those that re-embed do.
-        "targets_encoded": loss.targets_encoded + loss.targets_reencoded,
+        "targets_encoded": loss.targets_encoded + loss.targets_verified + loss.targets_reencoded,
+        "targets_verified": loss.targets_verified,
         "targets_encoded_for_cache": loss.targets_reencoded,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "versions": versions(),

@@ -59,9 +59,21 @@ class RecipeArguments:
         default=False, metadata={"help": "Let freshly encoded targets stand for their stale embeddings from then on."}
     )
     num_negatives: int = field(default=16, metadata={"help": "Targets that each query takes as negatives."})
-    sampler: Literal["top_k", "gumbel"] = field(
-        default="top_k", metadata={"help": "The hardest, or a sample from the corrected softmax."}
+    sampler: Literal["top_k", "gumbel", "uniform"] = field(
+        default="top_k",
+        metadata={"help": "The hardest, a sample from the corrected softmax, or from all targets alike."},
     )
+    candidates: int | None = field(
+        default=None, metadata={"help": "Verify so many targets for each query by encoding them, and keep the hardest."}
+    )
+    max_score: float | None = field(default=None, metadata={"help": "No negative may score higher."})
+    absolute_margin: float | None = field(
+        default=None, metadata={"help": "Negatives score at least so much less than the positive."}
+    )
+    relative_margin: float | None = field(
+        default=None, metadata={"help": "Negatives score at most (1 - relative_margin) times what the positive does."}
+    )
+    range_min: int = field(default=0, metadata={"help": "Leave out so many of the hardest targets."})
     scale: float = field(default=20.0, metadata={"help": "Inverse temperature of the softmax."})
     max_targets: int | None = field(
         default=None, metadata={"help": "Keep the first so many passages of a BEIR folder."}
@@ -133,6 +145,10 @@ def main() -> None:
         write_back=recipe.write_back,
         num_negatives=recipe.num_negatives,
         sampler=recipe.sampler,
+        candidates=recipe.candidates,
+        false_negatives=FalseNegativeFilter(
+            recipe.max_score, recipe.absolute_margin, recipe.relative_margin, recipe.range_min
+        ),
         scale=recipe.scale,
         evaluator=CorpusRetrievalEvaluator(corpus, "dev", show_progress_bar=not training.disable_tqdm),
     )
