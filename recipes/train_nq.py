@@ -22,7 +22,7 @@ from datasets import load_dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from transformers import HfArgumentParser, set_seed
 
-from st_corrector import Corpus, CorpusRetrievalEvaluator
+from st_corrector import Corpus, CorpusRetrievalEvaluator, FalseNegativeFilter
 from st_corrector.correctors import CORRECTORS
 
 METRICS = ("mrr@10", "ndcg@10", "recall@1", "recall@5", "recall@20", "recall@100", "answer_recall@20")
