@@ -30,6 +30,7 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed  ## the strategies on NQ=<BEIR folder>; finished runs are kept
 	$(BIN)/python benchmarks/strategies.py --dataset $(NQ)
+	$(BIN)/python benchmarks/strategies.py --dataset $(NQ) --regime nq-low-coverage
 	$(BIN)/python benchmarks/report.py
 
 report: $(VENV)/.installed  ## the tables of committed results, from their JSON

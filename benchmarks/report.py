@@ -1,8 +1,8 @@
-"""The table of the NQ strategies, from the JSON of their runs.
+"""The tables of the strategies on Natural Questions, from the JSON of their runs.
 
     python benchmarks/report.py
 
-writes ``benchmarks/results/nq/README.md`` and puts the same table into the project's README.
+writes a README.md into each folder of results, and puts the table of ``benchmarks/results/nq`` into the project's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = ("in-batch", "stale", "corrected-ridge", "corrected-mlp", "refresh-50", "exhaustive")
+RESULTS = ROOT / "benchmarks" / "results"
+IN_PROJECT_README = "nq"
+ORDER = (
+    *("in-batch", "stale", "stale-write-back", "corrected-ridge", "corrected-mlp", "ridge-pull-back"),
+    *("ridge-pull-back-query-side", "mlp-pull-back", "refresh-50", "exhaustive"),
+)
 METRICS = ("mrr@10", "ndcg@10", "recall@1", "recall@20", "recall@100", "answer_recall@20")
 BEGIN, END = "<!-- nq-table: written by benchmarks/report.py -->", "<!-- end of nq-table -->"
 
@@ -38,44 +43,52 @@ def table(runs: dict[str, list[dict]]) -> str:
     untrained = list({run["seed"]: run["before"] for group in runs.values() for run in group}.values())
     before = " | ".join(mean_sd([100 * run[metric] for run in untrained]) for metric in METRICS)
     lines = [
-        "| strategy | seeds | " + " | ".join(METRICS) + " | re-encoded for the cache | training, s |",
-        "|---|---|" + "---|" * (len(METRICS) + 2),
-        f"| before training | {len(untrained)} | {before} | | |",
+        "| strategy | seeds | " + " | ".join(METRICS) + " | coverage | re-encoded | training, s |",
+        "|---|---|" + "---|" * (len(METRICS) + 3),
+        f"| before training | {len(untrained)} | {before} | | | |",
     ]
     for name in (name for name in ORDER if name in runs):
         group = runs[name]
         cells = [mean_sd([100 * run["after"][metric] for run in group]) for metric in METRICS]
-        cost = f"{statistics.mean(run['targets_encoded_for_cache'] for run in group):,.0f}"
+        refreshed = statistics.mean(run["targets_encoded_for_cache"] for run in group)
+        encoded = statistics.mean(run["targets_encoded"] for run in group)
+        cost = f"{(encoded - refreshed) / group[0]['targets']:.2f} | {refreshed:,.0f}"
         seconds = f"{statistics.median(run['seconds']['cache'] + run['seconds']['train'] for run in group):.0f}"
         lines.append(f"| {name} | {len(group)} | {' | '.join(cells)} | {cost} | {seconds} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "nq")
-    args = parser.parse_args()
-    runs = load(args.results)
-    if not runs:
-        parser.error(f"{args.results} has no <strategy>-seed<n>.json: run benchmarks/strategies.py first")
-    text = table(runs)
-    commands = "\n".join(f"    {run['command']}" for group in runs.values() for run in group)
-    first = next(iter(runs.values()))[0]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    sections = [
-        "# Strategies on Natural Questions",
-        f"{first['targets']:,} passages, {first['steps']} steps, static encoder; percent on the dev questions, mean ± "
-        "sample sd over seeds. Seconds are medians on a shared machine: compare them only roughly.",
-        text,
-        f"Versions: {versions}.",
-        "Commands (`make bench` runs them all):",
-        commands,
-    ]
-    (args.results / "README.md").write_text("\n\n".join(sections) + "\n")
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        runs = load(folder)
+        if runs:
+            write_report(folder, runs)
+            print(f"{folder.name}\n\n{table(runs)}\n")
+    text = table(load(RESULTS / IN_PROJECT_README))
     readme = ROOT / "README.md"
     start, _, rest = readme.read_text().partition(BEGIN)
     readme.write_text(f"{start}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
-    print(text)
+
+
+def write_report(folder: Path, runs: dict[str, list[dict]]) -> None:
+    """The folder's README.md: what was run, the table, versions and commands."""
+    commands = "\n".join(f"    {run['command']}" for group in runs.values() for run in group)
+    first = next(iter(runs.values()))[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    batch, negatives = first["args"]["per_device_train_batch_size"], first["args"]["num_negatives"]
+    sections = [
+        "# Strategies on Natural Questions",
+        f"{first['targets']:,} passages, {first['steps']} steps of {batch} questions, {negatives} negatives each, "
+        "static encoder; percent on the dev questions, mean ± sample sd over seeds. Coverage: targets encoded for the "
+        "loss, per passage of the corpus; re-encoded: targets encoded only to refresh the cache. Seconds are medians "
+        "on a shared machine: compare them only roughly.",
+        table(runs),
+        f"Versions: {versions}.",
+        "Commands (`make bench` runs those that are missing):",
+        commands,
+    ]
+    (folder / "README.md").write_text("\n\n".join(sections) + "\n")
 
 
 if __name__ == "__main__":

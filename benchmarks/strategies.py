@@ -1,6 +1,7 @@
 """Run the NQ recipe for every strategy and seed; one JSON file for each run, and runs that are there are skipped.
 
     python benchmarks/strategies.py --dataset data/nq
+    python benchmarks/strategies.py --dataset data/nq --regime nq-low-coverage --seeds 0 1 2
 
 Each run is the recipe itself, in a process of its own; its JSON holds the command.
 """
@@ -15,13 +16,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# How much of the corpus a run encodes: what write-back can do by itself depends on it.
+REGIMES = {
+    "nq": [],
+    "nq-low-coverage": ["--max_steps", "60", "--per_device_train_batch_size", "32", "--num_negatives", "8"],
+}
 # name → the recipe's options. The exhaustive run re-embeds all passages before every step.
 STRATEGIES = {
     "in-batch": ["--strategy", "in-batch"],
     "stale": ["--strategy", "stale"],
+    "stale-write-back": ["--strategy", "stale", "--write_back"],
     "corrected-mlp": ["--strategy", "corrected", "--corrector", "mlp"],
     "corrected-ridge": ["--strategy", "corrected", "--corrector", "ridge"],
-    "stale-write-back": ["--strategy", "stale", "--write_back"],
     "mlp-pull-back": ["--strategy", "corrected", "--corrector", "mlp", "--write_back"],
     "ridge-pull-back": ["--strategy", "corrected", "--corrector", "ridge", "--write_back"],
     "ridge-pull-back-query-side": [
@@ -36,19 +42,21 @@ STRATEGIES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="a BEIR folder")
+    parser.add_argument("--regime", default="nq", choices=REGIMES)
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "nq")
-    parser.add_argument("options", nargs="*", help="further options of the recipe, after --")
+    parser.add_argument("--results", type=Path, help="by default benchmarks/results/<regime>")
     args = parser.parse_args()
+    results = args.results or ROOT / "benchmarks" / "results" / args.regime
     for seed in args.seeds:
         for name in args.strategies:
-            path = args.results / f"{name}-seed{seed}.json"
+            path = results / f"{name}-seed{seed}.json"
             if path.exists():
                 continue
             command = ["recipes/train_nq.py", "--dataset", args.dataset, "--encoder", "static", *STRATEGIES[name]]
-            command += ["--seed", str(seed), "--disable_tqdm", "true", "--results", os.path.relpath(path, ROOT)]
-            command += ["--output_dir", f"outputs/nq/{name}-seed{seed}", *args.options]
+            command += [*REGIMES[args.regime], "--seed", str(seed), "--disable_tqdm", "true"]
+            command += ["--results", os.path.relpath(path, ROOT)]
+            command += ["--output_dir", f"outputs/{args.regime}/{name}-seed{seed}"]
             print(name, "seed", seed, flush=True)
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
