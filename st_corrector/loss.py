@@ -55,7 +55,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         write_back: bool = False,
         candidates: int | None = None,
         false_negatives: FalseNegativeFilter | None = None,
-        split: str = "train",
+        split: str | None = "train",
     ) -> None:
         r"""
         :class:`~sentence_transformers.sentence_transformer.losses.MultipleNegativesRankingLoss` with hard negatives
@@ -97,7 +97,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 chosen and by fresh ones in the softmax.
             split: the corpus split that is trained on: its judgements say what else is relevant to a query.
                 A query is known by its positive's row: where one target answers several queries of the split, nothing
-                that is relevant to any of them is a negative for them.
+                that is relevant to any of them is a negative for them. ``None``: the labels are all that is known.
 
         Requirements:
             1. (anchor, positive) pairs with a ``label`` column: the positive's corpus row. ``corpus.pairs("train")`` is
@@ -167,7 +167,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         """Targets encoded without gradient to verify them so far; see ``candidates``."""
         self.targets_reencoded = 0
         """Targets encoded only to refresh the cache so far; zero unless :meth:`refresh` is called."""
-        self._qrels = corpus.qrels(split) if corpus.splits else None
+        self._qrels = corpus.qrels(split) if corpus.splits and split is not None else None
         self.encoder = DocumentEncoder(unwrap(model), corpus)
         # The corrector lives in the search, which is no module: see Corrector for why it must not be a submodule.
         self._search: CorrectedSearch | None = None
@@ -440,8 +440,11 @@ def _check_settings(corpus, cache, num_negatives, candidates, sampler, scale, si
             f"similarity_fct must be sentence_transformers.util.cos_sim or dot_score, by which the corpus can be "
             f"searched; got {similarity_fct!r}."
         )
-    if corpus.splits and split not in corpus.splits:
-        raise InputError(f"The corpus has no split {split!r}, it has {corpus.splits}: pass the one that is trained on.")
+    if corpus.splits and split is not None and split not in corpus.splits:
+        raise InputError(
+            f"The corpus has no split {split!r}, it has {corpus.splits}: pass the one that is trained on, or None if its "
+            "judgements are not in the corpus."
+        )
 
 
 def _check_cache(cache: EmbeddingCache, expected: dict[str, Any]) -> None:

@@ -653,6 +653,7 @@ def test_labels_of_a_plain_dataset_work_without_judgements(static_model, tmp_pat
     corpus = Corpus.from_texts(texts)
     cache = EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)
     dataset = Dataset.from_dict({"question": queries, "answer": texts, "label": list(range(40))})
-    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4)
+    corpus.add_split("dev", {"q": queries[0]}, {"q": ["0"]})
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, split=None)
     trainer = train(static_model, loss, dataset, tmp_path, max_steps=5)
     assert len([entry for entry in trainer.state.log_history if "correction_loss" in entry]) == 5
