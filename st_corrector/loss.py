@@ -442,8 +442,8 @@ def _check_settings(corpus, cache, num_negatives, candidates, sampler, scale, si
         )
     if corpus.splits and split is not None and split not in corpus.splits:
         raise InputError(
-            f"The corpus has no split {split!r}, it has {corpus.splits}: pass the one that is trained on, or None if its "
-            "judgements are not in the corpus."
+            f"The corpus has no split {split!r}, it has {corpus.splits}: pass the one that is trained on, or None if "
+            "its judgements are not in the corpus."
         )
 
 
