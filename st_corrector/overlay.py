@@ -67,8 +67,9 @@ class Overlay:
             return stale
         self.to(stale.device)
         slot = self._slot[rows]
-        written = slot >= 0
-        return torch.where(written[:, None], self._vectors[slot.clamp(min=0).long()], stale) if written.any() else stale
+        written = (slot >= 0).nonzero().flatten()
+        # Out of place: the cache's own memory may lie under ``stale``.
+        return stale.index_copy(0, written, self._vectors[slot[written].long()]) if len(written) else stale
 
     def state_dict(self) -> dict[str, Tensor]:
         """The written rows and their vectors."""
