@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from common import default_model, static_encoder, table, train
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
@@ -171,6 +172,8 @@ def main() -> None:
 
     started = time.perf_counter()
     functions = installed_functions(args.packages, args.limit)
+    if len(functions) <= args.dev:
+        parser.error(f"{len(functions)} documented functions found in {args.packages or 'the environment'}: too few")
     corpus = code_corpus(functions, args.dev)
     print(f"{corpus}, collected in {time.perf_counter() - started:.0f} s")
     evaluator = CorpusRetrievalEvaluator(corpus, "dev")
@@ -191,6 +194,7 @@ def main() -> None:
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=not sys.stderr.isatty(),
+                dataloader_pin_memory=torch.cuda.is_available(),
             )
             print(f"\nTraining with {strategy} negatives …", flush=True)
             results = train(

@@ -9,6 +9,7 @@ All of sentence-transformers' training arguments are understood; those of this r
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import shlex
@@ -17,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from common import STRATEGIES, BatchSamplers, default_model, parse_strategy, static_encoder, table, train
 from datasets import load_dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from transformers import HfArgumentParser, set_seed
 
-from st_corrector import Corpus, CorpusRetrievalEvaluator, FalseNegativeFilter
+from st_corrector import Corpus, CorpusRetrievalEvaluator, FalseNegativeFilter, StCorrectorError
 from st_corrector.correctors import CORRECTORS
 
 METRICS = ("mrr@10", "ndcg@10", "recall@1", "recall@5", "recall@20", "recall@100", "answer_recall@20")
@@ -82,6 +84,7 @@ class RecipeArguments:
     max_seq_length: int | None = field(
         default=None, metadata={"help": "Longest text in tokens; the model's by default."}
     )
+    caches: str = field(default="outputs/caches", metadata={"help": "Where embedding caches are kept between runs."})
     results: str | None = field(
         default=None, metadata={"help": "Where results.json goes; by default into --output_dir."}
     )
@@ -104,31 +107,60 @@ def load_model(args: RecipeArguments, seed: int) -> SentenceTransformer:
     return model
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it stands above, and every default."""
+
+
 def parse_arguments() -> tuple[RecipeArguments, SentenceTransformerTrainingArguments]:
-    parser = HfArgumentParser([RecipeArguments, SentenceTransformerTrainingArguments], description=__doc__)
+    parser = HfArgumentParser(
+        [RecipeArguments, SentenceTransformerTrainingArguments],
+        description=__doc__,
+        formatter_class=_Help,
+        usage="train_nq.py [options]",
+    )
+    # Which encoder it is decides over defaults, those in --help too.
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--encoder", default=RecipeArguments.encoder)
+    encoder = first.parse_known_args()[0].encoder
     parser.set_defaults(
-        output_dir="outputs/train_nq",
         batch_sampler=BatchSamplers.NO_DUPLICATES,
         save_strategy="no",
         logging_steps=10,
         report_to="none",
         warmup_steps=0.1,
         num_train_epochs=1,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **DEFAULTS.get(encoder, {}),
     )
-    encoder, _ = parser.parse_known_args()
-    parser.set_defaults(**DEFAULTS[encoder.encoder])
     recipe, training = parser.parse_args_into_dataclasses()
     try:
-        parse_strategy(recipe.strategy)
-    except Exception as error:
+        name, _ = parse_strategy(recipe.strategy)
+        json.loads(recipe.corrector_settings)
+    except (argparse.ArgumentTypeError, ValueError) as error:
         parser.error(str(error))
-    if training.world_size > 1 and recipe.strategy != "in-batch":
+    if recipe.corrector not in CORRECTORS:
+        parser.error(f"--corrector {recipe.corrector!r} is not one of {', '.join(CORRECTORS)}")
+    if name == "in-batch" and (recipe.write_back or recipe.candidates):
+        parser.error("--strategy in-batch chooses nothing from the corpus: leave out --write_back and --candidates")
+    if training.world_size > 1 and name != "in-batch":
         parser.error(f"{training.world_size} processes are not supported yet: accelerate launch --num_processes 1")
+    if recipe.dataset.startswith((".", "/")) and not Path(recipe.dataset).is_dir():
+        parser.error(f"--dataset {recipe.dataset}: there is no such folder")
+    if training.output_dir in (None, "trainer_output"):  # transformers' own default
+        parts = [recipe.strategy.replace(":", "-"), recipe.corrector if name == "corrected" else None]
+        parts.append("write-back" if recipe.write_back else None)
+        training.output_dir = str(Path("outputs/train_nq") / "-".join(part for part in parts if part))
     return recipe, training
 
 
 def main() -> None:
-    recipe, training = parse_arguments()
+    try:
+        run(*parse_arguments())
+    except StCorrectorError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(recipe: RecipeArguments, training: SentenceTransformerTrainingArguments) -> None:
     set_seed(training.seed)
     corpus = load_corpus(recipe)
     model = load_model(recipe, training.seed)
@@ -139,7 +171,7 @@ def main() -> None:
         corpus,
         training,
         recipe.strategy,
-        output / "cache",
+        recipe.caches,
         corrector=recipe.corrector,
         corrector_settings=json.loads(recipe.corrector_settings),
         write_back=recipe.write_back,

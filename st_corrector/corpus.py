@@ -171,7 +171,7 @@ class Corpus:
     @classmethod
     def from_pairs(
         cls,
-        splits: Mapping[str, Dataset],
+        splits: Dataset | Mapping[str, Dataset],
         query: str = "anchor",
         positive: str = "positive",
         *,
@@ -182,13 +182,16 @@ class Corpus:
         in the order of their first appearance. Pairs with the same query text are one query with several positives.
 
         Args:
-            splits: split name → dataset.
+            splits: split name → dataset; one dataset alone is the split ``"train"``.
             query, positive: the two text columns' names.
 
         Raises:
-            CorpusError: a column is not there.
+            CorpusError: a split is not a :class:`datasets.Dataset`, or a column is not there.
         """
+        splits = {"train": splits} if isinstance(splits, Dataset) else splits
         for split, dataset in splits.items():
+            if not isinstance(dataset, Dataset):
+                raise CorpusError(f"Split {split!r} is a {type(dataset).__name__}, expected a datasets.Dataset.")
             for column in (query, positive):
                 if column not in dataset.column_names:
                     raise CorpusError(f"Split {split!r} has no column {column!r}; it has {dataset.column_names}.")

@@ -55,7 +55,7 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
 
     Raises:
         CorpusError: the corpus has no such split.
-        InputError: the model compares by something else than cosine or dot product.
+        InputError: the split has no queries, or the model compares by something else than cosine or dot product.
     """
 
     def __init__(
@@ -71,6 +71,8 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
         super().__init__()
         self.corpus, self.split, self.name = corpus, split, name
         self.qrels = corpus.qrels(split)
+        if not len(self.qrels):
+            raise InputError(f"Split {split!r} has no queries: none of its judged targets is in the corpus.")
         self.batch_size, self.chunk_size = batch_size, chunk_size
         self.write_csv, self.show_progress_bar = write_csv, show_progress_bar
         self.primary_metric = "ndcg@10"

@@ -100,8 +100,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 that is relevant to any of them is a negative for them. ``None``: the labels are all that is known.
 
         Requirements:
-            1. (anchor, positive) pairs with a ``label`` column: the positive's corpus row. ``corpus.pairs("train")`` is
-               such a dataset.
+            1. (anchor, positive) pairs with an integer ``label`` column: the positive's corpus row, not its id
+               (``corpus.rows_of(ids)``). ``corpus.pairs("train")`` is such a dataset.
             2. A cache of the same corpus, by a model with the same tokenizer, prompt, pooling and maximum length.
 
         Inputs:
@@ -374,9 +374,11 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             f"The positive at position {position} in the batch is not the text of corpus row {row}, to which its "
             f"label points.\n  positive ({len(positive)} tokens): {tokenizer.decode(positive)!r:.160}\n"
             f"  row {row} ({len(target)} tokens): {tokenizer.decode(target)!r:.160}\n"
-            "Either the labels are wrong, or the two are prepared differently: the same prompt (the trainer's is "
-            f"args.prompts={{'positive': …}}, the corpus has {self.encoder.prompt!r}), the same maximum length, and "
-            "title and text joined as in corpus.texts(rows) are needed. corpus.pairs(split) gives pairs that fit."
+            "Either the labels are wrong, or the two are prepared differently. They need the same prompt: the corpus "
+            f"has {self.encoder.prompt!r}, which comes from Corpus(…, prompt=…) or else model.prompts['document'] as "
+            "it is when the cache is built; the trainer has that of args.prompts={<positive column>: …}. They need the "
+            "same maximum length, and title and text joined as in corpus.texts(rows). corpus.pairs(split) gives such "
+            "pairs."
         )
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -426,6 +428,11 @@ def _check_settings(corpus, cache, num_negatives, candidates, sampler, scale, si
         )
     if num_negatives and cache is None:
         raise InputError("Negatives are chosen by a cache: pass EmbeddingCache.build(model, corpus, path).")
+    if cache is not None and not isinstance(cache, EmbeddingCache):
+        raise InputError(
+            f"cache must be an EmbeddingCache, got a {type(cache).__name__}: EmbeddingCache.load(path) opens a folder, "
+            "EmbeddingCache.from_tensor(embeddings) wraps vectors."
+        )
     if cache is not None and len(cache) != len(corpus):
         raise InputError(
             f"The cache has {len(cache)} rows, the corpus {len(corpus)} targets: they must be the same, in the same "

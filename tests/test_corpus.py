@@ -106,6 +106,9 @@ def test_from_pairs_makes_distinct_positives_the_corpus():
     assert corpus.texts(range(3)) == ["x", "y", "z"]
     assert corpus.pairs("train")["label"][:] == [0, 2, 1], "sorted by query; 'one' has two positives"
     assert corpus.pairs("dev").to_list() == [{"anchor": "three", "positive": "y", "label": 1}]
+    assert Corpus.from_pairs(train, query="q", positive="a").splits == ["train"]
+    with pytest.raises(CorpusError, match="Split 'train' is a list, expected"):
+        Corpus.from_pairs({"train": [("q", "a")]})
 
 
 def test_fingerprint_follows_the_texts_and_their_order():

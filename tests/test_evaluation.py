@@ -135,6 +135,9 @@ def test_in_the_trainer_with_csv_and_model_card(static_model, judged, tmp_path):
 def test_what_cannot_be_evaluated_is_refused(judged):
     with pytest.raises(CorpusError, match=r"no judgements for split 'test'; it has \['dev'\]"):
         CorpusRetrievalEvaluator(judged, "test")
+    judged.add_split("empty", {}, {})
+    with pytest.raises(InputError, match="Split 'empty' has no queries: none"):
+        CorpusRetrievalEvaluator(judged, "empty")
     model = SentenceTransformer(modules=list(make_static_model()), device="cpu", similarity_fn_name="euclidean")
     with pytest.raises(InputError, match="compares by 'euclidean'"):
         CorpusRetrievalEvaluator(judged, "dev")(model)

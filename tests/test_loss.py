@@ -532,7 +532,9 @@ def test_prompts_of_the_trainer_and_of_the_cache_must_agree(tmp_path):
     model = make_static_model()
     cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
     loss = CorrectedMultipleNegativesLoss(model, corpus, cache, num_negatives=4)
-    with pytest.raises(InputError, match=r"is not the text of corpus row \d+[\s\S]*the corpus has 'passage : '"):
+    with pytest.raises(
+        InputError, match=r"is not the text of corpus row \d+[\s\S]*the corpus has 'passage : ', which comes from"
+    ):
         train(model, loss, corpus.pairs("train"), tmp_path, max_steps=1)
     train(model, loss, corpus.pairs("train"), tmp_path, max_steps=1, prompts={"positive": "passage : "})
     with pytest.raises(InputError, match=r"prompt: 'passage : ' there, '' here"):
@@ -574,6 +576,7 @@ def test_unfit_settings_are_refused(static_model, corpus, cache):
 
     refused("The cache has 3 rows, the corpus 200 targets", cache=EmbeddingCache.from_tensor(torch.randn(3, 24)))
     refused("pass EmbeddingCache.build", cache=None)
+    refused("must be an EmbeddingCache, got a str: EmbeddingCache.load", cache="caches/nq")
     refused("num_negatives must not be negative, got -1", num_negatives=-1)
     refused("sampler 'best' is not one of top_k, gumbel", sampler="best")
     refused("scale must be positive, got 0", scale=0)

@@ -1,7 +1,11 @@
+import ast
+import re
 import subprocess
 import sys
 from importlib.metadata import requires, version
 from pathlib import Path
+
+from conftest import ROOT
 
 import st_corrector
 
@@ -34,3 +38,11 @@ def test_everything_public_is_there_and_documented():
 def test_the_extras_are_declared():
     extras = {extra for line in requires("st-corrector") for extra in line.split("extra ==")[1:]}
     assert {extra.strip().strip("'\"") for extra in extras} == {"faiss-cpu", "faiss-gpu", "peft", "demo", "dev"}
+
+
+def test_the_readmes_python_is_python():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        names = {node.id for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Name)}
+        assert "CorrectedMultipleNegativesLoss" in names
