@@ -2,7 +2,7 @@
 
     python benchmarks/report.py
 
-writes a README.md into each folder of results, and puts the table of ``benchmarks/results/nq`` into the project's.
+writes a README.md into each folder of results, and puts the tables that the project's README marks into that.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-IN_PROJECT_README = "nq"
 ORDER = (
     *("in-batch", "stale", "stale-write-back", "corrected-ridge", "corrected-mlp", "ridge-pull-back"),
     *("ridge-pull-back-query-side", "mlp-pull-back", "refresh-50", "exhaustive"),
 )
 METRICS = ("mrr@10", "ndcg@10", "recall@1", "recall@20", "recall@100", "answer_recall@20")
-BEGIN, END = "<!-- nq-table: written by benchmarks/report.py -->", "<!-- end of nq-table -->"
 
 
 def load(folder: Path) -> dict[str, list[dict]]:
@@ -60,15 +58,21 @@ def table(runs: dict[str, list[dict]]) -> str:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    readme = (ROOT / "README.md").read_text()
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         runs = load(folder)
         if runs:
             write_report(folder, runs)
             print(f"{folder.name}\n\n{table(runs)}\n")
-    text = table(load(RESULTS / IN_PROJECT_README))
-    readme = ROOT / "README.md"
-    start, _, rest = readme.read_text().partition(BEGIN)
-    readme.write_text(f"{start}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+            readme = put_into(readme, folder.name, table(runs))
+    (ROOT / "README.md").write_text(readme)
+
+
+def put_into(readme: str, name: str, text: str) -> str:
+    """``readme`` with ``text`` between the marks for ``name``, if it has them."""
+    begin, end = f"<!-- {name}-table: written by benchmarks/report.py -->", f"<!-- end of {name}-table -->"
+    before, found, rest = readme.partition(begin)
+    return f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}" if found else readme
 
 
 def write_report(folder: Path, runs: dict[str, list[dict]]) -> None:
