@@ -20,7 +20,6 @@ from sentence_transformers import (
 )
 from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 
 from st_corrector import (
     Corpus,
@@ -161,6 +160,3 @@ def table(rows: dict[str, dict[str, float]], metrics: tuple[str, ...]) -> str:
         cells = (f"{100 * values[metric]:>{max(6, len(metric))}.1f}" for metric in metrics)
         lines.append(f"| {name:{width}} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-__all__ = ["STRATEGIES", "BatchSamplers", "default_model", "parse_strategy", "static_encoder", "table", "train"]

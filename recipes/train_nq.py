@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from common import STRATEGIES, BatchSamplers, default_model, parse_strategy, static_encoder, table, train
+from common import STRATEGIES, default_model, parse_strategy, static_encoder, table, train
 from datasets import load_dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from transformers import HfArgumentParser, set_seed
 
 from st_corrector import Corpus, CorpusRetrievalEvaluator, FalseNegativeFilter, StCorrectorError
