@@ -6,26 +6,34 @@ import argparse
 import importlib.util
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
+from datasets import Dataset
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.base.modules import Dense, Normalize
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.util import mine_hard_negatives
+from torch import nn
+from transformers import TrainerCallback
 
 from st_corrector import (
     Corpus,
     CorpusRetrievalEvaluator,
     CorrectedMultipleNegativesLoss,
+    CorrectorTrainer,
     EmbeddingCache,
+    FidelityCallback,
     RefreshCallback,
 )
 from st_corrector.correctors import Corrector, make_corrector
@@ -33,7 +41,7 @@ from st_corrector.encoding import DocumentEncoder
 from st_corrector.fingerprint import digest_json
 
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-STRATEGIES = "in-batch, stale, corrected, exhaustive or refresh:<steps>"
+STRATEGIES = "in-batch, mined-once, stale, corrected, exhaustive, refresh:<steps> or refresh:<epochs>-epochs"
 
 
 def default_model() -> str:
@@ -60,18 +68,32 @@ def static_encoder(model: str, seed: int = 0) -> SentenceTransformer:
     return SentenceTransformer(modules=[StaticEmbedding(source.tokenizer, vectors), block, Normalize()], device="cpu")
 
 
-def parse_strategy(strategy: str) -> tuple[str, int | None]:
-    """``"refresh:50"`` → ``("refresh", 50)``; the other strategies have no number.
+class Strategy(NamedTuple):
+    """How negatives are come by, and where that is by refreshing the cache, every how many of which unit."""
 
-    Raises:
-        argparse.ArgumentTypeError: it is none of :data:`STRATEGIES`.
-    """
-    name, _, steps = strategy.partition(":")
-    if name == "refresh" and steps.isdigit() and int(steps) > 0:
-        return name, int(steps)
-    if strategy in ("in-batch", "stale", "corrected", "exhaustive"):
-        return strategy, None
-    raise argparse.ArgumentTypeError(f"--strategy {strategy!r} is not one of {STRATEGIES}")
+    name: str
+    every: int | None = None
+    unit: Literal["step", "epoch"] = "step"
+
+    @classmethod
+    def parse(cls, text: str) -> Strategy:
+        """``"refresh:50"`` → every 50 steps, ``"refresh:1-epochs"`` → every epoch; the others have no number.
+
+        Raises:
+            argparse.ArgumentTypeError: it is none of :data:`STRATEGIES`.
+        """
+        if match := re.fullmatch(r"refresh:([1-9]\d*)(-epochs?)?", text):
+            return cls("refresh", int(match[1]), "epoch" if match[2] else "step")
+        if text in ("in-batch", "mined-once", "stale", "corrected"):
+            return cls(text)
+        if text == "exhaustive":
+            return cls(text, every=1)
+        raise argparse.ArgumentTypeError(f"--strategy {text!r} is not one of {STRATEGIES}")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether negatives are chosen from the corpus while training."""
+        return self.name not in ("in-batch", "mined-once")
 
 
 def train(
@@ -82,64 +104,116 @@ def train(
     cache_path: str | os.PathLike,
     corrector: str = "mlp",
     corrector_settings: dict[str, Any] | None = None,
+    probe_every: int = 0,
+    probe_targets: int | None = 4096,
     evaluator: Callable[[SentenceTransformer], dict[str, float]] | None = None,
     before: dict[str, float] | None = None,
     **loss_settings: Any,
 ) -> dict[str, Any]:
     """One training run by ``strategy``, evaluated before and after: what ``results.json`` holds.
 
-    All strategies run through the same loss and the same search, so that a comparison compares one thing.
+    All strategies but ``mined-once`` run through the same loss and the same search, so that a comparison compares one
+    thing.
 
     Args:
+        probe_every: measure the selection's fidelity every so many steps; 0 for never.
+        probe_targets: among so many targets; None for all.
         before: the untrained model's metrics, where they are known already.
         loss_settings: further settings of :class:`CorrectedMultipleNegativesLoss`.
     """
-    name, every = parse_strategy(strategy)
+    chosen = Strategy.parse(strategy)
     evaluator = evaluator or CorpusRetrievalEvaluator(corpus, "dev")
     before = before or evaluator(model)
     started = time.perf_counter()
-    cache = None
-    if name != "in-batch":
-        # A folder for each model and corpus, so that another run in the same place finds its own or none.
-        fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
-        cache = EmbeddingCache.build(model, corpus, Path(cache_path) / digest_json(fingerprint)[:12])
-    cached = time.perf_counter()
-    chosen: str | Corrector = "identity"
-    if cache is not None and name == "corrected":
-        chosen = make_corrector(corrector, cache.dim, **(corrector_settings or {}))
-    if name == "in-batch":
-        loss_settings |= {"num_negatives": 0, "candidates": None}
-    loss = CorrectedMultipleNegativesLoss(model, corpus, cache, corrector=chosen, **loss_settings)
-    every = 1 if name == "exhaustive" else every
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=args,
-        train_dataset=corpus.pairs("train"),
-        loss=loss,
-        callbacks=[RefreshCallback(loss, every)] if every else None,
-    )
+    dataset, cache = corpus.pairs("train"), None
+    loss: torch.nn.Module
+    callbacks: list[TrainerCallback] = []
+    if chosen.name == "mined-once":
+        dataset = mine_once(model, corpus, loss_settings["num_negatives"])
+        loss = MultipleNegativesRankingLoss(model, scale=loss_settings["scale"])
+    else:
+        if chosen.chooses:
+            # A folder for each model and corpus, so that another run in the same place finds its own or none.
+            fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
+            cache = EmbeddingCache.build(model, corpus, Path(cache_path) / digest_json(fingerprint)[:12])
+        else:
+            loss_settings |= {"num_negatives": 0, "candidates": None}
+        using: str | Corrector = "identity"
+        if cache is not None and chosen.name == "corrected":
+            using = make_corrector(corrector, cache.dim, **(corrector_settings or {}))
+        loss = CorrectedMultipleNegativesLoss(model, corpus, cache, corrector=using, **loss_settings)
+        if chosen.every is not None:
+            callbacks.append(RefreshCallback(loss, chosen.every, chosen.unit))
+        if probe_every and chosen.chooses:
+            callbacks.append(FidelityCallback(loss, probe_every, targets=probe_targets))
+    prepared = time.perf_counter()
+    trainer = CorrectorTrainer(model=model, args=args, train_dataset=dataset, loss=loss, callbacks=callbacks)
     trainer.train()
     trained = time.perf_counter()
     after = evaluator(model)
+    evaluated = time.perf_counter()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "strategy": strategy,
-        "corrector": repr(loss.corrector) if loss.corrector else None,
+        "corrector": repr(loss.corrector) if getattr(loss, "corrector", None) else None,
         "seed": args.seed,
         "steps": trainer.state.global_step,
         "targets": len(corpus),
         "before": before,
         "after": after,
         "seconds": {
-            "cache": round(cached - started, 1),
-            "train": round(trained - cached, 1),
-            "evaluate": round(time.perf_counter() - trained, 1),
+            "prepare": round(prepared - started, 1),
+            "train": round(trained - prepared, 1),
+            "probe": round(sum(entry.get("seconds_fidelity", 0.0) for entry in log), 1),
+            "evaluate": round(evaluated - trained, 1),
         },
-        # For the loss every strategy encodes targets; for the cache only those that re-embed do.
-        "targets_encoded": loss.targets_encoded + loss.targets_verified + loss.targets_reencoded,
-        "targets_verified": loss.targets_verified,
-        "targets_encoded_for_cache": loss.targets_reencoded,
-        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        **encoded(loss, trainer, model, corpus),
+        "log": log,
         "versions": versions(),
+    }
+
+
+def mine_once(model: SentenceTransformer, corpus: Corpus, num_negatives: int) -> Dataset:
+    """What most users do today: sentence-transformers' own mining, before training, from the same corpus."""
+    return mine_hard_negatives(
+        corpus.pairs("train").remove_columns("label"),
+        model,
+        corpus=corpus.texts(range(len(corpus))),
+        num_negatives=num_negatives,
+        sampling_strategy="top",
+        output_format="n-tuple",
+        batch_size=256,
+        verbose=False,
+    )
+
+
+def encoded(
+    loss: torch.nn.Module, trainer: SentenceTransformerTrainer, model: SentenceTransformer, corpus: Corpus
+) -> dict[str, float]:
+    """How many targets were encoded, and what that cost.
+
+    For the loss every strategy encodes targets; for the cache only those that re-embed do. FLOPs are those of the
+    encoder on targets alone, ``2 × parameters`` a token forward and twice as much backward (Kaplan et al. 2020);
+    looking a token's vector up costs none.
+    """
+    if isinstance(loss, CorrectedMultipleNegativesLoss):
+        with_gradient, verified, cached = loss.targets_encoded, loss.targets_verified, loss.targets_reencoded
+    else:
+        # n-tuples: the positive and as many negatives for every question, and the corpus once to mine them.
+        columns = len(trainer.train_dataset.column_names) - 1
+        with_gradient, verified, cached = trainer.state.global_step * trainer.args.train_batch_size * columns, 0, 0
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
+    parameters = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
+    # A static encoder multiplies the mean of a text's tokens, a transformer every token.
+    static = any(isinstance(module, StaticEmbedding) for module in model.modules())
+    lengths = DocumentEncoder(model, corpus, progress=False).tokens.lengths
+    tokens = 1.0 if static else float(lengths.mean())
+    flops = 2 * parameters * tokens * (3 * with_gradient + verified + cached)
+    return {
+        "targets_encoded": with_gradient + verified + cached,
+        "targets_verified": verified,
+        "targets_encoded_for_cache": cached,
+        "encoder_flops": flops,
     }
 
 

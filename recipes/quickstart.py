@@ -148,7 +148,7 @@ def answer(
     """Print the first functions found for each question."""
     cache = EmbeddingCache.build(model, corpus, folder, progress=False)
     search = CorrectedSearch(cache, IdentityCorrector(cache.dim))
-    scores, rows = search.search(model.encode_query(questions, convert_to_tensor=True), k=3)
+    scores, rows, _ = search.search(model.encode_query(questions, convert_to_tensor=True), k=3)
     for question, question_scores, question_rows in zip(questions, scores.tolist(), rows.tolist(), strict=True):
         print(f"\n{question}")
         for score, row in zip(question_scores, question_rows, strict=True):

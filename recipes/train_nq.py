@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from common import STRATEGIES, default_model, parse_strategy, static_encoder, table, train
+from common import STRATEGIES, Strategy, default_model, static_encoder, table, train
 from datasets import load_dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from transformers import HfArgumentParser, set_seed
 
-from st_corrector import Corpus, CorpusRetrievalEvaluator, FalseNegativeFilter, StCorrectorError
+from st_corrector import AnswerCheck, Corpus, CorpusRetrievalEvaluator, FalseNegativeFilter, StCorrectorError
 from st_corrector.correctors import CORRECTORS
 
 METRICS = ("mrr@10", "ndcg@10", "recall@1", "recall@5", "recall@20", "recall@100", "answer_recall@20")
@@ -62,9 +62,15 @@ class RecipeArguments:
         default=False, metadata={"help": "Let freshly encoded targets stand for their stale embeddings from then on."}
     )
     num_negatives: int = field(default=16, metadata={"help": "Targets that each query takes as negatives."})
-    sampler: Literal["top_k", "gumbel", "uniform"] = field(
+    sampler: Literal["top_k", "gumbel", "mixed", "uniform"] = field(
         default="top_k",
-        metadata={"help": "The hardest, a sample from the corrected softmax, or from all targets alike."},
+        metadata={"help": "The hardest, a sample from the corrected softmax, half and half, or from all alike."},
+    )
+    budget: Literal["query", "batch"] = field(
+        default="query", metadata={"help": "Whether num_negatives are every query's, or the batch's to share out."}
+    )
+    share_negatives: bool = field(
+        default=True, metadata={"help": "Whether every query sees the targets taken by the others of its batch."}
     )
     candidates: int | None = field(
         default=None, metadata={"help": "Verify so many targets for each query by encoding them, and keep the hardest."}
@@ -77,6 +83,17 @@ class RecipeArguments:
         default=None, metadata={"help": "Negatives score at most (1 - relative_margin) times what the positive does."}
     )
     range_min: int = field(default=0, metadata={"help": "Leave out so many of the hardest targets."})
+    range_max: int | None = field(default=None, metadata={"help": "Take negatives from so many of the hardest."})
+    answer_check: bool = field(
+        default=False, metadata={"help": "No target that contains one of the question's answers is a negative."}
+    )
+    background_targets: int = field(
+        default=0, metadata={"help": "Random targets encoded at each step for the corrector alone."}
+    )
+    probe_every: int = field(default=0, metadata={"help": "Measure the selection's fidelity every so many steps."})
+    probe_targets: int | None = field(
+        default=4096, metadata={"help": "Targets of the corpus among which fidelity is measured."}
+    )
     scale: float = field(default=20.0, metadata={"help": "Inverse temperature of the softmax."})
     max_targets: int | None = field(
         default=None, metadata={"help": "Keep the first so many passages of a BEIR folder."}
@@ -135,20 +152,23 @@ def parse_arguments() -> tuple[RecipeArguments, SentenceTransformerTrainingArgum
     )
     recipe, training = parser.parse_args_into_dataclasses()
     try:
-        name, _ = parse_strategy(recipe.strategy)
+        strategy = Strategy.parse(recipe.strategy)
         json.loads(recipe.corrector_settings)
     except (argparse.ArgumentTypeError, ValueError) as error:
         parser.error(str(error))
     if recipe.corrector not in CORRECTORS:
         parser.error(f"--corrector {recipe.corrector!r} is not one of {', '.join(CORRECTORS)}")
-    if name == "in-batch" and (recipe.write_back or recipe.candidates):
-        parser.error("--strategy in-batch chooses nothing from the corpus: leave out --write_back and --candidates")
-    if training.world_size > 1 and name != "in-batch":
+    if not strategy.chooses and (recipe.write_back or recipe.candidates):
+        parser.error(
+            f"--strategy {recipe.strategy} chooses nothing from the corpus while training: leave out --write_back and "
+            "--candidates"
+        )
+    if training.world_size > 1 and strategy.chooses:
         parser.error(f"{training.world_size} processes are not supported yet: accelerate launch --num_processes 1")
     if recipe.dataset.startswith((".", "/")) and not Path(recipe.dataset).is_dir():
         parser.error(f"--dataset {recipe.dataset}: there is no such folder")
     if training.output_dir in (None, "trainer_output"):  # transformers' own default
-        parts = [recipe.strategy.replace(":", "-"), recipe.corrector if name == "corrected" else None]
+        parts = [recipe.strategy.replace(":", "-"), recipe.corrector if strategy.name == "corrected" else None]
         parts.append("write-back" if recipe.write_back else None)
         training.output_dir = str(Path("outputs/train_nq") / "-".join(part for part in parts if part))
     return recipe, training
@@ -178,10 +198,20 @@ def run(recipe: RecipeArguments, training: SentenceTransformerTrainingArguments)
         write_back=recipe.write_back,
         num_negatives=recipe.num_negatives,
         sampler=recipe.sampler,
+        budget=recipe.budget,
+        share_negatives=recipe.share_negatives,
         candidates=recipe.candidates,
+        background_targets=recipe.background_targets,
         false_negatives=FalseNegativeFilter(
-            recipe.max_score, recipe.absolute_margin, recipe.relative_margin, recipe.range_min
+            recipe.max_score,
+            recipe.absolute_margin,
+            recipe.relative_margin,
+            recipe.range_min,
+            recipe.range_max,
+            (AnswerCheck(corpus, "train"),) if recipe.answer_check else (),
         ),
+        probe_every=recipe.probe_every,
+        probe_targets=recipe.probe_targets,
         scale=recipe.scale,
         evaluator=CorpusRetrievalEvaluator(corpus, "dev", show_progress_bar=not training.disable_tqdm),
     )

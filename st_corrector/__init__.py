@@ -2,7 +2,7 @@
 
 from ._version import __version__
 from .cache import EmbeddingCache
-from .callbacks import RefreshCallback
+from .callbacks import FidelityCallback, RefreshCallback
 from .corpus import Corpus
 from .correctors import (
     AffineCorrector,
@@ -17,21 +17,27 @@ from .correctors import (
 )
 from .errors import CacheError, CorpusError, InputError, StCorrectorError
 from .evaluation import CorpusRetrievalEvaluator
-from .filters import FalseNegativeFilter
+from .filters import AnswerCheck, Check, CrossEncoderCheck, FalseNegativeFilter
 from .loss import CorrectedMultipleNegativesLoss
 from .search import CorrectedSearch
+from .trainer import CorrectorTrainer
 
 __all__ = [
     "AffineCorrector",
+    "AnswerCheck",
     "CacheError",
+    "Check",
     "Corpus",
     "CorpusError",
     "CorpusRetrievalEvaluator",
     "CorrectedMultipleNegativesLoss",
     "CorrectedSearch",
     "Corrector",
+    "CorrectorTrainer",
+    "CrossEncoderCheck",
     "EmbeddingCache",
     "FalseNegativeFilter",
+    "FidelityCallback",
     "IdentityCorrector",
     "InputError",
     "KernelRidgeCorrector",

@@ -2,36 +2,141 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .encoding import evaluating, unwrap
 from .errors import InputError
 from .loss import CorrectedMultipleNegativesLoss
+from .staleness import selection_fidelity
 
 
 class RefreshCallback(TrainerCallback):
-    """Re-embeds the whole corpus every ``every`` optimizer steps: the dear baseline that a corrector replaces.
+    """Re-embeds the whole corpus every ``every`` optimizer steps or epochs: the dear way that a corrector replaces.
 
-    ``every=1`` is exhaustive: negatives are always chosen by embeddings of the model as it is. What it
+    ``every=1`` step is exhaustive: negatives are always chosen by embeddings of the model as it is. What it
     costs is counted in :attr:`CorrectedMultipleNegativesLoss.targets_reencoded`.
 
     Args:
         loss: the loss whose cache is refreshed.
-        every: optimizer steps between two refreshes. The cache is taken as fresh before the first step.
+        every: how many ``unit`` lie between two refreshes. The cache is taken as fresh before the first step.
+        unit: ``"step"`` (of the optimizer) or ``"epoch"``.
         batch_size: targets in one forward pass of a refresh.
 
     Raises:
-        InputError: ``every`` is below 1.
+        InputError: ``every`` is below 1, or an unknown unit.
     """
 
-    def __init__(self, loss: CorrectedMultipleNegativesLoss, every: int, batch_size: int = 256) -> None:
+    def __init__(
+        self,
+        loss: CorrectedMultipleNegativesLoss,
+        every: int,
+        unit: Literal["step", "epoch"] = "step",
+        batch_size: int = 256,
+    ) -> None:
         if every < 1:
-            raise InputError(f"every must be at least 1 step, got {every}.")
-        self.loss, self.every, self.batch_size = loss, every, batch_size
+            raise InputError(f"every must be at least 1, got {every}.")
+        if unit not in ("step", "epoch"):
+            raise InputError(f"unit {unit!r} is neither 'step' nor 'epoch'.")
+        self.loss, self.every, self.unit, self.batch_size = loss, every, unit, batch_size
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step and state.global_step % self.every == 0:
+        if self.unit == "step" and state.global_step and state.global_step % self.every == 0:
             self.loss.refresh(batch_size=self.batch_size)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        epoch = round(state.epoch or 0)
+        if self.unit == "epoch" and epoch and epoch % self.every == 0:
+            self.loss.refresh(batch_size=self.batch_size)
+
+
+class FidelityCallback(TrainerCallback):
+    """Measures every ``every`` steps how far the corrected cache selects what fresh embeddings would.
+
+    For a fixed probe of queries and targets it logs, through :class:`CorrectorTrainer`:
+
+    - ``fidelity``: the mean overlap of the top ``k`` by corrected and by fresh score among the probe's targets
+      (:func:`~st_corrector.staleness.selection_fidelity`);
+    - ``fidelity_stale``: the same for the cache as it was built;
+    - ``fidelity_targets``: how many targets have been encoded for that so far, and ``seconds_fidelity``: its time.
+
+    The probe is encoded without gradient and teaches nobody: training is the same with it and without.
+
+    Args:
+        loss: the loss whose selection is measured.
+        every: optimizer steps between two measurements; the first is before the first step.
+        queries: how many queries of the loss's split (or of ``split``).
+        targets: how many targets of the corpus, drawn once; None takes all of it. Among few targets the top ``k``
+            lie further apart, so fidelity depends on this number: compare only what was measured with the same.
+        k: by default the loss's ``num_negatives``.
+        split: where the queries come from; by default the loss's split.
+        seed: of the probe's choice.
+        batch_size: texts in one forward pass.
+
+    Raises:
+        InputError: a number is below 1, or there is no split to take queries from.
+    """
+
+    def __init__(
+        self,
+        loss: CorrectedMultipleNegativesLoss,
+        every: int,
+        queries: int = 256,
+        targets: int | None = 4096,
+        k: int | None = None,
+        split: str | None = None,
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> None:
+        split = split or loss.split
+        if every < 1 or queries < 1 or (targets is not None and targets < 1):
+            raise InputError(f"every, queries and targets must be at least 1, got {every}, {queries} and {targets}.")
+        if split is None or split not in loss.corpus.splits:
+            raise InputError(
+                f"The probe needs judged queries: the corpus has the splits {loss.corpus.splits}, not {split!r}."
+            )
+        self.loss, self.every, self.k, self.batch_size = loss, every, k or loss.num_negatives, batch_size
+        generator = np.random.default_rng(seed)
+        texts = loss.corpus.qrels(split).queries["text"][:]
+        self._queries = [texts[n] for n in sorted(generator.permutation(len(texts))[:queries])]
+        size = len(loss.corpus)
+        self._rows = np.sort(generator.permutation(size)[: size if targets is None else targets])
+        self.targets_encoded = 0
+        """Targets encoded for the measurement alone so far."""
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step % self.every == 0:
+            self.measure()
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Measure now, for the next log; returns what goes into it."""
+        loss, search = self.loss, self.loss.search
+        model = unwrap(loss.model)
+        with loss.metrics.timed("fidelity", model.device):
+            with evaluating(model):
+                queries = model.encode_query(
+                    self._queries, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False
+                )
+            queries = loss.comparable(queries)
+            fresh = loss.comparable(loss.encoder.encode(model, self._rows, batch_size=self.batch_size))
+            rows = torch.from_numpy(self._rows).to(fresh.device)
+            search.corrector.to(fresh.device)
+            corrected, cached = search.corrector(search.stale(rows)), search.cached(rows)
+            self.targets_encoded += len(rows)
+            measured = {
+                "fidelity": selection_fidelity(queries, corrected, fresh, self.k).item(),
+                "fidelity_stale": selection_fidelity(queries, cached, fresh, self.k).item(),
+                "fidelity_targets": float(self.targets_encoded),
+            }
+        loss.metrics.add(**measured)
+        return measured

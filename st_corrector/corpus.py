@@ -21,6 +21,7 @@ from .beir import find_jsonl, read_jsonl, read_qrels
 from .errors import CorpusError
 from .fingerprint import digest, digest_json, max_lengths, tokenizer_fingerprint
 from .qrels import Qrels
+from .text import normalized
 from .tokens import TextCorpus, TokenizedCorpus, TokenLayout, tokenize_texts
 
 logger = logging.getLogger(__name__)
@@ -376,13 +377,8 @@ class Corpus:
     @cached_property
     def _row_digests(self) -> np.ndarray:
         """A 64-bit digest of each target's joined text, shape ``(N,)``."""
-        digests = np.empty(len(self), dtype=np.uint64)
-        start = 0
-        for batch in self._arrow.iter(_BATCH):
-            for text in _joined(batch):
-                digests[start] = int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
-                start += 1
-        return digests
+        texts = (text for batch in self._arrow.iter(_BATCH) for text in _joined(batch))
+        return np.fromiter(map(_digest, texts), dtype=np.uint64, count=len(self))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -391,9 +387,11 @@ class Corpus:
 
     @cached_property
     def _repeated(self) -> dict[int, np.ndarray]:
-        """Row → all rows with exactly its text; only rows that have a duplicate are in it."""
-        order = np.argsort(self._row_digests, kind="stable")
-        digests = self._row_digests[order]
+        """Row → all rows with the same words; only rows that have a duplicate are in it."""
+        texts = (normalized(text) for batch in self._arrow.iter(_BATCH) for text in _joined(batch))
+        all_digests = np.fromiter(map(_digest, texts), dtype=np.uint64, count=len(self))
+        order = np.argsort(all_digests, kind="stable")
+        digests = all_digests[order]
         bounds = np.flatnonzero(np.concatenate([[True], digests[1:] != digests[:-1], [True]]))
         repeated: dict[int, np.ndarray] = {}
         for group in np.flatnonzero(np.diff(bounds) > 1):
@@ -402,7 +400,8 @@ class Corpus:
         return repeated
 
     def duplicates_of(self, row: int) -> np.ndarray:
-        """All rows whose joined text is exactly that of ``row``, itself included, ascending."""
+        """All rows whose joined text has the same words as ``row``'s, itself included, ascending: case, spaces and
+        punctuation do not count (:func:`~st_corrector.text.normalized`)."""
         return self._repeated.get(int(row), np.array([row], dtype=np.int64))
 
     # ------------------------------------------------------------------ queries
@@ -474,6 +473,11 @@ class Corpus:
 
 def _folder(cache_dir: str | os.PathLike | None) -> Path:
     return default_cache_dir() if cache_dir is None else Path(cache_dir)
+
+
+def _digest(text: str) -> int:
+    """64 bits of ``text``'s hash."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
 
 
 def _joined(table: pa.Table) -> list[str]:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import logging
 import os
-import re
-import unicodedata
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +20,13 @@ from .corpus import Corpus
 from .encoding import DocumentEncoder, evaluating
 from .errors import InputError
 from .search import RunningTopK
+from .text import contains_answer
 
 logger = logging.getLogger(__name__)
 
 RECALL_AT = (1, 5, 20, 100)
 _DEPTH = 100
 _SCORES_AT_ONCE = 2**27  # half a GB
-_TOKEN = re.compile(r"[^\W_]+|[^\w\s]|_")
 
 
 class CorpusRetrievalEvaluator(SentenceEvaluator):
@@ -39,7 +36,8 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
     ``mrr@10``, ``ndcg@10``, ``map@100``, as
     :class:`~sentence_transformers.sentence_transformer.evaluation.InformationRetrievalEvaluator` defines them; and,
     where the queries have answers, ``answer_recall@{1,5,20,100}``: whether one of the first k targets' texts (titles
-    left out) contains one of the answers as open-domain question answering scores it, see :func:`contains_answer`.
+    left out) contains one of the answers as open-domain question answering scores it
+    (:func:`~st_corrector.text.contains_answer`).
 
     Works on the corpus's token ids, in chunks: the embeddings of the corpus are never held at once. Titles,
     prompts and truncation are those of training. Nothing that training depends on is changed.
@@ -178,19 +176,3 @@ def ranking_metrics(relevant: np.ndarray, total: np.ndarray) -> dict[str, float]
     metrics["ndcg@10"] = (relevant[:, :10] * discount[:10]).sum(1) / ideal
     metrics["map@100"] = (precision * relevant).sum(1) / np.minimum(total, depth)
     return {name: float(values.mean()) for name, values in metrics.items()}
-
-
-def contains_answer(text: str, answers: list[str]) -> bool:
-    """Whether ``text`` has one of ``answers`` as consecutive tokens, case and Unicode form aside.
-
-    Tokens are runs of letters and digits, and single other characters, as in the scorer of DrQA and DPR
-    (`Karpukhin et al. 2020 <https://arxiv.org/abs/2004.04906>`_).
-    """
-    spaced = _spaced(text)
-    return any(_spaced(answer) in spaced for answer in answers)
-
-
-@lru_cache(maxsize=2**16)  # the same targets are found for many queries, and again at the next evaluation
-def _spaced(text: str) -> str:
-    """The text's tokens with a space before, between and behind them, so that containment is by whole tokens."""
-    return f" {' '.join(_TOKEN.findall(unicodedata.normalize('NFC', text).lower()))} "

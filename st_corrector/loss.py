@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,24 +21,12 @@ from .encoding import DocumentEncoder, unwrap
 from .errors import InputError
 from .filters import FalseNegativeFilter, is_in, known_positives, pad_rows, repeats_earlier
 from .fingerprint import differences
-from .search import NO_ROW, SAMPLERS, CorrectedSearch, Sampler
+from .search import NO_ROW, CorrectedSearch, Sampler
+from .selection import Budget, NegativeSelector, Selection
+from .staleness import StepMetrics, staleness
 from .tokens import TokenizedCorpus
 
 _REFRESHED_AT_ONCE = 16_384
-
-
-class Selection(NamedTuple):
-    """The negatives of a batch.
-
-    Args:
-        rows: each query's negatives, ``(B, k)``, hardest first; −1 where fewer were allowed.
-        verified_rows: the distinct rows that were encoded to be verified, ``(V,)``; none unless asked for.
-        verified: their fresh embeddings, ``(V, d)``.
-    """
-
-    rows: Tensor
-    verified_rows: Tensor
-    verified: Tensor
 
 
 class CorrectedMultipleNegativesLoss(nn.Module):
@@ -52,8 +41,11 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         scale: float = 20.0,
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
         in_batch_negatives: bool = True,
+        share_negatives: bool = True,
+        budget: Budget = "query",
         write_back: bool = False,
         candidates: int | None = None,
+        background_targets: int = 0,
         false_negatives: FalseNegativeFilter | None = None,
         split: str | None = "train",
     ) -> None:
@@ -67,7 +59,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         1. :math:`f(x)` and :math:`g(y^+)` are encoded with gradient.
         2. Without gradient, every target is scored by its *corrected* stale embedding,
            :math:`\langle f(x), h(g'(y)) \rangle`; each query takes ``num_negatives`` of them, its known positives and
-           their exact duplicates excepted.
+           what has the same words excepted.
         3. The distinct targets taken by any query of the batch are encoded with gradient, once.
         4. The task loss is the cross-entropy of the positive among the batch's positives and all these targets, by
            fresh embeddings; its gradient reaches the encoder. The corrector ``h`` learns from the same fresh
@@ -78,16 +70,19 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             corpus: the targets. The dataset's ``label`` column points into it; see :meth:`Corpus.pairs`.
             cache: stale embeddings of all targets, built by this model or an earlier state of it
                 (:meth:`EmbeddingCache.build`). It may be left out with ``num_negatives=0``.
-            num_negatives: how many targets each query takes. Every query sees those of the whole batch. 0 leaves
-                plain in-batch negatives.
+            num_negatives: how many targets each query takes. 0 leaves plain in-batch negatives.
             corrector: ``"mlp"`` (the paper's), ``"ridge"``, ``"identity"`` (choose by the stale embeddings), or a
                 :class:`Corrector` with settings of your own.
             sampler: ``"top_k"`` takes the hardest, ``"gumbel"`` samples from the corrected softmax without replacement,
-                ``"uniform"`` from all targets alike.
+                ``"mixed"`` takes half of them so and half so, ``"uniform"`` samples from all targets alike.
             scale: output of the similarity function is multiplied by it (the inverse temperature).
             similarity_fct: :func:`sentence_transformers.util.cos_sim` or :func:`sentence_transformers.util.dot_score`
                 (then set ``scale`` to 1).
             in_batch_negatives: whether the other queries' positives are negatives too.
+            share_negatives: whether every query sees the targets that the other queries of the batch have taken.
+            budget: with ``"batch"``, the batch takes ``B × num_negatives`` distinct targets in all, those that come
+                nearest to (or exceed by most) the positive of some query, so that a query whose positive is far ahead
+                leaves its share to others.
             write_back: whether what a step has encoded afresh stands for these targets from then on, in the frame of
                 the stale embeddings (:meth:`CorrectedSearch.write_back`), so that later corrections move it on.
             candidates: verify: take so many targets for each query by corrected score (more than ``num_negatives``),
@@ -95,6 +90,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 corrector too. Costs those encodings; see :attr:`targets_verified`.
             false_negatives: which targets are too similar to be negatives, judged by corrected scores when they are
                 chosen and by fresh ones in the softmax.
+            background_targets: encode so many random targets at each step, without gradient, for the corrector (and
+                ``write_back``) alone. Counted in :attr:`targets_reencoded`.
             split: the corpus split that is trained on: its judgements say what else is relevant to a query.
                 A query is known by its positive's row: where one target answers several queries of the split, nothing
                 that is relevant to any of them is a negative for them. ``None``: the labels are all that is known.
@@ -149,24 +146,29 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 that are not finite.
         """
         super().__init__()
-        _check_settings(corpus, cache, num_negatives, candidates, sampler, scale, similarity_fct, split)
+        self.selector = NegativeSelector(
+            num_negatives, sampler, scale, budget, candidates, false_negatives or FalseNegativeFilter()
+        )
+        """How negatives are chosen."""
+        _check_settings(corpus, cache, num_negatives, background_targets, scale, similarity_fct, split)
         self.model = model
         self.corpus = corpus
         self.num_negatives = num_negatives
-        self.sampler: Sampler = sampler
         self.scale = scale
         self.similarity_fct = similarity_fct
         self.in_batch_negatives = in_batch_negatives
+        self.share_negatives = share_negatives
         self.write_back = write_back
-        self.candidates = candidates
-        self.false_negatives = false_negatives or FalseNegativeFilter()
+        self.background_targets = background_targets
         self.split = split
+        self.metrics = StepMetrics()
+        """What the steps have measured since :meth:`pop_metrics` was last called."""
         self.targets_encoded = 0
         """Targets encoded for the task loss so far, positives and negatives."""
         self.targets_verified = 0
         """Targets encoded without gradient to verify them so far; see ``candidates``."""
         self.targets_reencoded = 0
-        """Targets encoded only to refresh the cache so far; zero unless :meth:`refresh` is called."""
+        """Targets encoded for the cache alone so far, by :meth:`refresh` or as background targets; else zero."""
         self._qrels = corpus.qrels(split) if corpus.splits and split is not None else None
         self.encoder = DocumentEncoder(unwrap(model), corpus)
         # The corrector lives in the search, which is no module: see Corrector for why it must not be a submodule.
@@ -210,8 +212,9 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             )
         training = torch.is_grad_enabled()
         rows = self._check_labels(labels, features) if training or labels is not None else None
-        queries = _finite(self.model(features[0])["sentence_embedding"], "queries in this batch")
-        positives = _finite(self.model(features[1])["sentence_embedding"], "positives in this batch", rows)
+        with self._timed("encode", training):
+            queries = _finite(self.model(features[0])["sentence_embedding"], "queries in this batch")
+            positives = _finite(self.model(features[1])["sentence_embedding"], "positives in this batch", rows)
         if rows is None:
             return {"task_loss": self._task_loss(queries, positives, None)}
 
@@ -220,62 +223,75 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             self.targets_encoded += len(rows) if training else 0
             return {"task_loss": self._task_loss(queries, positives, self._forbidden(rows, rows[:0], known))}
 
-        with torch.no_grad():
-            positive_scores = (self._comparable(queries) * self._comparable(positives)).sum(-1)
-            ceiling = self.false_negatives.ceiling(positive_scores)
-        selection = self.select(queries, known, ceiling)
+        positive_scores = (self.comparable(queries) * self.comparable(positives)).sum(-1)
+        with self._timed("select"):
+            selection = self.select(queries, known, positive_scores, rows)
         selected = selection.rows[selection.rows != NO_ROW].unique()
         negative_rows = selected[~torch.isin(selected, rows)]
         self.targets_encoded += len(rows) + len(negative_rows)
         candidates = positives
         if len(negative_rows):
-            negative_features = self.encoder.features(negative_rows.cpu().numpy(), queries.device)
-            negatives = _finite(self.model(negative_features)["sentence_embedding"], "negatives", negative_rows)
+            with self._timed("encode"):
+                negative_features = self.encoder.features(negative_rows.cpu().numpy(), queries.device)
+                negatives = _finite(self.model(negative_features)["sentence_embedding"], "negatives", negative_rows)
             candidates = torch.cat([positives, negatives])
-        forbidden = self._forbidden(rows, negative_rows, known, selected)
-        task_loss = self._task_loss(queries, candidates, forbidden, ceiling)
-        candidate_rows = torch.cat([rows, negative_rows, selection.verified_rows])
-        fresh = torch.cat([self._comparable(candidates), selection.verified])
-        return {"task_loss": task_loss, **self._fit_corrector(queries, fresh, candidate_rows)}
+        forbidden = self._forbidden(rows, negative_rows, known, selection)
+        task_loss = self._task_loss(queries, candidates, forbidden, selection.ceiling)
+        with self._timed("correct"):
+            self._measure_selection(selection, positive_scores, queries, candidates, torch.cat([rows, negative_rows]))
+            learnt = self._fit_corrector(queries, candidates, torch.cat([rows, negative_rows]), selection)
+        return {"task_loss": task_loss, **learnt}
 
     @torch.no_grad()
-    def select(self, queries: Tensor, exclude: Tensor, ceiling: Tensor | None = None) -> Selection:
+    def select(
+        self, queries: Tensor, exclude: Tensor, positive_scores: Tensor | None = None, labels: Tensor | None = None
+    ) -> Selection:
         """The corpus rows that each query takes as negatives, the hardest first.
 
         Args:
             queries: ``f(x)``, ``(B, d)``.
             exclude: rows each query must not take, ``(B, m)``, padded with −1.
-            ceiling: the highest score of a negative of each query, ``(B,)``.
+            positive_scores: score of each query's positive, ``(B,)``; margins and ``budget="batch"`` depend on it.
+            labels: corpus row of each query's positive, ``(B,)``; checks depend on it.
         """
         _require_one_process()
-        queries = self._comparable(queries)
-        skipped = self.false_negatives.range_min
-        # From torch's own generator: seeded by the trainer, and restored by it on resume.
-        seed = int(torch.randint(2**62, ()).item()) if self.sampler != "top_k" else None
-        _, rows = self.search.search(
-            queries,
-            (self.candidates or self.num_negatives) + skipped,
-            exclude,
-            sampler=self.sampler,
-            scale=self.scale,
-            seed=seed,
-            ceiling=ceiling,
+        queries = self.comparable(queries)
+        if positive_scores is None:
+            positive_scores = queries.new_zeros(len(queries))
+        if labels is None:
+            labels = torch.full((len(queries),), NO_ROW, device=queries.device)
+        selection = self.selector.select(
+            self.search, queries, exclude, positive_scores.detach(), labels, self._encode_without_gradient
         )
-        if self.candidates is None:
-            return Selection(rows[:, skipped:], rows.new_empty(0), queries.new_empty(0, queries.shape[1]))
-        verified_rows = rows[rows != NO_ROW].unique()
-        if not len(verified_rows):
-            return Selection(rows[:, skipped:], verified_rows, queries.new_empty(0, queries.shape[1]))
-        verified = self._comparable(self.encoder.encode(unwrap(self.model), verified_rows.cpu().numpy()))
-        _finite(verified, "verified targets", verified_rows)
-        self.targets_verified += len(verified_rows)
-        position = torch.searchsorted(verified_rows, rows.clamp(min=0)).clamp(max=len(verified_rows) - 1)
-        scores = (queries @ verified.T).gather(1, position).masked_fill(rows == NO_ROW, -torch.inf)
-        if ceiling is not None:
-            scores = scores.masked_fill(scores > ceiling[:, None], -torch.inf)
-        best = scores.topk(self.num_negatives + skipped, dim=1)
-        rows = rows.gather(1, best.indices).masked_fill(best.values == -torch.inf, NO_ROW)
-        return Selection(rows[:, skipped:], verified_rows, verified)
+        self.targets_verified += len(selection.verified_rows)
+        self.metrics.add(**{f"removed_by_{rule}": count for rule, count in selection.removed.items()})
+        return selection
+
+    def _encode_without_gradient(self, rows: np.ndarray) -> Tensor:
+        """``g(y)`` of ``rows`` as the model says now, as the search sees it: ``(n, d)``."""
+        fresh = self.comparable(self.encoder.encode(unwrap(self.model), rows))
+        return _finite(fresh, "targets encoded without gradient", torch.from_numpy(rows))
+
+    def pop_metrics(self) -> dict[str, float]:
+        """What the steps since the last call measured, for logging.
+
+        Means over the steps: ``drift``, ``corrected_error`` and ``corrected_mse`` (:func:`~staleness.staleness`) of
+        the targets encoded, before the corrector learnt from them; ``corrected_error_unseen``, the same of those that
+        had never been encoded before, with ``write_back``; ``seen``, the share of the selected targets that had, and
+        ``age``, the mean number of steps since the selected targets' embeddings were computed; ``hardness``, the
+        mean fresh score of the chosen negatives less that of their query's positive, and ``harder_than_positive``,
+        the share of them that score higher; ``pull_back_residual`` and ``pull_back_damped`` (:class:`PullBack`);
+        ``removed_by_<rule>``, candidates that a rule on false negatives removed in a step. Sums over the steps:
+        ``seconds_encode``, ``seconds_select`` and ``seconds_correct`` of the forward pass. Totals since the start:
+        ``targets_encoded``, ``targets_verified``, ``targets_reencoded``.
+        """
+        if self._search is None:
+            return {}
+        totals = ("targets_encoded", "targets_verified", "targets_reencoded")
+        return self.metrics.pop() | {name: float(getattr(self, name)) for name in totals}
+
+    def _timed(self, part: str, training: bool = True) -> AbstractContextManager[None]:
+        return self.metrics.timed(part, unwrap(self.model).device) if training else nullcontext()
 
     @torch.no_grad()
     def refresh(self, batch_size: int = 256) -> None:
@@ -295,18 +311,29 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         corrector = type(old.corrector)(**old.corrector.config)
         self._search = CorrectedSearch(EmbeddingCache.from_tensor(embeddings), corrector, normalize=old.normalize)
 
-    def _comparable(self, embeddings: Tensor) -> Tensor:
+    def comparable(self, embeddings: Tensor) -> Tensor:
         """Embeddings as the search and the corrector see them: float32, unit vectors where cosine is compared."""
         embeddings = embeddings.detach().float()
         return F.normalize(embeddings, dim=-1) if self.similarity_fct is cos_sim else embeddings
 
-    def _forbidden(self, rows: Tensor, negative_rows: Tensor, known: Tensor, selected: Tensor | None = None) -> Tensor:
+    def _forbidden(
+        self, rows: Tensor, negative_rows: Tensor, known: Tensor, selection: Selection | None = None
+    ) -> Tensor:
         """Which candidates (positives, then negatives) a query must not see as negatives: ``(B, B + M)``."""
-        forbidden = is_in(torch.cat([rows, negative_rows]), known)
-        other = repeats_earlier(rows)  # a positive that two queries share is one candidate, not two
-        if not self.in_batch_negatives and selected is not None:
-            other |= ~torch.isin(rows, selected)
-        forbidden[:, : len(rows)] |= other
+        columns = torch.cat([rows, negative_rows])
+        forbidden = is_in(columns, known)
+        if selection is not None:
+            taken = selection.rows.flatten().expand(len(rows), -1) if self.share_negatives else selection.rows
+            offered = is_in(columns, taken)
+            if self.in_batch_negatives:
+                offered[:, : len(rows)] = True
+            forbidden |= ~offered | is_in(columns, selection.false_negatives)
+            for check in self.selector.false_negatives.checks:
+                if check.everywhere:
+                    forbidden |= check(rows, columns.expand(len(rows), -1))
+        elif not self.in_batch_negatives:
+            forbidden[:, : len(rows)] = True
+        forbidden[:, : len(rows)] |= repeats_earlier(rows)  # a positive that two queries share is one candidate
         return forbidden
 
     def _task_loss(
@@ -323,15 +350,47 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         return F.cross_entropy(scores * self.scale, target)
 
     @torch.no_grad()
-    def _fit_corrector(self, queries: Tensor, fresh: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    def _measure_selection(
+        self, selection: Selection, positive_scores: Tensor, queries: Tensor, candidates: Tensor, rows: Tensor
+    ) -> None:
+        """How hard each query's own negatives are by fresh score, and how old the vectors that they were chosen by."""
+        own = is_in(rows, selection.rows)
+        if not own.any():
+            return
+        margins = (self.comparable(queries) @ self.comparable(candidates).T - positive_scores[:, None])[own]
+        seen, age = self.search.age(selection.rows[selection.rows != NO_ROW])
+        self.metrics.add(hardness=margins.mean(), harder_than_positive=(margins > 0).float().mean(), seen=seen, age=age)
+
+    @torch.no_grad()
+    def _fit_corrector(
+        self, queries: Tensor, candidates: Tensor, rows: Tensor, selection: Selection
+    ) -> dict[str, Tensor]:
+        """Let the corrector, and the overlay, learn from all that this step has encoded afresh."""
+        rows = torch.cat([rows, selection.verified_rows])
+        fresh = torch.cat([self.comparable(candidates), selection.verified])
+        if self.background_targets:
+            background = torch.randint(len(self.corpus), (self.background_targets,))
+            self.targets_reencoded += len(background)
+            rows = torch.cat([rows, background.to(rows.device)])
+            fresh = torch.cat([fresh, self._encode_without_gradient(background.numpy())])
         # Positives that queries share were encoded twice, verified targets that were selected as well.
         once = ~repeats_earlier(rows)
         rows, fresh = rows[once], fresh[once]
-        stale = self.search.stale(rows)
-        metrics = self.search.corrector.fit_step(stale, fresh, self._comparable(queries), self.scale)
+        search = self.search
+        stale, cached = search.stale(rows), search.cached(rows)
+        corrected = search.corrector(stale)
+        self.metrics.add(**staleness(cached, corrected, fresh))
+        unseen = ~search.overlay.has(rows)
+        if self.write_back and unseen.any():
+            self.metrics.add(
+                corrected_error_unseen=staleness(cached[unseen], corrected[unseen], fresh[unseen])["corrected_error"]
+            )
+        learnt = search.corrector.fit_step(stale, fresh, self.comparable(queries), self.scale)
         if self.write_back:
-            self.search.write_back(rows, fresh)
-        return metrics
+            pulled = search.write_back(rows, fresh)
+            self.metrics.add(pull_back_residual=pulled.residual.mean(), pull_back_damped=float(pulled.damped))
+        search.steps += 1
+        return learnt
 
     def _check_labels(self, labels: Tensor | None, features: list[dict[str, Any]]) -> Tensor:
         if labels is None:
@@ -385,13 +444,16 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         return {
             "num_negatives": self.num_negatives,
             "corrector": repr(self.corrector),
-            "sampler": self.sampler,
+            "sampler": self.selector.sampler,
             "scale": self.scale,
             "similarity_fct": similarity_fct_name(self.similarity_fct),
             "in_batch_negatives": self.in_batch_negatives,
+            "share_negatives": self.share_negatives,
+            "budget": self.selector.budget,
             "write_back": self.write_back,
-            "candidates": self.candidates,
-            "false_negatives": repr(self.false_negatives),
+            "candidates": self.selector.candidates,
+            "background_targets": self.background_targets,
+            "false_negatives": repr(self.selector.false_negatives),
             "corpus": repr(self.corpus),
         }
 
@@ -419,13 +481,9 @@ def _require_one_process() -> None:
             )
 
 
-def _check_settings(corpus, cache, num_negatives, candidates, sampler, scale, similarity_fct, split) -> None:
-    if num_negatives < 0:
-        raise InputError(f"num_negatives must not be negative, got {num_negatives}.")
-    if candidates is not None and candidates <= num_negatives:
-        raise InputError(
-            f"candidates are what the {num_negatives} negatives are chosen from: there must be more, got {candidates}."
-        )
+def _check_settings(corpus, cache, num_negatives, background_targets, scale, similarity_fct, split) -> None:
+    if background_targets < 0:
+        raise InputError(f"background_targets must not be negative, got {background_targets}.")
     if num_negatives and cache is None:
         raise InputError("Negatives are chosen by a cache: pass EmbeddingCache.build(model, corpus, path).")
     if cache is not None and not isinstance(cache, EmbeddingCache):
@@ -438,8 +496,6 @@ def _check_settings(corpus, cache, num_negatives, candidates, sampler, scale, si
             f"The cache has {len(cache)} rows, the corpus {len(corpus)} targets: they must be the same, in the same "
             "order. Build the cache of this corpus with EmbeddingCache.build."
         )
-    if sampler not in SAMPLERS:
-        raise InputError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}.")
     if not scale > 0:
         raise InputError(f"scale must be positive, got {scale}.")
     if similarity_fct not in (cos_sim, dot_score):

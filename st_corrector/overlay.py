@@ -23,6 +23,7 @@ class Overlay:
         self._slot = torch.full((size,), -1, dtype=torch.int32)
         self._rows = torch.empty(0, dtype=torch.int64)
         self._vectors = torch.empty(0, dim)
+        self._written_at = torch.empty(0, dtype=torch.int64)
         self._used = 0
 
     def __len__(self) -> int:
@@ -39,8 +40,18 @@ class Overlay:
         """The vectors of :attr:`rows`, ``(len(overlay), d)``."""
         return self._vectors[: self._used]
 
-    def write(self, rows: Tensor, vectors: Tensor) -> None:
-        """Let ``vectors`` ``(n, d)`` stand for the distinct ``rows`` ``(n,)`` from now on."""
+    def has(self, rows: Tensor) -> Tensor:
+        """Which of ``rows`` ``(n,)`` have been written: ``(n,)``, bool."""
+        self.to(rows.device)
+        return self._slot[rows] >= 0
+
+    def written_at(self, rows: Tensor) -> Tensor:
+        """The step at which each of ``rows`` ``(n,)``, all of them written, was written last: ``(n,)``."""
+        self.to(rows.device)
+        return self._written_at[self._slot[rows].long()]
+
+    def write(self, rows: Tensor, vectors: Tensor, step: int | Tensor = 0) -> None:
+        """Let ``vectors`` ``(n, d)`` stand for the distinct ``rows`` ``(n,)`` from now on, that is from ``step``."""
         self.to(vectors.device)
         new = rows[self._slot[rows] < 0]
         self._reserve(self._used + len(new))
@@ -49,6 +60,7 @@ class Overlay:
         self._rows[self._used : self._used + len(new)] = new
         self._used += len(new)
         self._vectors[self._slot[rows].long()] = vectors.detach().float()
+        self._written_at[self._slot[rows].long()] = torch.as_tensor(step, device=rows.device)
 
     def _reserve(self, used: int) -> None:
         """Room for ``used`` rows; it doubles, so that writing stays linear in what is written."""
@@ -58,8 +70,10 @@ class Overlay:
         capacity = min(max(used, 2 * capacity, 1024), len(self._slot))
         grown_rows = self._rows.new_empty(capacity)
         grown_vectors = self._vectors.new_empty(capacity, self._vectors.shape[1])
+        grown_times = self._written_at.new_empty(capacity)
         grown_rows[: self._used], grown_vectors[: self._used] = self.rows, self.vectors
-        self._rows, self._vectors = grown_rows, grown_vectors
+        grown_times[: self._used] = self._written_at[: self._used]
+        self._rows, self._vectors, self._written_at = grown_rows, grown_vectors, grown_times
 
     def replace(self, stale: Tensor, rows: Tensor | slice) -> Tensor:
         """``stale`` ``(n, d)``, the cache's vectors of ``rows``, with those rows replaced that have been written."""
@@ -72,19 +86,21 @@ class Overlay:
         return stale.index_copy(0, written, self._vectors[slot[written].long()]) if len(written) else stale
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The written rows and their vectors."""
-        return {"rows": self.rows.clone(), "vectors": self.vectors.clone()}
+        """The written rows, their vectors, and when they were written."""
+        written_at = self._written_at[: self._used]
+        return {"rows": self.rows.clone(), "vectors": self.vectors.clone(), "written_at": written_at.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what :meth:`state_dict` of an overlay of the same corpus returned."""
         self._slot.fill_(-1)
         self._used = 0
-        self.write(state["rows"].to(self._slot.device), state["vectors"].to(self._slot.device))
+        rows, vectors, written_at = (state[name].to(self._slot.device) for name in ("rows", "vectors", "written_at"))
+        self.write(rows, vectors, written_at)
 
     def to(self, device: torch.device | str) -> Overlay:
         """Move everything to ``device``, in place; returns itself."""
         if self._slot.device != torch.device(device):
-            self._slot, self._rows, self._vectors = (
-                each.to(device) for each in (self._slot, self._rows, self._vectors)
+            self._slot, self._rows, self._vectors, self._written_at = (
+                each.to(device) for each in (self._slot, self._rows, self._vectors, self._written_at)
             )
         return self

@@ -38,16 +38,20 @@ class Qrels:
         order = np.argsort(self.row, kind="stable")
         return self.row[order], self.query[order]
 
+    def queries_of(self, row: int) -> np.ndarray:
+        """The positions of the queries that the target at ``row`` is judged relevant to."""
+        sorted_rows, queries = self._by_row
+        low, high = np.searchsorted(sorted_rows, [row, row + 1])
+        return queries[low:high]
+
     def co_positives(self, rows: Iterable[int]) -> list[np.ndarray]:
         """For each of ``rows``: every target that shares a query with it, itself included, ascending.
 
         A training step knows a query by the corpus row of its positive. Where one target answers several
         queries, what is relevant to any of them is returned: none of it can safely be called negative.
         """
-        sorted_rows, queries = self._by_row
         result = []
         for row in rows:
-            low, high = np.searchsorted(sorted_rows, [row, row + 1])
-            shared = [self.rows_of(query) for query in queries[low:high]]
+            shared = [self.rows_of(query) for query in self.queries_of(row)]
             result.append(np.unique(np.concatenate([[row], *shared])).astype(np.int64))
         return result

@@ -7,7 +7,7 @@ the memory is ``C·d`` for its corrected embeddings and ``B·C`` for their score
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,24 @@ from .correctors import AffineCorrector, Corrector, PullBack
 from .errors import InputError
 from .overlay import Overlay
 
-Sampler = Literal["top_k", "gumbel", "uniform"]
-SAMPLERS: tuple[Sampler, ...] = ("top_k", "gumbel", "uniform")
+Sampler = Literal["top_k", "gumbel", "mixed", "uniform"]
+SAMPLERS: tuple[Sampler, ...] = ("top_k", "gumbel", "mixed", "uniform")
 NO_ROW = -1
+
+
+class Found(NamedTuple):
+    """What :meth:`CorrectedSearch.search` found.
+
+    Args:
+        scores: ``s = ⟨f(x), h(g'(y))⟩``, ``(B, k)``, best first (by noisy logit when sampling); −∞ where there are
+            fewer than ``k`` rows to be had.
+        rows: corpus rows, ``(B, k)``; −1 where the score is −∞. Equal scores are ordered by row.
+        too_similar: how many rows of each query were left out because they score above its ceiling, ``(B,)``.
+    """
+
+    scores: Tensor
+    rows: Tensor
+    too_similar: Tensor
 
 
 class RunningTopK:
@@ -124,6 +139,8 @@ class CorrectedSearch:
         self.normalize, self.chunk_size = normalize, chunk_size
         self.overlay = Overlay(len(cache), cache.dim)
         """Rows written back; they are searched instead of the cache's. See :meth:`write_back`."""
+        self.steps = 0
+        """Training steps since the cache was built, as far as this search has seen them."""
 
     @property
     def query_side(self) -> AffineCorrector | None:
@@ -131,14 +148,23 @@ class CorrectedSearch:
         corrector = self.corrector
         return corrector if isinstance(corrector, AffineCorrector) and not corrector.normalize else None
 
+    def cached(self, rows: Tensor) -> Tensor:
+        """What the cache has of ``rows``, whatever was written over it: float32, ``(n, d)``, on their device."""
+        return self._comparable(self.cache[rows].to(rows.device))
+
     def stale(self, rows: Tensor) -> Tensor:
         """What the corrector sees of ``rows``: float32, ``(n, d)``, on the device of ``rows``."""
-        return self._prepare(self.cache[rows].to(rows.device), rows)
+        return self.overlay.replace(self.cached(rows), rows)
 
-    def _prepare(self, stale: Tensor, rows: Tensor | slice) -> Tensor:
-        """Written rows are in the corrector's frame already: their length says something, and they keep it."""
-        stale = F.normalize(stale, dim=-1) if self.normalize else stale
-        return self.overlay.replace(stale, rows)
+    def age(self, rows: Tensor) -> tuple[float, float]:
+        """Which share of ``rows`` has been written back, and how many steps old the vectors of all are on average."""
+        seen = self.overlay.has(rows)
+        written_at = self.overlay.written_at(rows[seen]).double().sum().item()
+        count = max(1, len(rows))
+        return seen.sum().item() / count, self.steps - written_at / count
+
+    def _comparable(self, stale: Tensor) -> Tensor:
+        return F.normalize(stale, dim=-1) if self.normalize else stale
 
     def write_back(self, rows: Tensor, fresh: Tensor) -> PullBack:
         """Let what the encoder has just said of ``rows`` stand in the stale frame, where later correctors move it on.
@@ -148,7 +174,7 @@ class CorrectedSearch:
             fresh: ``g(y)``, ``(n, d)``.
         """
         pulled = self.corrector.pull_back(fresh)
-        self.overlay.write(rows, pulled.stale)
+        self.overlay.write(rows, pulled.stale, self.steps + 1)
         return pulled
 
     @torch.no_grad()
@@ -161,7 +187,7 @@ class CorrectedSearch:
         scale: float = 1.0,
         seed: int | None = None,
         ceiling: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Found:
         """The ``k`` targets of each query, by ``s = ⟨f(x), h(g'(y))⟩`` over all rows.
 
         Args:
@@ -170,15 +196,11 @@ class CorrectedSearch:
             exclude: rows that each query must not get, ``(B, m)`` or ``(m,)`` for all, padded with −1.
             sampler: ``"top_k"`` takes the largest scores; ``"gumbel"`` draws without replacement from
                 ``P_h(y|x) ∝ exp(β s)``, Eq. 4 of `Monath et al. 2024 <https://arxiv.org/abs/2409.01890>`_, by
-                adding Gumbel noise to ``β s`` and taking the largest; ``"uniform"`` draws without regard to scores.
+                adding Gumbel noise to ``β s`` and taking the largest; ``"mixed"`` takes the ``⌈k/2⌉`` largest and
+                draws the others from what is left of ``P_h``; ``"uniform"`` draws without regard to scores.
             scale: the inverse temperature β; only sampling depends on it.
             seed: of the random samplers' noise; required for them. The same seed gives the same draw.
             ceiling: each query's highest allowed score ``s``, ``(B,)``.
-
-        Returns:
-            ``(scores, rows)``, each ``(B, k)``, best first (by noisy logit when sampling): scores are the
-            plain ``s``; where fewer than ``k`` rows are allowed, the rest is −∞ and row −1. Equal scores are
-            ordered by row.
 
         Raises:
             InputError: the shapes do not fit, ``k < 1``, an unknown sampler, or a random one without seed.
@@ -191,7 +213,6 @@ class CorrectedSearch:
             raise InputError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}.")
         if sampler != "top_k" and seed is None:
             raise InputError(f"sampler={sampler!r} needs a seed: an integer, another one for each draw.")
-        temper = {"top_k": 1.0, "gumbel": scale, "uniform": 0.0}[sampler]
         queries = queries.detach().float()
         device, batch_size = queries.device, len(queries)
         if exclude is not None:
@@ -200,27 +221,47 @@ class CorrectedSearch:
 
         affine = self.query_side
         probes, offset = affine.on_query_side(queries) if affine else (queries, queries.new_zeros(batch_size))
-        best = RunningTopK(batch_size, k, device)
+        drawn = {"top_k": 0, "gumbel": k, "mixed": k // 2, "uniform": k}[sampler]
+        # Of a mixed selection at most k − drawn are taken as the largest: k drawn leave enough that are others.
+        largest, sampled = RunningTopK(batch_size, k - drawn, device), RunningTopK(batch_size, k, device)
+        too_similar = torch.zeros(batch_size, dtype=torch.int64, device=device)
         for first_row, block in self.cache.chunks(self.chunk_size):
-            vectors = self._prepare(block.to(device).float(), slice(first_row, first_row + len(block)))
+            # Written rows are in the corrector's frame already: their length says something, and they keep it.
+            block = self._comparable(block.to(device).float())
+            vectors = self.overlay.replace(block, slice(first_row, first_row + len(block)))
             keys = probes @ (vectors if affine else self.corrector(vectors)).T
-            too_similar = keys > (ceiling - offset)[:, None] if ceiling is not None else None
-            if seed is not None and sampler != "top_k":
-                keys = keys.mul_(temper).add_(gumbel_noise(batch_size, first_row, len(block), seed, device))
-            if too_similar is not None:
-                keys = keys.masked_fill_(too_similar, -math.inf)
             if exclude is not None:
                 _mask_rows(keys, exclude, first_row)
-            best.update(keys, first_row)
-        if sampler == "top_k":
-            return best.scores + offset[:, None], best.rows
-        return self.score(queries, best.rows), best.rows
+            if ceiling is not None:
+                above = keys > (ceiling - offset)[:, None]
+                too_similar += above.sum(1)
+                keys = keys.masked_fill_(above, -math.inf)
+            if drawn < k:
+                largest.update(keys, first_row)
+            if drawn and seed is not None:
+                allowed = keys > -math.inf
+                logits = keys.mul_(scale) if sampler != "uniform" else keys.zero_()
+                logits += gumbel_noise(batch_size, first_row, len(block), seed, device)
+                sampled.update(logits.masked_fill_(~allowed, -math.inf), first_row)
+        if not drawn:
+            return Found(largest.scores + offset[:, None], largest.rows, too_similar)
+        rows = _first_others(largest.rows, sampled.rows, drawn)
+        return Found(self.score(queries, rows), rows, too_similar)
 
     @torch.no_grad()
     def score(self, queries: Tensor, rows: Tensor) -> Tensor:
         """Corrected scores of given ``rows`` ``(B, k)``: ``(B, k)``, −∞ for row −1."""
         corrected = self.corrector(self.stale(rows.clamp(min=0).flatten())).view(*rows.shape, -1)
         return (corrected @ queries[:, :, None]).squeeze(-1).masked_fill(rows == NO_ROW, -math.inf)
+
+
+def _first_others(rows: Tensor, others: Tensor, count: int) -> Tensor:
+    """``rows`` ``(B, n)``, then the first ``count`` of ``others`` ``(B, k)`` that are not among them, then −1."""
+    if rows.shape[1] == 0:
+        return others[:, :count]
+    new = (others != NO_ROW) & (others[:, :, None] != rows[:, None, :]).all(-1)
+    order = (~new).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+    return torch.cat([rows, others.gather(1, order).masked_fill(~new.gather(1, order), NO_ROW)], dim=1)
 
 
 def _mask_rows(scores: Tensor, exclude: Tensor, first_row: int) -> None:

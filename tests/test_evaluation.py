@@ -8,8 +8,9 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from st_corrector import Corpus, CorpusError, CorpusRetrievalEvaluator, CorrectedMultipleNegativesLoss, InputError
-from st_corrector.evaluation import contains_answer, ranking_metrics
+from st_corrector.evaluation import ranking_metrics
 from st_corrector.search import RunningTopK
+from st_corrector.text import contains_answer
 
 
 @pytest.fixture

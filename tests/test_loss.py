@@ -11,6 +11,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from sentence_transformers.util import cos_sim, dot_score
 
 from st_corrector import (
+    Check,
     Corpus,
     CorrectedMultipleNegativesLoss,
     EmbeddingCache,
@@ -224,7 +225,7 @@ def test_write_back_puts_what_was_encoded_into_the_stale_frame(static_model, cor
         torch.testing.assert_close(loss.search.stale(untouched), cache[untouched])
         # A search sees written rows as they are now, the others as they are corrected.
         queries = torch.nn.functional.normalize(torch.randn(3, 24), dim=-1)
-        _, rows = loss.search.search(queries, 200)
+        _, rows, _ = loss.search.search(queries, 200)
         torch.testing.assert_close(
             (queries @ corrected.T).gather(1, rows), (queries @ corrected.T).sort(descending=True).values
         )
@@ -363,7 +364,7 @@ def test_too_similar_targets_are_no_negatives(static_model, corpus, cache, monke
     allowed = scores.clone()
     allowed[torch.arange(32), labels] = -torch.inf
     allowed[allowed > ceiling[:, None]] = -torch.inf
-    selection = loss.select(queries, labels[:, None], ceiling)
+    selection = loss.select(queries, labels[:, None], positive)
     hardest = allowed.topk(4)
     assert torch.equal(selection.rows, hardest.indices.masked_fill(hardest.values == -torch.inf, -1))
     assert (scores.topk(5).values[:, 1:] > ceiling[:, None]).any(), "the rules keep something out"
@@ -380,6 +381,68 @@ def test_too_similar_targets_are_no_negatives(static_model, corpus, cache, monke
     too_similar = scores[:, columns] > ceiling[:, None]
     own = torch.eye(32, len(columns), dtype=torch.bool)
     assert torch.equal(masked[0], (too_similar | (columns[None] == labels[:, None])) & ~own)
+
+
+def test_negatives_can_be_kept_to_the_query_that_took_them(static_model, corpus, cache, monkeypatch):
+    features, labels = batch_of(static_model, corpus, range(12))
+    queries = static_model.encode(corpus.pairs("train")[:12]["anchor"], convert_to_tensor=True)
+    for in_batch in (True, False):
+        loss = CorrectedMultipleNegativesLoss(
+            static_model, corpus, cache, num_negatives=5, share_negatives=False, in_batch_negatives=in_batch
+        )
+        recorder = Recorder(loss, monkeypatch)
+        own = loss.select(queries, labels[:, None]).rows
+        loss(features, labels)
+        for query, (label, seen) in enumerate(recorder.seen):
+            others = set(labels.tolist()) if in_batch else set()
+            assert set(seen) == set(own[query].tolist()) | others | {label}
+    assert len(own.unique()) > 5 * 2, "queries take different ones"
+
+
+def test_a_check_keeps_its_finds_out_of_the_softmax(static_model, corpus, cache, monkeypatch):
+    """Whoever took them: the query's own, those of other queries, and other queries' positives."""
+
+    class Third(Check):
+        name = "third"
+
+        def __init__(self, everywhere):
+            self.everywhere = everywhere
+
+        def __call__(self, labels, rows):
+            return (rows % 3 == 0) & (labels[:, None] % 2 == 0)
+
+    features, labels = batch_of(static_model, corpus, range(10))
+    for everywhere in (True, False):
+        rules = FalseNegativeFilter(checks=(Third(everywhere),))
+        loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=6, false_negatives=rules)
+        recorder = Recorder(loss, monkeypatch)
+        queries = static_model.encode(corpus.pairs("train")[:10]["anchor"], convert_to_tensor=True)
+        selection = loss.select(queries, labels[:, None], labels=labels)
+        found = [{row for row in rows if row >= 0} for rows in selection.false_negatives.tolist()]
+        assert not any(found[query] for query in range(1, 10, 2)) and all(found[query] for query in range(0, 10, 2))
+        loss(features, labels)
+        met = 0
+        for query, (label, seen) in enumerate(recorder.seen):
+            thirds = {row for row in seen if row % 3 == 0} - {label}
+            if everywhere and label % 2 == 0:
+                assert not thirds
+            else:
+                assert not thirds & found[query]
+                met += len(thirds)
+        assert met > 5, "they are negatives of the other queries"
+
+
+def test_the_batchs_budget_is_what_is_encoded(static_model, corpus, cache):
+    features, labels = batch_of(static_model, corpus, range(12))
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=3, budget="batch")
+    loss(features, labels)
+    fresh = static_model.encode(corpus.texts(range(200)), convert_to_tensor=True)
+    queries = static_model.encode(corpus.pairs("train")[:12]["anchor"], convert_to_tensor=True)
+    scores = queries @ fresh.T
+    margins = (scores - scores[torch.arange(12), labels][:, None]).scatter(1, labels[:, None], -torch.inf)
+    offered = torch.full_like(margins, -torch.inf).scatter(1, margins.topk(12).indices, margins.topk(12).values)
+    expected = set(offered.amax(0).topk(36).indices.tolist()) | set(labels.tolist())
+    assert loss.targets_encoded == len(expected) > 36
 
 
 def test_the_hardest_can_be_left_out(static_model, corpus, cache):
@@ -561,8 +624,25 @@ def test_refreshing_chooses_by_the_model_as_it_is(static_model, corpus, cache, t
     loss.refresh()
     assert loss.search.cache.dtype == torch.bfloat16, "in the old cache's dtype"
     assert len(loss.search.overlay) == 0 and loss.corrector.state_dict()["network.2.weight"].abs().sum() == 0
-    with pytest.raises(InputError, match="at least 1 step, got 0"):
+    with pytest.raises(InputError, match="at least 1, got 0"):
         RefreshCallback(loss, every=0)
+    with pytest.raises(InputError, match="unit 'day' is neither"):
+        RefreshCallback(loss, every=1, unit="day")
+
+
+def test_refreshing_by_epochs(static_model, corpus, cache, tmp_path):
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, corrector="identity")
+    epochs = []
+    monitor = RefreshCallback(loss, every=2, unit="epoch")
+    original = loss.refresh
+    loss.refresh = lambda **settings: epochs.append(trainer_state[0].epoch) or original(**settings)
+    trainer_state = []
+    begin = monitor.on_epoch_begin
+    monitor.on_epoch_begin = lambda args, state, control, **kw: (
+        trainer_state.append(state) or begin(args, state, control)
+    )
+    train(static_model, loss, corpus.pairs("train"), tmp_path, [monitor], max_steps=-1, num_train_epochs=5)
+    assert epochs == [2, 4] and loss.targets_reencoded == 2 * 200
 
 
 # ---------------------------------------------------------------------- errors

@@ -25,11 +25,13 @@ def test_written_rows_replace_the_caches_and_others_stay():
 
 def test_state_goes_into_another_overlay():
     overlay, other = Overlay(10, 2), Overlay(10, 2)
-    overlay.write(torch.tensor([7, 2]), torch.ones(2, 2))
+    overlay.write(torch.tensor([7, 2]), torch.ones(2, 2), 3)
+    overlay.write(torch.tensor([2]), torch.ones(1, 2), 5)
     other.write(torch.tensor([5]), torch.ones(1, 2))
     other.load_state_dict(overlay.state_dict())
     probe = torch.zeros(10, 2)
     assert torch.equal(other.replace(probe, slice(0, 10)), overlay.replace(probe, slice(0, 10)))
-    assert other.rows.tolist() == [7, 2]
+    assert other.rows.tolist() == [7, 2] and other.written_at(torch.tensor([2, 7])).tolist() == [5, 3]
+    assert other.has(torch.tensor([2, 5, 7])).tolist() == [True, False, True]
     overlay.write(torch.tensor([2]), torch.zeros(1, 2))
     assert other.vectors.sum() == 4, "a copy"

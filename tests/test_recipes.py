@@ -128,9 +128,14 @@ def test_a_hub_data_set_becomes_corpus_and_splits(recipe_module, monkeypatch):
 
 
 def test_strategies_are_parsed(recipe_module):
-    parse = recipe_module("common").parse_strategy
-    assert parse("refresh:50") == ("refresh", 50) and parse("exhaustive") == ("exhaustive", None)
-    for wrong in ("refresh", "refresh:x", "best", "stale:3"):
+    parse = recipe_module("common").Strategy.parse
+    assert parse("refresh:50") == ("refresh", 50, "step") and parse("exhaustive") == ("exhaustive", 1, "step")
+    assert parse("refresh:2-epochs") == ("refresh", 2, "epoch") and parse("stale").every is None
+    assert [name for name in ("in-batch", "mined-once", "stale", "corrected") if not parse(name).chooses] == [
+        "in-batch",
+        "mined-once",
+    ]
+    for wrong in ("refresh", "refresh:x", "refresh:0", "best", "stale:3", "refresh:5-steps"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not one of"):
             parse(wrong)
 

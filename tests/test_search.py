@@ -41,7 +41,7 @@ def test_selection_equals_naive_top_k(make, rows, dim, batch, k, chunk):
     if not isinstance(corrector, IdentityCorrector):
         assert not torch.allclose(corrector(vectors), vectors, atol=0.05), "the corrector does something"
     exclude = torch.randint(-1, rows, (batch, min(3, rows - 1)), generator=generator)
-    scores, found = CorrectedSearch(EmbeddingCache.from_tensor(vectors), corrector, chunk_size=chunk).search(
+    scores, found, _ = CorrectedSearch(EmbeddingCache.from_tensor(vectors), corrector, chunk_size=chunk).search(
         queries, k, exclude=exclude
     )
     expected = queries @ corrector(vectors).T
@@ -86,18 +86,18 @@ def test_shards_and_half_precision_are_searched_as_stored():
     vectors = torch.randn(300, 8).bfloat16()
     cache = EmbeddingCache([vectors[:100], vectors[100:101], vectors[101:]])
     queries = torch.randn(4, 8)
-    _, rows = CorrectedSearch(cache, IdentityCorrector(8), chunk_size=30).search(queries, 5)
+    _, rows, _ = CorrectedSearch(cache, IdentityCorrector(8), chunk_size=30).search(queries, 5)
     expected = queries @ F.normalize(vectors.float(), dim=-1).T
     assert torch.equal(rows, naive(expected, 5)[1])
-    _, rows = CorrectedSearch(cache, IdentityCorrector(8, normalize=False), normalize=False).search(queries, 5)
+    _, rows, _ = CorrectedSearch(cache, IdentityCorrector(8, normalize=False), normalize=False).search(queries, 5)
     assert torch.equal(rows, naive(queries @ vectors.float().T, 5)[1])
 
 
 def test_excluding_everything_leaves_nothing():
     search = CorrectedSearch(EmbeddingCache.from_tensor(torch.randn(6, 4)), IdentityCorrector(4), chunk_size=4)
-    scores, rows = search.search(torch.randn(2, 4), 3, exclude=torch.arange(6))
+    scores, rows, _ = search.search(torch.randn(2, 4), 3, exclude=torch.arange(6))
     assert (rows == -1).all() and (scores == -math.inf).all()
-    _, rows = search.search(torch.randn(2, 4), 3, exclude=torch.arange(6), sampler="gumbel", seed=1)
+    _, rows, _ = search.search(torch.randn(2, 4), 3, exclude=torch.arange(6), sampler="gumbel", seed=1)
     assert (rows == -1).all()
 
 
@@ -113,7 +113,7 @@ def test_gumbel_draws_have_the_softmaxs_frequencies():
     # Every query of the batch is the same and draws for itself.
     first, second = torch.zeros(6), torch.zeros(6, 6)
     for seed in range(4):
-        _, rows = search.search(query.expand(draws // 4, -1), 2, sampler="gumbel", scale=scale, seed=seed)
+        _, rows, _ = search.search(query.expand(draws // 4, -1), 2, sampler="gumbel", scale=scale, seed=seed)
         first += rows[:, 0].bincount(minlength=6)
         second += torch.zeros(6, 6).index_put_((rows[:, 0], rows[:, 1]), torch.ones(()), accumulate=True)
         assert (rows[:, 0] != rows[:, 1]).all(), "without replacement"
@@ -131,7 +131,7 @@ def test_gumbel_draws_depend_on_the_seed_alone():
 
     def draw(chunk, seed):
         search = CorrectedSearch(EmbeddingCache.from_tensor(vectors), IdentityCorrector(8), chunk_size=chunk)
-        return search.search(queries, 20, sampler="gumbel", scale=5.0, seed=seed)
+        return search.search(queries, 20, sampler="gumbel", scale=5.0, seed=seed)[:2]
 
     scores, rows = draw(500, 3)
     for chunk in (7, 64):
@@ -145,7 +145,7 @@ def test_uniform_draws_do_not_look_at_scores():
     vectors = F.normalize(torch.randn(20, 4), dim=-1)
     search = CorrectedSearch(EmbeddingCache.from_tensor(vectors), IdentityCorrector(4))
     queries = vectors[:1].expand(20_000, -1)
-    _, rows = search.search(queries, 3, exclude=torch.tensor([7]), sampler="uniform", scale=50.0, seed=3)
+    _, rows, _ = search.search(queries, 3, exclude=torch.tensor([7]), sampler="uniform", scale=50.0, seed=3)
     counts = rows.flatten().bincount(minlength=20).double()
     assert counts[7] == 0
     p = 3 / 19
@@ -161,10 +161,10 @@ def test_a_ceiling_leaves_out_what_scores_higher(normalize):
     scores = queries @ corrector(vectors).T
     ceiling = scores.quantile(0.8, dim=1)
     expected = naive(scores.masked_fill(scores > ceiling[:, None], -math.inf), 9)
-    found_scores, found = search.search(queries, 9, ceiling=ceiling)
+    found_scores, found, _ = search.search(queries, 9, ceiling=ceiling)
     assert torch.equal(found, expected[1])
     torch.testing.assert_close(found_scores.double(), expected[0], atol=1e-6, rtol=1e-5)
-    _, drawn = search.search(queries, 9, sampler="gumbel", scale=3.0, seed=1, ceiling=ceiling)
+    _, drawn, _ = search.search(queries, 9, sampler="gumbel", scale=3.0, seed=1, ceiling=ceiling)
     assert (scores.gather(1, drawn) <= ceiling[:, None] + 1e-6).all()
 
 
@@ -173,10 +173,10 @@ def test_the_query_side_finds_what_correcting_the_corpus_finds():
     vectors, queries = F.normalize(torch.randn(500, 8), dim=-1), torch.randn(6, 8)
     search = CorrectedSearch(EmbeddingCache.from_tensor(vectors), corrector, chunk_size=100)
     written = torch.tensor([3, 77, 450])
-    _, before = search.search(queries, 20)
+    _, before, _ = search.search(queries, 20)
     search.overlay.write(written, 3 * queries[:3])
     expected = queries @ corrector(search.stale(torch.arange(500))).T
-    scores, rows = search.search(queries, 20)
+    scores, rows, _ = search.search(queries, 20)
     torch.testing.assert_close(scores, expected.topk(20).values, atol=1e-4, rtol=1e-4)
     assert torch.equal(rows, naive(expected, 20)[1])
     assert not torch.equal(rows, before), "written rows are found where they are now"
@@ -203,7 +203,7 @@ def test_bad_searches_are_refused():
     for message, arguments in {
         r"Expected queries of shape \(B, 4\), got \(2, 5\)": (torch.randn(2, 5), 1),
         "k must be at least 1, got 0": (torch.randn(2, 4), 0),
-        "sampler 'random' is not one of top_k, gumbel, uniform": (torch.randn(2, 4), 1, None, "random"),
+        "sampler 'random' is not one of top_k, gumbel, mixed, uniform": (torch.randn(2, 4), 1, None, "random"),
         "needs a seed": (torch.randn(2, 4), 1, None, "gumbel"),
     }.items():
         with pytest.raises(InputError, match=message):

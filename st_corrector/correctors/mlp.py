@@ -1,4 +1,4 @@
-"""The paper's corrector: a two-layer network trained by gradient steps."""
+"""The paper's corrector: a small network trained by gradient steps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Ta
 
 
 class MLPCorrector(Corrector):
-    """``h(z) = z + W₂ σ(W₁ z + b₁) + b₂``, two layers with a residual connection.
+    """``h(z) = z + W₂ σ(W₁ z + b₁) + b₂``, two layers with a residual connection, or more.
 
     The last layer starts at zero, so that before its first step the corrector is the identity. Costs
-    ``4·d·hidden`` operations a target in the search.
+    ``4·d·hidden + 2·(depth − 1)·hidden²`` operations a target in the search. A narrow hidden layer, such as
+    ``hidden=64``, makes a residual of low rank.
 
     Args:
         dim: dimension ``d`` of the embeddings.
-        hidden: width of the hidden layer.
+        hidden: width of the hidden layers.
+        depth: number of hidden layers.
         activation: σ, one of ``"gelu"``, ``"relu"``, ``"silu"``, ``"tanh"``.
         loss: ``"ce"``: cross-entropy between the softmax over the step's targets by fresh and by corrected
             embeddings, Eq. 6 of `Monath et al. 2024 <https://arxiv.org/abs/2409.01890>`_;
@@ -44,6 +46,7 @@ class MLPCorrector(Corrector):
         dim: int,
         *,
         hidden: int = 512,
+        depth: int = 1,
         activation: str = "gelu",
         loss: Literal["ce", "mse"] = "ce",
         learning_rate: float = 1e-3,
@@ -56,22 +59,26 @@ class MLPCorrector(Corrector):
             raise InputError(f"activation {activation!r} is not one of {', '.join(_ACTIVATIONS)}.")
         if loss not in ("ce", "mse"):
             raise InputError(f"loss {loss!r} is neither 'ce' (Eq. 6) nor 'mse' (Eq. 5).")
-        if hidden < 1 or steps < 1 or not learning_rate > 0:
+        if min(hidden, depth, steps) < 1 or not learning_rate > 0:
             raise InputError(
-                f"hidden and steps must be at least 1 and learning_rate positive, got {hidden}, {steps} and "
-                f"{learning_rate}."
+                f"hidden, depth and steps must be at least 1 and learning_rate positive, got {hidden}, {depth}, "
+                f"{steps} and {learning_rate}."
             )
-        self.hidden, self.activation, self.loss = hidden, activation, loss
+        self.hidden, self.depth, self.activation, self.loss = hidden, depth, activation, loss
         self.learning_rate, self.steps, self.seed = learning_rate, steps, seed
         # From a generator of its own, so that making a corrector moves nobody's random numbers; the distributions
         # are those of nn.Linear.
         generator = torch.Generator().manual_seed(seed)
-        first, last = skip_init(nn.Linear, dim, hidden), skip_init(nn.Linear, hidden, dim)
-        for parameter in (first.weight, first.bias):
-            nn.init.uniform_(parameter, -(dim**-0.5), dim**-0.5, generator=generator)
+        layers: list[nn.Module] = []
+        for width in [dim] + [hidden] * (depth - 1):
+            layer = skip_init(nn.Linear, width, hidden)
+            for parameter in (layer.weight, layer.bias):
+                nn.init.uniform_(parameter, -(width**-0.5), width**-0.5, generator=generator)
+            layers += [layer, _ACTIVATIONS[activation]()]
+        last = skip_init(nn.Linear, hidden, dim)
         for parameter in (last.weight, last.bias):
             nn.init.zeros_(parameter)
-        self.network = nn.Sequential(first, _ACTIVATIONS[activation](), last)
+        self.network = nn.Sequential(*layers, last)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate)
 
     def correction(self, stale: Tensor) -> Tensor:

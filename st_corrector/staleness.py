@@ -1,0 +1,94 @@
+"""How stale the cache is and how well it is corrected: what training logs, and what the study reports."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def staleness(cached: Tensor, corrected: Tensor, fresh: Tensor) -> dict[str, Tensor]:
+    """How far rows have drifted, and how much of that the corrector knows; to be asked before it has seen them.
+
+    Args:
+        cached: ``g'(y)`` as the cache has it, ``(n, d)``.
+        corrected: ``h`` of what stands for these rows now, ``(n, d)``.
+        fresh: ``g(y)``, ``(n, d)``.
+
+    Returns:
+        Means over the rows: ``drift``, ``1 − cos(g', g)``; ``corrected_error``, ``1 − cos(h, g)``; and
+        ``corrected_mse``, ``‖h − g‖² / ‖g‖²``.
+    """
+    squared = (corrected - fresh).square().sum(-1) / fresh.square().sum(-1).clamp_min(1e-24)
+    return {
+        "drift": 1 - F.cosine_similarity(cached, fresh, dim=-1).mean(),
+        "corrected_error": 1 - F.cosine_similarity(corrected, fresh, dim=-1).mean(),
+        "corrected_mse": squared.mean(),
+    }
+
+
+def overlap_at_k(selected: Tensor, reference: Tensor) -> Tensor:
+    """The share of each query's ``reference`` rows that are in ``selected``, both ``(B, k)``: ``(B,)``."""
+    return (reference[:, :, None] == selected[:, None, :]).any(-1).float().mean(-1)
+
+
+def selection_fidelity(queries: Tensor, corrected: Tensor, fresh: Tensor, k: int) -> Tensor:
+    """How much of what fresh embeddings would select the corrected ones do: the mean overlap of both top ``k``.
+
+    Args:
+        queries: ``f(x)``, ``(B, d)``.
+        corrected: ``h`` of all targets in question, ``(n, d)``.
+        fresh: ``g(y)`` of the same targets, ``(n, d)``.
+        k: how many of them are selected for a query.
+    """
+    k = min(k, len(fresh))
+    return overlap_at_k((queries @ corrected.T).topk(k).indices, (queries @ fresh.T).topk(k).indices).mean()
+
+
+class StepMetrics:
+    """Means of what the steps since the last log measured, and where their time went.
+
+    Adding costs no synchronisation with a GPU; :meth:`pop` does.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = defaultdict(int)
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def add(self, **values: Tensor | float) -> None:
+        """Take in one step's scalars."""
+        for name, value in values.items():
+            value = value.detach() if isinstance(value, Tensor) else value
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] += 1
+
+    @contextmanager
+    def timed(self, part: str, device: torch.device) -> Iterator[None]:
+        """Add the block's time to ``seconds_<part>``: on a GPU the time between its first and last kernel."""
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((part, start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds[part] += time.perf_counter() - started
+
+    def pop(self) -> dict[str, float]:
+        """The means since the last call, and the seconds of all steps since then by part; starts anew."""
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        for part, start, end in self._events:
+            end.synchronize()
+            self._seconds[part] += start.elapsed_time(end) / 1000
+        seconds = {f"seconds_{part}": total for part, total in self._seconds.items()}
+        self.__init__()  # type: ignore[misc]
+        return means | seconds

@@ -1,0 +1,38 @@
+"""The sentence-transformers trainer, with what the corrected loss measures in its log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sentence_transformers import SentenceTransformerTrainer
+
+from .loss import CorrectedMultipleNegativesLoss
+
+
+class CorrectorTrainer(SentenceTransformerTrainer):
+    """:class:`~sentence_transformers.SentenceTransformerTrainer` that logs staleness beside the loss.
+
+    Whatever the trainer reports to (TensorBoard, Weights & Biases, Trackio, the console) then shows
+    :meth:`CorrectedMultipleNegativesLoss.pop_metrics`. The plain trainer trains the same: it only leaves them out,
+    because a loss can hand it nothing but terms of the loss.
+
+    Takes the arguments of :class:`~sentence_transformers.SentenceTransformerTrainer`.
+    """
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            for prefix, loss in self._corrected_losses():
+                logs = logs | {f"{prefix}{name}": round(value, 6) for name, value in loss.pop_metrics().items()}
+        super().log(logs, start_time)
+
+    def _corrected_losses(self) -> Iterator[tuple[str, CorrectedMultipleNegativesLoss]]:
+        """The corrected losses among what is trained with, inside wrappers too, each once; and what precedes the names
+        of their metrics: nothing, or with several data sets that of the loss's data set.
+        """
+        losses = self.loss if isinstance(self.loss, dict) else {"": self.loss}
+        met = set()
+        for name, loss in losses.items():
+            for module in loss.modules():
+                if isinstance(module, CorrectedMultipleNegativesLoss) and module not in met:
+                    met.add(module)
+                    yield f"{name}/" if name else "", module
