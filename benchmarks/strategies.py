@@ -1,64 +1,219 @@
-"""Run the NQ recipe for every strategy and seed; one JSON file for each run, and runs that are there are skipped.
+"""The study: ways to choose negatives, compared on Natural Questions through the same recipe, loss and search.
 
-    python benchmarks/strategies.py --dataset data/nq
-    python benchmarks/strategies.py --dataset data/nq --regime nq-low-coverage --seeds 0 1 2
+    python benchmarks/strategies.py --preset smoke --dataset data/nq     # a minute: does everything run?
+    python benchmarks/strategies.py --preset cpu --dataset data/nq       # hours on two cores, static encoder
+    python benchmarks/strategies.py --preset gpu --dataset data/nq       # transformers
 
-Each run is the recipe itself, in a process of its own; its JSON holds the command.
+Each run is the recipe itself, in a process of its own, and leaves one JSON with its figures and its command. Runs whose
+JSON is there are skipped, so the study goes on where it was stopped; `python benchmarks/report.py` makes the report.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
-# How much of the corpus a run encodes: what write-back can do by itself depends on it.
+
+def options(**settings: object) -> list[str]:
+    """``max_steps=60`` → ``["--max_steps", "60"]``; dictionaries as JSON."""
+    texts = {
+        name: json.dumps(value) if isinstance(value, (dict, bool)) else str(value) for name, value in settings.items()
+    }
+    return [part for name, text in texts.items() for part in (f"--{name}", text)]
+
+
+def transformer(**settings: object) -> list[str]:
+    return options(
+        encoder="transformer", num_negatives=8, per_device_train_batch_size=64, max_seq_length=128, max_steps=300
+    ) + options(**settings)
+
+
+def static(**settings: object) -> list[str]:
+    return options(encoder="static") + options(**settings)
+
+
+# How much of the corpus a run encodes, which decides what write-back can do by itself, and how far the encoder drifts.
 REGIMES = {
-    "nq": [],
-    "nq-low-coverage": ["--max_steps", "60", "--per_device_train_batch_size", "32", "--num_negatives", "8"],
+    "smoke": static(max_targets=400, max_steps=4, per_device_train_batch_size=8, num_negatives=2),
+    "nq-high-coverage": static(max_targets=30_000, max_steps=300, num_negatives=8),
+    "nq-medium-coverage": static(),
+    "nq-low-coverage": static(max_steps=60, per_device_train_batch_size=32, num_negatives=8),
+    "nq-coverage-0.05": static(max_steps=40, per_device_train_batch_size=16, num_negatives=8),
+    "nq-coverage-15": static(max_targets=10_000, max_steps=300, num_negatives=8),
+    **{
+        f"nq-rate-{rate}": static(max_targets=10_000, max_steps=100, num_negatives=8, learning_rate=rate)
+        for rate in ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
+    },
+    **{f"minilm-{rate}": transformer(learning_rate=rate) for rate in ("2e-5", "1e-4")},
+    "bert-from-scratch": transformer(learning_rate="1e-4", from_scratch=True),
 }
-# name → the recipe's options. The exhaustive run re-embeds all passages before every step.
+# Fidelity is measured with seed 0 alone, over the whole corpus where the encoder is cheap.
+PROBES = {
+    "nq-high-coverage": options(probe_every=20, probe_targets=30_000),
+    "nq-low-coverage": options(probe_every=10, probe_targets=99_471),
+    **{
+        f"nq-rate-{rate}": options(probe_every=10, probe_targets=10_000)
+        for rate in ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
+    },
+    **{
+        name: options(probe_every=20, probe_targets=20_000)
+        for name in ("minilm-2e-5", "minilm-1e-4", "bert-from-scratch")
+    },
+}
+
+
+def stale(**settings: object) -> list[str]:
+    return options(strategy="stale", **{"write_back": False, **settings})
+
+
+def corrected(corrector: str, **settings: object) -> list[str]:
+    given = {name: value for name, value in settings.items() if name not in ("normalize", "hidden", "depth", "loss")}
+    of_corrector = {name: value for name, value in settings.items() if name not in given}
+    given = {"write_back": True, **given}
+    return options(
+        strategy="corrected",
+        corrector=corrector,
+        **({"corrector_settings": of_corrector} if of_corrector else {}),
+        **given,
+    )
+
+
+# name → the recipe's options.
 STRATEGIES = {
-    "in-batch": ["--strategy", "in-batch"],
-    "stale": ["--strategy", "stale"],
-    "stale-write-back": ["--strategy", "stale", "--write_back"],
-    "corrected-mlp": ["--strategy", "corrected", "--corrector", "mlp"],
-    "corrected-ridge": ["--strategy", "corrected", "--corrector", "ridge"],
-    "mlp-pull-back": ["--strategy", "corrected", "--corrector", "mlp", "--write_back"],
-    "ridge-pull-back": ["--strategy", "corrected", "--corrector", "ridge", "--write_back"],
-    "ridge-pull-back-query-side": [
-        *("--strategy", "corrected", "--corrector", "ridge", "--write_back"),
-        *("--corrector_settings", '{"normalize": false}'),
-    ],
-    "refresh-50": ["--strategy", "refresh:50"],
-    "exhaustive": ["--strategy", "exhaustive"],
+    "in-batch": options(strategy="in-batch"),
+    "uniform": stale(sampler="uniform"),
+    "mined-once": options(strategy="mined-once"),
+    "stale": stale(),
+    "stale-write-back": stale(write_back=True),
+    "refresh-50": options(strategy="refresh:50", write_back=False),
+    "refresh-10": options(strategy="refresh:10", write_back=False),
+    "exhaustive": options(strategy="exhaustive", write_back=False),
+    "corrected-mlp": corrected("mlp", write_back=False),
+    "corrected-ridge": corrected("ridge", write_back=False),
+    "mlp-pull-back": corrected("mlp"),
+    "ridge-pull-back": corrected("ridge"),
+    "ridge-pull-back-query-side": corrected("ridge", normalize=False),
+    # the other correctors
+    "mean-shift-pull-back": corrected("mean-shift"),
+    "orthogonal-pull-back": corrected("orthogonal"),
+    "kernel-ridge-pull-back": corrected("kernel-ridge"),
+    "ridge-mlp-pull-back": corrected("ridge-mlp"),
+    "mlp-mse-pull-back": corrected("mlp", loss="mse"),
+    "mlp-64-pull-back": corrected("mlp", hidden=64),
+    "mlp-depth-2-pull-back": corrected("mlp", depth=2),
+    # ways to select, with the default corrector
+    "mlp-gumbel": corrected("mlp", sampler="gumbel"),
+    "mlp-mixed": corrected("mlp", sampler="mixed"),
+    "mlp-window-32": corrected("mlp", sampler="uniform", range_max=32),
+    "mlp-batch-budget": corrected("mlp", budget="batch"),
+    "mlp-own-negatives": corrected("mlp", share_negatives=False),
+    "mlp-margin": corrected("mlp", relative_margin=0.05),
+    "mlp-answer-check": corrected("mlp", answer_check=True),
+    "mlp-verify-32": corrected("mlp", candidates=32),
+    "mlp-background-256": corrected("mlp", background_targets=256),
+    "mlp-k4": corrected("mlp", num_negatives=4),
+    "mlp-k16": corrected("mlp", num_negatives=16),
+    "exhaustive-k4": options(strategy="exhaustive", write_back=False, num_negatives=4),
+    "exhaustive-k16": options(strategy="exhaustive", write_back=False, num_negatives=16),
+    "exhaustive-gumbel": options(strategy="exhaustive", write_back=False, sampler="gumbel"),
 }
+BASELINES = (
+    "in-batch",
+    "uniform",
+    "mined-once",
+    "stale",
+    "refresh-50",
+    "refresh-10",
+    "corrected-mlp",
+    "corrected-ridge",
+)
+DECIDING = ("stale-write-back", "mlp-pull-back", "ridge-pull-back", "ridge-pull-back-query-side", "exhaustive")
+OTHERS = tuple(name for name in STRATEGIES if name not in BASELINES + DECIDING)
+DRIFT = (
+    "stale",
+    "stale-write-back",
+    "corrected-mlp",
+    "corrected-ridge",
+    "mlp-pull-back",
+    "ridge-pull-back",
+    "exhaustive",
+)
+
+
+class Block(NamedTuple):
+    """Every one of some strategies with every one of some seeds."""
+
+    regime: str
+    strategies: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+PRESETS = {
+    "smoke": [
+        Block(
+            "smoke",
+            ("in-batch", "mined-once", "stale-write-back", "mlp-pull-back", "mlp-verify-32", "exhaustive"),
+            (0,),
+        )
+    ],
+    "cpu": [
+        Block("nq-high-coverage", BASELINES + DECIDING, (0, 1, 2)),
+        Block("nq-low-coverage", BASELINES + DECIDING, (0, 1, 2)),
+        Block("nq-high-coverage", DECIDING, (3, 4)),
+        Block("nq-low-coverage", DECIDING, (3, 4)),
+        Block("nq-high-coverage", OTHERS, (0,)),
+        Block("nq-low-coverage", OTHERS, (0,)),
+        *(Block(name, DECIDING, (0, 1, 2)) for name in ("nq-coverage-0.05", "nq-coverage-15", "nq-medium-coverage")),
+        *(Block(name, DRIFT, (0,)) for name in REGIMES if name.startswith("nq-rate-")),
+    ],
+    "gpu": [
+        Block(name, (*BASELINES, *DECIDING, "mlp-verify-32"), (0, 1, 2))
+        for name in ("minilm-2e-5", "minilm-1e-4", "bert-from-scratch")
+    ],
+}
+
+
+def runs(preset: str) -> Iterator[tuple[str, str, int]]:
+    """(regime, strategy, seed) of every run of a preset, seed by seed."""
+    for regime, strategies, seeds in PRESETS[preset]:
+        for seed in seeds:
+            for strategy in strategies:
+                yield regime, strategy, seed
+
+
+def command(dataset: str, regime: str, strategy: str, seed: int, results: Path) -> list[str]:
+    """The recipe's command line, relative to the project."""
+    given = [*REGIMES[regime], *STRATEGIES[strategy], *(PROBES.get(regime, []) if seed == 0 else [])]
+    return [
+        *("recipes/train_nq.py", "--dataset", dataset, *given, "--seed", str(seed), "--disable_tqdm", "true"),
+        *("--results", os.path.relpath(results, ROOT), "--output_dir", f"outputs/{regime}/{strategy}-seed{seed}"),
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="a BEIR folder")
-    parser.add_argument("--regime", default="nq", choices=REGIMES)
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, help="by default benchmarks/results/<regime>")
+    parser.add_argument("--preset", default="cpu", choices=PRESETS)
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, help="only these of the preset")
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, help="only these of the preset")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a folder for each regime is made in it")
     args = parser.parse_args()
-    results = args.results or ROOT / "benchmarks" / "results" / args.regime
-    for seed in args.seeds:
-        for name in args.strategies:
-            path = results / f"{name}-seed{seed}.json"
-            if path.exists():
-                continue
-            command = ["recipes/train_nq.py", "--dataset", args.dataset, "--encoder", "static", *STRATEGIES[name]]
-            command += [*REGIMES[args.regime], "--seed", str(seed), "--disable_tqdm", "true"]
-            command += ["--results", os.path.relpath(path, ROOT)]
-            command += ["--output_dir", f"outputs/{args.regime}/{name}-seed{seed}"]
-            print(name, "seed", seed, flush=True)
-            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    for regime, strategy, seed in runs(args.preset):
+        path = args.results.resolve() / regime / f"{strategy}-seed{seed}.json"
+        wanted = regime in (args.regimes or [regime]) and strategy in (args.strategies or [strategy])
+        if not wanted or path.exists():
+            continue
+        print(regime, strategy, "seed", seed, flush=True)
+        subprocess.run([sys.executable, *command(args.dataset, regime, strategy, seed, path)], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

@@ -53,13 +53,18 @@ class RecipeArguments:
         default="transformer",
         metadata={"help": "static: the mean of the model's token vectors and a residual dense block, for the CPU."},
     )
+    from_scratch: bool = field(default=False, metadata={"help": "Initialise the transformer's weights at random."})
     strategy: str = field(default="corrected", metadata={"help": f"{STRATEGIES}."})
     corrector: str = field(default="mlp", metadata={"help": f"With --strategy corrected: {', '.join(CORRECTORS)}."})
     corrector_settings: str = field(
         default="{}", metadata={"help": "The corrector's settings as JSON, e.g. '{\"hidden\": 128}'."}
     )
-    write_back: bool = field(
-        default=False, metadata={"help": "Let freshly encoded targets stand for their stale embeddings from then on."}
+    write_back: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Let freshly encoded targets stand for their stale embeddings from then on; by default only with "
+            "--strategy corrected."
+        },
     )
     num_negatives: int = field(default=16, metadata={"help": "Targets that each query takes as negatives."})
     sampler: Literal["top_k", "gumbel", "mixed", "uniform"] = field(
@@ -120,6 +125,9 @@ def load_corpus(args: RecipeArguments) -> Corpus:
 def load_model(args: RecipeArguments, seed: int) -> SentenceTransformer:
     name = args.model or default_model()
     model = static_encoder(name, seed) if args.encoder == "static" else SentenceTransformer(name)
+    if args.from_scratch:
+        pretrained = model.transformers_model
+        pretrained.load_state_dict(type(pretrained)(pretrained.config).state_dict())
     if args.max_seq_length:
         model.max_seq_length = args.max_seq_length
     return model
@@ -158,6 +166,8 @@ def parse_arguments() -> tuple[RecipeArguments, SentenceTransformerTrainingArgum
         parser.error(str(error))
     if recipe.corrector not in CORRECTORS:
         parser.error(f"--corrector {recipe.corrector!r} is not one of {', '.join(CORRECTORS)}")
+    if recipe.from_scratch and recipe.encoder == "static":
+        parser.error("--from_scratch is for transformers: the static encoder is made of pretrained token vectors")
     if not strategy.chooses and (recipe.write_back or recipe.candidates):
         parser.error(
             f"--strategy {recipe.strategy} chooses nothing from the corpus while training: leave out --write_back and "
@@ -169,7 +179,8 @@ def parse_arguments() -> tuple[RecipeArguments, SentenceTransformerTrainingArgum
         parser.error(f"--dataset {recipe.dataset}: there is no such folder")
     if training.output_dir in (None, "trainer_output"):  # transformers' own default
         parts = [recipe.strategy.replace(":", "-"), recipe.corrector if strategy.name == "corrected" else None]
-        parts.append("write-back" if recipe.write_back else None)
+        if recipe.write_back is not None:
+            parts.append("write-back" if recipe.write_back else "no-write-back")
         training.output_dir = str(Path("outputs/train_nq") / "-".join(part for part in parts if part))
     return recipe, training
 
@@ -183,6 +194,7 @@ def main() -> None:
 
 def run(recipe: RecipeArguments, training: SentenceTransformerTrainingArguments) -> None:
     set_seed(training.seed)
+    strategy = Strategy.parse(recipe.strategy)
     corpus = load_corpus(recipe)
     model = load_model(recipe, training.seed)
     print(corpus)
@@ -195,7 +207,7 @@ def run(recipe: RecipeArguments, training: SentenceTransformerTrainingArguments)
         recipe.caches,
         corrector=recipe.corrector,
         corrector_settings=json.loads(recipe.corrector_settings),
-        write_back=recipe.write_back,
+        write_back=strategy.name == "corrected" if recipe.write_back is None else recipe.write_back,
         num_negatives=recipe.num_negatives,
         sampler=recipe.sampler,
         budget=recipe.budget,
