@@ -1,8 +1,9 @@
-"""The tables of the strategies on Natural Questions, from the JSON of their runs.
+"""The study's report: tables and plots from the JSON of its runs.
 
     python benchmarks/report.py
 
-writes a README.md into each folder of results, and puts the tables that the project's README marks into that.
+writes ``benchmarks/results/README.md`` and the plots beside it (PNG and SVG), and puts the tables that the project's
+README marks into that.
 """
 
 from __future__ import annotations
@@ -11,23 +12,44 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-ORDER = (
-    *("in-batch", "stale", "stale-write-back", "corrected-ridge", "corrected-mlp", "ridge-pull-back"),
-    *("ridge-pull-back-query-side", "mlp-pull-back", "refresh-50", "exhaustive"),
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from strategies import REGIMES, RESULTS, ROOT, STRATEGIES
+
+METRICS = ("mrr@10", "recall@1", "recall@5", "recall@20", "recall@100", "answer_recall@20")
+TITLES = {
+    "nq-high-coverage": "High coverage",
+    "nq-medium-coverage": "Medium coverage",
+    "nq-low-coverage": "Low coverage",
+    "nq-coverage-0.05": "Very low coverage",
+    "nq-coverage-15": "Very high coverage",
+    "minilm-cpu": "A transformer, all-MiniLM-L6-v2, on a CPU",
+    "minilm-2e-5": "all-MiniLM-L6-v2, learning rate 2e-5",
+    "minilm-1e-4": "all-MiniLM-L6-v2, learning rate 1e-4",
+    "bert-from-scratch": "The same architecture from scratch",
+}
+COVERAGE = ("nq-coverage-0.05", "nq-low-coverage", "nq-medium-coverage", "nq-high-coverage", "nq-coverage-15")
+# What the plots show, with one colour for each everywhere.
+SHOWN = (
+    *("in-batch", "mined-once", "stale", "stale-write-back", "refresh-50", "refresh-10", "exhaustive"),
+    *("corrected-mlp", "corrected-ridge", "mlp-pull-back", "ridge-pull-back", "ridge-pull-back-query-side"),
 )
-METRICS = ("mrr@10", "ndcg@10", "recall@1", "recall@20", "recall@100", "answer_recall@20")
+COLOURS = dict(zip(SHOWN, plt.get_cmap("tab20").colors[::1], strict=False))
+
+Runs = dict[str, list[dict]]
 
 
-def load(folder: Path) -> dict[str, list[dict]]:
-    """The runs by strategy, each sorted by seed."""
-    runs: dict[str, list[dict]] = defaultdict(list)
+def load(folder: Path) -> Runs:
+    """The runs of a regime by strategy, in the study's order, each sorted by seed."""
+    runs: Runs = defaultdict(list)
     for path in sorted(folder.glob("*-seed*.json")):
         runs[path.name.rpartition("-seed")[0]].append(json.loads(path.read_text()))
-    return runs
+    return {name: runs[name] for name in STRATEGIES if name in runs}
 
 
 def mean_sd(values: list[float], digits: int = 1) -> str:
@@ -36,36 +58,196 @@ def mean_sd(values: list[float], digits: int = 1) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def table(runs: dict[str, list[dict]]) -> str:
+def mean(group: list[dict], value: Callable[[dict], float]) -> float:
+    return statistics.mean(value(run) for run in group)
+
+
+def mrr(run: dict) -> float:
+    return 100 * run["after"]["mrr@10"]
+
+
+def coverage(run: dict) -> float:
+    """Encodings for the loss, per target of the corpus."""
+    return (run["targets_encoded"] - run["targets_encoded_for_cache"]) / run["targets"]
+
+
+def seconds(run: dict) -> float:
+    """Preparing and training, without what was only measured."""
+    parts = run["seconds"]
+    return parts.get("prepare", parts.get("cache", 0.0)) + parts["train"] - parts.get("probe", 0.0)
+
+
+def series(run: dict, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a logged metric."""
+    logged = [entry for entry in run["log"] if name in entry]
+    return [entry["step"] for entry in logged], [entry[name] for entry in logged]
+
+
+def fidelity(group: list[dict]) -> float | None:
+    """Mean over the run, of the seed that was probed."""
+    values = [value for run in group for value in series(run, "fidelity")[1]]
+    return statistics.mean(values) if values else None
+
+
+def table(runs: Runs) -> str:
     # The untrained encoder depends on the seed alone.
     untrained = list({run["seed"]: run["before"] for group in runs.values() for run in group}.values())
     before = " | ".join(mean_sd([100 * run[metric] for run in untrained]) for metric in METRICS)
+    exhaustive = mean(runs["exhaustive"], mrr) if "exhaustive" in runs else None
     lines = [
-        "| strategy | seeds | " + " | ".join(METRICS) + " | coverage | re-encoded | training, s |",
-        "|---|---|" + "---|" * (len(METRICS) + 3),
-        f"| before training | {len(untrained)} | {before} | | | |",
+        f"| strategy | seeds | {' | '.join(METRICS)} | to exhaustive | fidelity | coverage | re-encoded | TFLOPs | s |",
+        "|---|---|" + "---|" * (len(METRICS) + 6),
+        f"| before training | {len(untrained)} | {before} | | | | | | |",
     ]
-    for name in (name for name in ORDER if name in runs):
-        group = runs[name]
-        cells = [mean_sd([100 * run["after"][metric] for run in group]) for metric in METRICS]
-        refreshed = statistics.mean(run["targets_encoded_for_cache"] for run in group)
-        encoded = statistics.mean(run["targets_encoded"] for run in group)
-        cost = f"{(encoded - refreshed) / group[0]['targets']:.2f} | {refreshed:,.0f}"
-        seconds = f"{statistics.median(run['seconds']['cache'] + run['seconds']['train'] for run in group):.0f}"
-        lines.append(f"| {name} | {len(group)} | {' | '.join(cells)} | {cost} | {seconds} |")
+    for name, group in runs.items():
+        overlap = fidelity(group)
+        cells = [
+            *(mean_sd([100 * run["after"][metric] for run in group]) for metric in METRICS),
+            f"{mean(group, mrr) - exhaustive:+.1f}" if exhaustive is not None and name != "exhaustive" else "",
+            f"{overlap:.2f}" if overlap is not None else "",
+            f"{mean(group, coverage):.2f}",
+            f"{mean(group, lambda run: run['targets_encoded_for_cache']):,.0f}",
+            f"{mean(group, lambda run: run['encoder_flops']) / 1e12:.2f}" if "encoder_flops" in group[0] else "",
+            f"{statistics.median(map(seconds, group)):.0f}",
+        ]
+        lines.append(f"| {name} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    readme = (ROOT / "README.md").read_text()
-    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
-        runs = load(folder)
-        if runs:
-            write_report(folder, runs)
-            print(f"{folder.name}\n\n{table(runs)}\n")
-            readme = put_into(readme, folder.name, table(runs))
-    (ROOT / "README.md").write_text(readme)
+def settings(runs: Runs) -> str:
+    """What the runs of a regime have in common, from what they recorded."""
+    run = next(iter(runs.values()))[0]
+    given = run["args"]
+    return (
+        f"{run['targets']:,} passages, {run['steps']} steps of {given['per_device_train_batch_size']} questions, "
+        f"{given['num_negatives']} negatives each unless the row says otherwise, {given['encoder']} encoder, learning "
+        f"rate {given['learning_rate']:g}."
+    )
+
+
+# ---------------------------------------------------------------------- plots
+
+
+def save(figure: plt.Figure, name: str) -> str:
+    """Write PNG and SVG; returns Markdown that shows it."""
+    for suffix in ("png", "svg"):
+        # Without a date and with fixed ids, so that the same results give the same file.
+        figure.savefig(
+            RESULTS / f"{name}.{suffix}",
+            dpi=110,
+            bbox_inches="tight",
+            metadata={"Date": None} if suffix == "svg" else None,
+        )
+    plt.close(figure)
+    return f"![{name}]({name}.png)"
+
+
+def panels(titles: Iterable[str]) -> tuple[plt.Figure, list[plt.Axes]]:
+    titles = list(titles)
+    figure, axes = plt.subplots(1, len(titles), figsize=(5.2 * len(titles), 4), squeeze=False)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    return figure, list(axes[0])
+
+
+def plot_quality(regimes: dict[str, Runs], name: str, label: str, cost: Callable[[dict], float], scale: str) -> str:
+    """MRR@10 against a cost, mean ± sd over seeds; one panel a regime."""
+    figure, axes = panels(TITLES[regime] for regime in regimes)
+    for axis, runs in zip(axes, regimes.values(), strict=True):
+        for strategy in (strategy for strategy in SHOWN if strategy in runs):
+            group = runs[strategy]
+            values = [mrr(run) for run in group]
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            axis.errorbar(
+                mean(group, cost), statistics.mean(values), deviation, fmt="o", color=COLOURS[strategy], label=strategy
+            )
+        axis.set_xscale(scale, **({"linthresh": 1e4} if scale == "symlog" else {}))
+        axis.set(xlabel=label, ylabel="MRR@10")
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return save(figure, name)
+
+
+def plot_fidelity(regimes: dict[str, Runs]) -> str:
+    figure, axes = panels(TITLES[regime] for regime in regimes)
+    for axis, runs in zip(axes, regimes.values(), strict=True):
+        probed = {name: group[0] for name, group in runs.items() if series(group[0], "fidelity")[0]}
+        # Ways to select share one corrector: here it is the correctors that are compared.
+        correctors = {
+            name: run for name, run in probed.items() if not (name.startswith("mlp-") and "pull-back" not in name)
+        }
+        for number, (name, run) in enumerate(correctors.items()):
+            if name not in ("uniform", "exhaustive-gumbel", "exhaustive-k4", "exhaustive-k16"):
+                axis.plot(*series(run, "fidelity"), label=name, color=plt.get_cmap("tab20").colors[number % 20])
+        axis.set(xlabel="step", ylabel="overlap with fresh top k", ylim=(0, 1.02))
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return save(figure, "fidelity-over-steps")
+
+
+def plot_coverage(regimes: dict[str, Runs]) -> str:
+    """What each strategy has over exhaustive re-embedding, against how often a target is encoded."""
+    figure, (axis,) = panels(["MRR@10 above exhaustive re-embedding"])
+    for strategy in ("stale", "stale-write-back", "mlp-pull-back", "ridge-pull-back", "ridge-pull-back-query-side"):
+        points = []
+        for runs in regimes.values():
+            if strategy in runs and "exhaustive" in runs:
+                points.append(
+                    (mean(runs[strategy], coverage), mean(runs[strategy], mrr) - mean(runs["exhaustive"], mrr))
+                )
+        if points:
+            axis.plot(*zip(*sorted(points), strict=True), "o-", label=strategy, color=COLOURS[strategy])
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set(xlabel="encodings per target over the run", ylabel="points")
+    axis.legend(fontsize=8)
+    return save(figure, "coverage")
+
+
+def plot_drift(regimes: dict[str, Runs]) -> str:
+    """Fidelity and quality against how far the encoder has moved from the cache by the end of the run."""
+    figure, (left, right) = panels(["Fidelity at the last probe", "MRR@10 above exhaustive re-embedding"])
+    names = [name for name in SHOWN if any(name in runs for runs in regimes.values())]
+    for strategy in names:
+        overlap, quality = [], []
+        for runs in regimes.values():
+            if strategy in runs and "exhaustive" in runs and series(runs[strategy][0], "fidelity")[1]:
+                run = runs[strategy][0]
+                drift = series(run, "drift")[1][-1] if strategy != "exhaustive" else None
+                if drift is not None:
+                    overlap.append((drift, series(run, "fidelity")[1][-1]))
+                    quality.append((drift, mrr(run) - mrr(runs["exhaustive"][0])))
+        if overlap:
+            left.plot(*zip(*sorted(overlap), strict=True), "o-", label=strategy, color=COLOURS[strategy])
+            right.plot(*zip(*sorted(quality), strict=True), "o-", color=COLOURS[strategy])
+    left.set(xlabel="drift 1 − cos(g', g) at the end", ylabel="overlap with fresh top k", ylim=(0, 1.02))
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set(xlabel="drift 1 − cos(g', g) at the end", ylabel="points")
+    left.legend(fontsize=7)
+    return save(figure, "drift")
+
+
+def drift_table(regimes: dict[str, Runs]) -> str:
+    """Drift at the end, fidelity and quality by learning rate."""
+    names = [name for name in SHOWN if any(name in runs for runs in regimes.values())]
+    lines = [
+        f"| learning rate | drift at the end | {' | '.join(names)} |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    for runs in regimes.values():
+        reference = next(runs[name][0] for name in names if name in runs and name != "exhaustive")
+        cells = []
+        for name in names:
+            if name not in runs:
+                cells.append("")
+                continue
+            overlap = series(runs[name][0], "fidelity")[1]
+            cells.append(f"{mrr(runs[name][0]):.1f}" + (f" ({overlap[-1]:.2f})" if overlap else ""))
+        rate = reference["args"]["learning_rate"]
+        lines.append(f"| {rate:g} | {series(reference, 'drift')[1][-1]:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------- report
 
 
 def put_into(readme: str, name: str, text: str) -> str:
@@ -75,24 +257,67 @@ def put_into(readme: str, name: str, text: str) -> str:
     return f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}" if found else readme
 
 
-def write_report(folder: Path, runs: dict[str, list[dict]]) -> None:
-    """The folder's README.md: what was run, the table, versions and commands."""
-    commands = "\n".join(f"    {run['command']}" for group in runs.values() for run in group)
-    first = next(iter(runs.values()))[0]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    batch, negatives = first["args"]["per_device_train_batch_size"], first["args"]["num_negatives"]
+def report(regimes: dict[str, Runs]) -> str:
+    """The whole report as Markdown; writes the plots that it shows."""
+    titled = {name: runs for name, runs in regimes.items() if name in TITLES}
+    main = {name: regimes[name] for name in ("nq-high-coverage", "nq-low-coverage") if name in regimes}
+    rates = {name: runs for name, runs in regimes.items() if name.startswith("nq-rate-")}
+    findings = (RESULTS / "findings.md").read_text() if (RESULTS / "findings.md").exists() else ""
     sections = [
-        "# Strategies on Natural Questions",
-        f"{first['targets']:,} passages, {first['steps']} steps of {batch} questions, {negatives} negatives each, "
-        "static encoder; percent on the dev questions, mean ± sample sd over seeds. Coverage: targets encoded for the "
-        "loss, per passage of the corpus; re-encoded: targets encoded only to refresh the cache. Seconds are medians "
-        "on a shared machine: compare them only roughly.",
-        table(runs),
-        f"Versions: {versions}.",
-        "Commands (`make bench` runs those that are missing):",
-        commands,
+        "# Which negatives, and at what cost",
+        "Written by `python benchmarks/report.py` from the JSON beside it, but for the findings, which stand in "
+        "`findings.md`.",
+        findings.strip(),
+        "## How to read the tables",
+        "Percent on the dev questions of Natural Questions, mean ± sample standard deviation over seeds (where there is "
+        "no ±, one seed). *To exhaustive*: MRR@10 less that of exhaustive re-embedding. *Fidelity*: mean over the run "
+        "of the overlap of the top k by the vectors that were searched with the top k by fresh embeddings, for 256 "
+        "training questions, seed 0. *Coverage*: targets encoded for the loss, per passage of the corpus. "
+        "*Re-encoded*: targets encoded for the cache alone. *TFLOPs*: of the encoder on targets. *s*: seconds of "
+        "preparing and training, the median over seeds, on a shared machine with other runs beside: compare only "
+        "roughly.",
     ]
-    (folder / "README.md").write_text("\n\n".join(sections) + "\n")
+    for name, runs in titled.items():
+        sections += [f"## {TITLES[name]}", settings(runs), table(runs)]
+    sections.append("## Plots")
+    if main:
+        cached = "targets re-encoded for the cache"
+        sections += [
+            plot_quality(main, "quality-vs-reencoded", cached, lambda run: run["targets_encoded_for_cache"], "symlog"),
+            plot_quality(main, "quality-vs-seconds", "seconds of preparing and training", seconds, "log"),
+            plot_fidelity(main),
+        ]
+    sections.append(plot_coverage({name: regimes[name] for name in COVERAGE if name in regimes}))
+    if rates:
+        sections += [
+            "## How stale is too stale?",
+            f"{settings(next(iter(rates.values()))).rpartition(', learning')[0]}; MRR@10, and in brackets fidelity at the last probe, by learning rate, seed 0.",
+            drift_table(rates),
+            plot_drift(rates),
+        ]
+    all_runs = [run for runs in regimes.values() for group in runs.values() for run in group]
+    versions = sorted({", ".join(f"{name} {value}" for name, value in run["versions"].items()) for run in all_runs})
+    sections += [
+        "## Versions and commands",
+        "\n".join(f"- {text}" for text in versions),
+        "`make bench` runs what is missing. Every JSON has its own command; these are all of them:",
+        "<details><summary>commands</summary>\n\n"
+        + "\n".join(f"    {run['command']}" for run in all_runs)
+        + "\n\n</details>",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    plt.rcParams["svg.hashsalt"] = "st_corrector"
+    regimes = {name: runs for name in [*TITLES, *REGIMES] if (runs := load(RESULTS / name))}
+    (RESULTS / "README.md").write_text(report(regimes))
+    readme = (ROOT / "README.md").read_text()
+    for name, runs in regimes.items():
+        readme = put_into(readme, name, table(runs))
+    (ROOT / "README.md").write_text(readme)
+    print(f"{sum(len(group) for runs in regimes.values() for group in runs.values())} runs in {RESULTS / 'README.md'}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from .overlay import Overlay
 Sampler = Literal["top_k", "gumbel", "mixed", "uniform"]
 SAMPLERS: tuple[Sampler, ...] = ("top_k", "gumbel", "mixed", "uniform")
 NO_ROW = -1
+_UNIT = 1e-6  # how far from 1 rounding takes the norm of a float32 unit vector
 
 
 class Found(NamedTuple):
@@ -139,6 +140,8 @@ class CorrectedSearch:
         self.normalize, self.chunk_size = normalize, chunk_size
         self.overlay = Overlay(len(cache), cache.dim)
         """Rows written back; they are searched instead of the cache's. See :meth:`write_back`."""
+        # Most caches hold unit vectors already; the first whole pass finds out, and later ones need not normalise.
+        self._cache_is_unit = False
         self.steps = 0
         """Training steps since the cache was built, as far as this search has seen them."""
 
@@ -225,11 +228,16 @@ class CorrectedSearch:
         # Of a mixed selection at most k − drawn are taken as the largest: k drawn leave enough that are others.
         largest, sampled = RunningTopK(batch_size, k - drawn, device), RunningTopK(batch_size, k, device)
         too_similar = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        all_unit = self.normalize and self.cache.dtype == torch.float32
         for first_row, block in self.cache.chunks(self.chunk_size):
+            block = block.to(device).float()
+            if self.normalize and not self._cache_is_unit:
+                norms = block.norm(dim=-1, keepdim=True)
+                all_unit = all_unit and bool((norms - 1).abs().max() < _UNIT)
+                block = block / norms.clamp_min(1e-12)
             # Written rows are in the corrector's frame already: their length says something, and they keep it.
-            block = self._comparable(block.to(device).float())
             vectors = self.overlay.replace(block, slice(first_row, first_row + len(block)))
-            keys = probes @ (vectors if affine else self.corrector(vectors)).T
+            keys = probes @ vectors.T if affine else self.corrector.scores(probes, vectors)
             if exclude is not None:
                 _mask_rows(keys, exclude, first_row)
             if ceiling is not None:
@@ -243,6 +251,7 @@ class CorrectedSearch:
                 logits = keys.mul_(scale) if sampler != "uniform" else keys.zero_()
                 logits += gumbel_noise(batch_size, first_row, len(block), seed, device)
                 sampled.update(logits.masked_fill_(~allowed, -math.inf), first_row)
+        self._cache_is_unit = all_unit
         if not drawn:
             return Found(largest.scores + offset[:, None], largest.rows, too_similar)
         rows = _first_others(largest.rows, sampled.rows, drawn)

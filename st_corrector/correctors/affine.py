@@ -25,6 +25,9 @@ class AffineCorrector(TensorState, Corrector):
     def correction(self, stale: Tensor) -> Tensor:
         return torch.addmm(self.shift, stale, self.weight)
 
+    def unnormalized(self, stale: Tensor) -> Tensor:
+        return torch.addmm(self.shift, stale, self.matrix)
+
     @property
     def matrix(self) -> Tensor:
         """``M``, ``(d, d)``."""

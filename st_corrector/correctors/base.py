@@ -62,8 +62,22 @@ class Corrector(ABC):
 
     def forward(self, stale: Tensor) -> Tensor:
         """Corrected embeddings ``h(z)``: float32, ``(n, d) → (n, d)``."""
-        corrected = stale + self.correction(stale)
+        corrected = self.unnormalized(stale)
         return F.normalize(corrected, dim=-1) if self.normalize else corrected
+
+    @torch.no_grad()
+    def scores(self, queries: Tensor, stale: Tensor) -> Tensor:
+        """``⟨f(x), h(z)⟩`` of queries ``(B, d)`` and stale embeddings ``(n, d)``: ``(B, n)``.
+
+        It is the scores that are divided by the norms: there are fewer of them than of the embeddings' coordinates.
+        """
+        corrected = self.unnormalized(stale)
+        scores = queries @ corrected.T
+        return scores.div_(corrected.norm(dim=-1).clamp_min_(1e-12)) if self.normalize else scores
+
+    def unnormalized(self, stale: Tensor) -> Tensor:
+        """``z + c(z)``, ``(n, d) → (n, d)``."""
+        return stale + self.correction(stale)
 
     @abstractmethod
     def correction(self, stale: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ class IdentityCorrector(Corrector):
     def correction(self, stale: Tensor) -> Tensor:
         return torch.zeros_like(stale)
 
+    def unnormalized(self, stale: Tensor) -> Tensor:
+        return stale
+
     def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
         return {}
 
