@@ -269,8 +269,8 @@ def report(regimes: dict[str, Runs]) -> str:
         "`findings.md`.",
         findings.strip(),
         "## How to read the tables",
-        "Percent on the dev questions of Natural Questions, mean ± sample standard deviation over seeds (where there is "
-        "no ±, one seed). *To exhaustive*: MRR@10 less that of exhaustive re-embedding. *Fidelity*: mean over the run "
+        "Percent on the dev questions of Natural Questions, mean ± sample standard deviation over seeds (without ±: one "
+        "seed). *To exhaustive*: MRR@10 less that of exhaustive re-embedding. *Fidelity*: mean over the run "
         "of the overlap of the top k by the vectors that were searched with the top k by fresh embeddings, for 256 "
         "training questions, seed 0. *Coverage*: targets encoded for the loss, per passage of the corpus. "
         "*Re-encoded*: targets encoded for the cache alone. *TFLOPs*: of the encoder on targets. *s*: seconds of "
@@ -291,7 +291,8 @@ def report(regimes: dict[str, Runs]) -> str:
     if rates:
         sections += [
             "## How stale is too stale?",
-            f"{settings(next(iter(rates.values()))).rpartition(', learning')[0]}; MRR@10, and in brackets fidelity at the last probe, by learning rate, seed 0.",
+            f"{settings(next(iter(rates.values()))).rpartition(', learning')[0]}; MRR@10 and in brackets fidelity at the "
+            "last probe, by learning rate, seed 0.",
             drift_table(rates),
             plot_drift(rates),
         ]

@@ -45,7 +45,7 @@ class MLPCorrector(Corrector):
         self,
         dim: int,
         *,
-        hidden: int = 512,
+        hidden: int = 128,
         depth: int = 1,
         activation: str = "gelu",
         loss: Literal["ce", "mse"] = "ce",
