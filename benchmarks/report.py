@@ -3,7 +3,7 @@
     python benchmarks/report.py
 
 writes ``benchmarks/results/README.md`` and the plots beside it (PNG and SVG), and puts the tables that the project's
-README marks into that.
+README marks into that; with ``--results``, of another folder and without touching the README.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from strategies import REGIMES, RESULTS, ROOT, STRATEGIES
 
 METRICS = ("mrr@10", "recall@1", "recall@5", "recall@20", "recall@100", "answer_recall@20")
 TITLES = {
+    "smoke": "Smoke test",
     "nq-high-coverage": "High coverage",
     "nq-medium-coverage": "Medium coverage",
     "nq-low-coverage": "Low coverage",
@@ -71,6 +72,11 @@ def coverage(run: dict) -> float:
     return (run["targets_encoded"] - run["targets_encoded_for_cache"]) / run["targets"]
 
 
+def reencoded(run: dict) -> float:
+    """Encodings for the cache alone."""
+    return run["targets_encoded_for_cache"]
+
+
 def seconds(run: dict) -> float:
     """Preparing and training, without what was only measured."""
     parts = run["seconds"]
@@ -106,7 +112,7 @@ def table(runs: Runs) -> str:
             f"{mean(group, mrr) - exhaustive:+.1f}" if exhaustive is not None and name != "exhaustive" else "",
             f"{overlap:.2f}" if overlap is not None else "",
             f"{mean(group, coverage):.2f}",
-            f"{mean(group, lambda run: run['targets_encoded_for_cache']):,.0f}",
+            f"{mean(group, reencoded):,.0f}",
             f"{mean(group, lambda run: run['encoder_flops']) / 1e12:.2f}" if "encoder_flops" in group[0] else "",
             f"{statistics.median(map(seconds, group)):.0f}",
         ]
@@ -128,16 +134,12 @@ def settings(runs: Runs) -> str:
 # ---------------------------------------------------------------------- plots
 
 
-def save(figure: plt.Figure, name: str) -> str:
+def save(figure: plt.Figure, folder: Path, name: str) -> str:
     """Write PNG and SVG; returns Markdown that shows it."""
     for suffix in ("png", "svg"):
-        # Without a date and with fixed ids, so that the same results give the same file.
-        figure.savefig(
-            RESULTS / f"{name}.{suffix}",
-            dpi=110,
-            bbox_inches="tight",
-            metadata={"Date": None} if suffix == "svg" else None,
-        )
+        # Without a date, so that the same results give the same file.
+        metadata = {"Date": None} if suffix == "svg" else None
+        figure.savefig(folder / f"{name}.{suffix}", dpi=110, bbox_inches="tight", metadata=metadata)
     plt.close(figure)
     return f"![{name}]({name}.png)"
 
@@ -151,7 +153,9 @@ def panels(titles: Iterable[str]) -> tuple[plt.Figure, list[plt.Axes]]:
     return figure, list(axes[0])
 
 
-def plot_quality(regimes: dict[str, Runs], name: str, label: str, cost: Callable[[dict], float], scale: str) -> str:
+def plot_quality(
+    folder: Path, regimes: dict[str, Runs], name: str, label: str, cost: Callable[[dict], float], scale: str
+) -> str:
     """MRR@10 against a cost, mean ± sd over seeds; one panel a regime."""
     figure, axes = panels(TITLES[regime] for regime in regimes)
     for axis, runs in zip(axes, regimes.values(), strict=True):
@@ -165,10 +169,10 @@ def plot_quality(regimes: dict[str, Runs], name: str, label: str, cost: Callable
         axis.set_xscale(scale, **({"linthresh": 1e4} if scale == "symlog" else {}))
         axis.set(xlabel=label, ylabel="MRR@10")
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    return save(figure, name)
+    return save(figure, folder, name)
 
 
-def plot_fidelity(regimes: dict[str, Runs]) -> str:
+def plot_fidelity(folder: Path, regimes: dict[str, Runs]) -> str:
     figure, axes = panels(TITLES[regime] for regime in regimes)
     for axis, runs in zip(axes, regimes.values(), strict=True):
         probed = {name: group[0] for name, group in runs.items() if series(group[0], "fidelity")[0]}
@@ -180,11 +184,12 @@ def plot_fidelity(regimes: dict[str, Runs]) -> str:
             if name not in ("uniform", "exhaustive-gumbel", "exhaustive-k4", "exhaustive-k16"):
                 axis.plot(*series(run, "fidelity"), label=name, color=plt.get_cmap("tab20").colors[number % 20])
         axis.set(xlabel="step", ylabel="overlap with fresh top k", ylim=(0, 1.02))
-    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    return save(figure, "fidelity-over-steps")
+        if correctors:
+            axis.legend(fontsize=6, loc="lower left")
+    return save(figure, folder, "fidelity-over-steps")
 
 
-def plot_coverage(regimes: dict[str, Runs]) -> str:
+def plot_coverage(folder: Path, regimes: dict[str, Runs]) -> str:
     """What each strategy has over exhaustive re-embedding, against how often a target is encoded."""
     figure, (axis,) = panels(["MRR@10 above exhaustive re-embedding"])
     for strategy in ("stale", "stale-write-back", "mlp-pull-back", "ridge-pull-back", "ridge-pull-back-query-side"):
@@ -200,10 +205,10 @@ def plot_coverage(regimes: dict[str, Runs]) -> str:
     axis.set_xscale("log")
     axis.set(xlabel="encodings per target over the run", ylabel="points")
     axis.legend(fontsize=8)
-    return save(figure, "coverage")
+    return save(figure, folder, "coverage")
 
 
-def plot_drift(regimes: dict[str, Runs]) -> str:
+def plot_drift(folder: Path, regimes: dict[str, Runs]) -> str:
     """Fidelity and quality against how far the encoder has moved from the cache by the end of the run."""
     figure, (left, right) = panels(["Fidelity at the last probe", "MRR@10 above exhaustive re-embedding"])
     names = [name for name in SHOWN if any(name in runs for runs in regimes.values())]
@@ -223,7 +228,7 @@ def plot_drift(regimes: dict[str, Runs]) -> str:
     right.axhline(0, color="black", linewidth=0.8)
     right.set(xlabel="drift 1 − cos(g', g) at the end", ylabel="points")
     left.legend(fontsize=7)
-    return save(figure, "drift")
+    return save(figure, folder, "drift")
 
 
 def drift_table(regimes: dict[str, Runs]) -> str:
@@ -257,44 +262,45 @@ def put_into(readme: str, name: str, text: str) -> str:
     return f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}" if found else readme
 
 
-def report(regimes: dict[str, Runs]) -> str:
-    """The whole report as Markdown; writes the plots that it shows."""
-    titled = {name: runs for name, runs in regimes.items() if name in TITLES}
-    main = {name: regimes[name] for name in ("nq-high-coverage", "nq-low-coverage") if name in regimes}
+def report(folder: Path, regimes: dict[str, Runs]) -> str:
+    """The whole report as Markdown; writes the plots that it shows into ``folder``."""
     rates = {name: runs for name, runs in regimes.items() if name.startswith("nq-rate-")}
-    findings = (RESULTS / "findings.md").read_text() if (RESULTS / "findings.md").exists() else ""
+    main = {name: regimes[name] for name in ("nq-high-coverage", "nq-low-coverage", "smoke") if name in regimes}
+    by_coverage = {name: regimes[name] for name in COVERAGE if name in regimes}
+    findings = folder / "findings.md"
     sections = [
         "# Which negatives, and at what cost",
         "Written by `python benchmarks/report.py` from the JSON beside it, but for the findings, which stand in "
         "`findings.md`.",
-        findings.strip(),
+        findings.read_text(encoding="utf-8").strip() if findings.exists() else "",
         "## How to read the tables",
-        "Percent on the dev questions of Natural Questions, mean ± sample standard deviation over seeds (without ±: one "
-        "seed). *To exhaustive*: MRR@10 less that of exhaustive re-embedding. *Fidelity*: mean over the run "
-        "of the overlap of the top k by the vectors that were searched with the top k by fresh embeddings, for 256 "
-        "training questions, seed 0. *Coverage*: targets encoded for the loss, per passage of the corpus. "
-        "*Re-encoded*: targets encoded for the cache alone. *TFLOPs*: of the encoder on targets. *s*: seconds of "
-        "preparing and training, the median over seeds, on a shared machine with other runs beside: compare only "
-        "roughly.",
+        "Percent on the dev questions, mean ± sample standard deviation over seeds (without ±: one seed). *To "
+        "exhaustive*: MRR@10 less that of exhaustive re-embedding. *Fidelity*: mean over the run of the overlap of the "
+        "top k by the vectors that were searched with the top k by fresh embeddings, for 256 training questions, seed "
+        "0. *Coverage*: targets encoded for the loss, per passage of the corpus. *Re-encoded*: targets encoded for the "
+        "cache alone. *TFLOPs*: of the encoder on targets. *s*: seconds of preparing and training, the median over "
+        "seeds, on a shared machine with other runs beside: compare only roughly.",
     ]
-    for name, runs in titled.items():
-        sections += [f"## {TITLES[name]}", settings(runs), table(runs)]
+    for name, runs in regimes.items():
+        if name not in rates:
+            sections += [f"## {TITLES[name]}", settings(runs), table(runs)]
     sections.append("## Plots")
     if main:
         cached = "targets re-encoded for the cache"
         sections += [
-            plot_quality(main, "quality-vs-reencoded", cached, lambda run: run["targets_encoded_for_cache"], "symlog"),
-            plot_quality(main, "quality-vs-seconds", "seconds of preparing and training", seconds, "log"),
-            plot_fidelity(main),
+            plot_quality(folder, main, "quality-vs-reencoded", cached, reencoded, "symlog"),
+            plot_quality(folder, main, "quality-vs-seconds", "seconds of preparing and training", seconds, "log"),
+            plot_fidelity(folder, main),
         ]
-    sections.append(plot_coverage({name: regimes[name] for name in COVERAGE if name in regimes}))
+    if by_coverage:
+        sections.append(plot_coverage(folder, by_coverage))
     if rates:
+        common = settings(next(iter(rates.values()))).rpartition(", learning")[0]
         sections += [
             "## How stale is too stale?",
-            f"{settings(next(iter(rates.values()))).rpartition(', learning')[0]}; MRR@10 and in brackets fidelity at the "
-            "last probe, by learning rate, seed 0.",
+            f"{common}; MRR@10 and in brackets fidelity at the last probe, by learning rate, seed 0.",
             drift_table(rates),
-            plot_drift(rates),
+            plot_drift(folder, rates),
         ]
     all_runs = [run for runs in regimes.values() for group in runs.values() for run in group]
     versions = sorted({", ".join(f"{name} {value}" for name, value in run["versions"].items()) for run in all_runs})
@@ -310,15 +316,22 @@ def report(regimes: dict[str, Runs]) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a folder with a folder for each regime")
+    folder = parser.parse_args().results
     plt.rcParams["svg.hashsalt"] = "st_corrector"
-    regimes = {name: runs for name in [*TITLES, *REGIMES] if (runs := load(RESULTS / name))}
-    (RESULTS / "README.md").write_text(report(regimes))
-    readme = (ROOT / "README.md").read_text()
-    for name, runs in regimes.items():
-        readme = put_into(readme, name, table(runs))
-    (ROOT / "README.md").write_text(readme)
-    print(f"{sum(len(group) for runs in regimes.values() for group in runs.values())} runs in {RESULTS / 'README.md'}")
+    names = dict.fromkeys([*TITLES, *REGIMES])
+    regimes = {name: runs for name in names if (runs := load(folder / name))}
+    if not regimes:
+        parser.error(f"{folder} holds no runs: benchmarks/strategies.py makes them")
+    (folder / "README.md").write_text(report(folder, regimes), encoding="utf-8")
+    if folder == RESULTS:
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        for name, runs in regimes.items():
+            readme = put_into(readme, name, table(runs))
+        (ROOT / "README.md").write_text(readme, encoding="utf-8")
+    count = sum(len(group) for runs in regimes.values() for group in runs.values())
+    print(f"{count} runs in {folder / 'README.md'}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def static(**settings: object) -> list[str]:
 
 # How much of the corpus a run encodes, which decides what write-back can do by itself, and how far the encoder drifts.
 REGIMES = {
-    "smoke": static(max_targets=400, max_steps=4, per_device_train_batch_size=8, num_negatives=2),
+    "smoke": static(max_targets=400, max_steps=4, per_device_train_batch_size=8, num_negatives=2, logging_steps=2),
     "nq-high-coverage": static(max_targets=30_000, max_steps=300, num_negatives=8),
     "nq-medium-coverage": static(),
     "nq-low-coverage": static(max_steps=60, per_device_train_batch_size=32, num_negatives=8),
@@ -53,12 +53,19 @@ REGIMES = {
         f"nq-rate-{rate}": static(max_targets=10_000, max_steps=100, num_negatives=8, learning_rate=rate)
         for rate in ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
     },
+    # As much of a transformer as two CPU cores train in minutes: the gold passages alone, short texts.
+    "minilm-cpu": options(
+        max_targets=9_383, max_steps=60, per_device_train_batch_size=16, num_negatives=4, max_seq_length=32
+    )
+    + options(learning_rate="1e-4"),
     **{f"minilm-{rate}": transformer(learning_rate=rate) for rate in ("2e-5", "1e-4")},
     "bert-from-scratch": transformer(learning_rate="1e-4", from_scratch=True),
 }
 # Fidelity is measured with seed 0 alone, over the whole corpus where the encoder is cheap.
 PROBES = {
+    "smoke": options(probe_every=2, probe_targets=100),
     "nq-high-coverage": options(probe_every=20, probe_targets=30_000),
+    "minilm-cpu": options(probe_every=20, probe_targets=1_000),
     "nq-low-coverage": options(probe_every=10, probe_targets=99_471),
     **{
         f"nq-rate-{rate}": options(probe_every=10, probe_targets=10_000)
@@ -121,6 +128,7 @@ STRATEGIES = {
     "mlp-margin": corrected("mlp", hidden=128, relative_margin=0.05),
     "mlp-answer-check": corrected("mlp", hidden=128, answer_check=True),
     "mlp-verify-32": corrected("mlp", hidden=128, candidates=32),
+    "mlp-verify-8": corrected("mlp", hidden=128, candidates=8),
     "mlp-background-256": corrected("mlp", hidden=128, background_targets=256),
     "mlp-k4": corrected("mlp", hidden=128, num_negatives=4),
     "mlp-k16": corrected("mlp", hidden=128, num_negatives=16),
@@ -139,7 +147,7 @@ BASELINES = (
     "corrected-ridge",
 )
 DECIDING = ("stale-write-back", "mlp-pull-back", "ridge-pull-back", "ridge-pull-back-query-side", "exhaustive")
-OTHERS = tuple(name for name in STRATEGIES if name not in BASELINES + DECIDING)
+OTHERS = tuple(name for name in STRATEGIES if name not in (*BASELINES, *DECIDING, "mlp-verify-8"))
 DRIFT = (
     "stale",
     "stale-write-back",
@@ -148,6 +156,17 @@ DRIFT = (
     "mlp-pull-back",
     "ridge-pull-back",
     "exhaustive",
+)
+
+
+TRANSFORMER = (
+    "in-batch",
+    "stale",
+    "stale-write-back",
+    "mlp-pull-back",
+    "ridge-pull-back",
+    "mlp-verify-8",
+    "refresh-10",
 )
 
 
@@ -176,6 +195,7 @@ PRESETS = {
         Block("nq-low-coverage", OTHERS, (0,)),
         *(Block(name, DECIDING, (0, 1, 2)) for name in ("nq-coverage-0.05", "nq-coverage-15", "nq-medium-coverage")),
         *(Block(name, DRIFT, (0,)) for name in REGIMES if name.startswith("nq-rate-")),
+        Block("minilm-cpu", TRANSFORMER, (0,)),
     ],
     "gpu": [
         Block(name, (*BASELINES, *DECIDING, "mlp-verify-32"), (0, 1, 2))

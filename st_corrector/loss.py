@@ -43,7 +43,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         in_batch_negatives: bool = True,
         share_negatives: bool = True,
         budget: Budget = "query",
-        write_back: bool = False,
+        write_back: bool = True,
         candidates: int | None = None,
         background_targets: int = 0,
         false_negatives: FalseNegativeFilter | None = None,
@@ -71,7 +71,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             cache: stale embeddings of all targets, built by this model or an earlier state of it
                 (:meth:`EmbeddingCache.build`). It may be left out with ``num_negatives=0``.
             num_negatives: how many targets each query takes. 0 leaves plain in-batch negatives.
-            corrector: ``"mlp"`` (the paper's), ``"ridge"``, ``"identity"`` (choose by the stale embeddings), or a
+            corrector: ``"mlp"`` (the paper's kind), ``"ridge"``, ``"identity"`` (no correction), or a
                 :class:`Corrector` with settings of your own.
             sampler: ``"top_k"`` takes the hardest, ``"gumbel"`` samples from the corrected softmax without replacement,
                 ``"mixed"`` takes half of them so and half so, ``"uniform"`` samples from all targets alike.
@@ -84,7 +84,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 nearest to (or exceed by most) the positive of some query, so that a query whose positive is far ahead
                 leaves its share to others.
             write_back: whether what a step has encoded afresh stands for these targets from then on, in the frame of
-                the stale embeddings (:meth:`CorrectedSearch.write_back`), so that later corrections move it on.
+                the stale embeddings (:meth:`CorrectedSearch.write_back`), so that later corrections move it on. The
+                cache itself is never changed; what is written takes a float32 vector for each target ever encoded.
             candidates: verify: take so many targets for each query by corrected score (more than ``num_negatives``),
                 encode them without gradient, and keep the hardest by fresh score. Their fresh embeddings teach the
                 corrector too. Costs those encodings; see :attr:`targets_verified`.
@@ -121,7 +122,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         Relations:
             - With ``num_negatives=0`` it is :class:`MultipleNegativesRankingLoss`, with known positives and
               duplicates masked out.
-            - With ``corrector="identity"`` negatives are chosen by the cache as it was built, and
+            - With ``corrector="identity", write_back=False`` negatives are chosen by the cache as it was built, and
               :class:`~st_corrector.RefreshCallback` turns that into periodic or exhaustive re-embedding: the baselines
               run through the same code.
 

@@ -229,9 +229,10 @@ def test_write_back_puts_what_was_encoded_into_the_stale_frame(static_model, cor
         torch.testing.assert_close(
             (queries @ corrected.T).gather(1, rows), (queries @ corrected.T).sort(descending=True).values
         )
-    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4)
-    step(loss)
-    assert len(loss.search.overlay) == 0, "off by default"
+    for settings, written in (({}, True), ({"write_back": False}, False)):
+        loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, **settings)
+        step(loss)
+        assert bool(len(loss.search.overlay)) is written, "on by default"
 
 
 def test_gumbel_sampling_draws_anew_at_every_step(static_model, corpus, cache):

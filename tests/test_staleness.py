@@ -109,7 +109,7 @@ def test_the_trainer_logs_what_the_steps_measured(corpus, tmp_path):
 
 
 def test_age_is_counted_from_when_a_row_was_encoded(corpus, tmp_path):
-    _, stale, _ = train(corpus, tmp_path / "stale", corrector="identity")
+    _, stale, _ = train(corpus, tmp_path / "stale", corrector="identity", write_back=False)
     # Steps 0 … 3 choose by a cache that is 0 … 3 steps old, steps 4 … 7 by one of 4 … 7.
     assert [entry["age"] for entry in stale] == [1.5, 5.5, 9.5] and all(entry["seen"] == 0 for entry in stale)
     _, written, _ = train(corpus, tmp_path / "written", corrector="identity", write_back=True)

@@ -1,0 +1,112 @@
+"""The study and its report at smoke size, through the very scripts that make the committed results."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, make_texts
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "MPLBACKEND": "Agg"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def beir(tmp_path_factory):
+    """A BEIR folder of 240 short texts: 160 training and 60 dev queries with an answer each."""
+    folder = tmp_path_factory.mktemp("beir")
+    (folder / "qrels").mkdir()
+    queries, texts = make_texts(240)
+    with (folder / "corpus.jsonl").open("w") as file:
+        file.writelines(json.dumps({"_id": f"d{n}", "title": "", "text": text}) + "\n" for n, text in enumerate(texts))
+    with (folder / "queries.jsonl").open("w") as file:
+        for n, text in enumerate(queries):
+            file.write(json.dumps({"_id": f"q{n}", "text": text, "answers": [texts[n].split()[0]]}) + "\n")
+    for split, numbers in (("train", range(160)), ("dev", range(160, 220))):
+        lines = [f"q{n}\td{n}\t1\n" for n in numbers]
+        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+    return folder
+
+
+@pytest.mark.timeout(600)
+def test_the_smoke_preset_runs_resumes_and_is_reported(beir, minilm_path, tmp_path):
+    results = tmp_path / "results"
+    out = run(BENCHMARKS / "strategies.py", "--preset", "smoke", "--dataset", beir, "--results", results)
+    runs = {path.stem: json.loads(path.read_text()) for path in (results / "smoke").glob("*.json")}
+    names = {"in-batch", "mined-once", "stale-write-back", "mlp-pull-back", "mlp-verify-32", "exhaustive"}
+    assert runs.keys() == {f"{name}-seed0" for name in names}
+    for name, figures in runs.items():
+        assert figures["steps"] == 4 and figures["targets"] == 240, name
+        assert figures["after"]["mrr@10"] != figures["before"]["mrr@10"], "it trained"
+        assert figures["encoder_flops"] > 0
+    reencoded = {name.removesuffix("-seed0"): run["targets_encoded_for_cache"] for name, run in runs.items()}
+    assert reencoded == {**dict.fromkeys(names, 0), "exhaustive": 3 * 240}
+    assert runs["in-batch-seed0"]["targets_encoded"] == 4 * 8
+    assert runs["mined-once-seed0"]["targets_encoded"] == 4 * 8 * 3, "n-tuples of two negatives"
+    assert runs["mlp-verify-32-seed0"]["targets_verified"] > 4 * 32
+    assert 0 < runs["mlp-pull-back-seed0"]["log"][-1]["fidelity"] <= 1
+    # Killed after all but one run: only that one is run again.
+    (results / "smoke" / "in-batch-seed0.json").unlink()
+    before = (results / "smoke" / "exhaustive-seed0.json").stat().st_mtime_ns
+    out = run(BENCHMARKS / "strategies.py", "--preset", "smoke", "--dataset", beir, "--results", results)
+    assert "smoke in-batch seed 0" in out and out.count("smoke ") == 1
+    assert (results / "smoke" / "exhaustive-seed0.json").stat().st_mtime_ns == before
+
+    readme = (ROOT / "README.md").read_bytes()
+    run(BENCHMARKS / "report.py", "--results", results)
+    report = (results / "README.md").read_text()
+    mrr = 100 * runs["mlp-pull-back-seed0"]["after"]["mrr@10"]
+    assert f"| mlp-pull-back | 1 | {mrr:.1f} |" in report and runs["exhaustive-seed0"]["command"] in report
+    for plot in ("quality-vs-reencoded", "quality-vs-seconds", "fidelity-over-steps"):
+        assert f"({plot}.png)" in report
+        assert (results / f"{plot}.png").stat().st_size > 5_000 and "<svg" in (results / f"{plot}.svg").read_text()
+    assert (ROOT / "README.md").read_bytes() == readme
+
+
+def test_every_strategy_of_every_preset_is_a_command_that_the_recipe_understands(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    strategies, recipe = importlib.import_module("strategies"), importlib.import_module("train_nq")
+    understood = 0
+    for preset in strategies.PRESETS:
+        for regime, strategy, seed in strategies.runs(preset):
+            script, *options = strategies.command("data", regime, strategy, seed, ROOT / "results.json")
+            monkeypatch.setattr(sys, "argv", [script, *options])
+            given, training = recipe.parse_arguments()
+            assert training.seed == seed and given.results == "results.json"
+            settings = json.loads(given.corrector_settings)
+            if given.strategy == "corrected":
+                recipe.CORRECTORS[given.corrector](8, **settings)
+            understood += 1
+    assert understood > 300
+
+
+def test_the_synthetic_study_knows_its_risks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    study = importlib.import_module("synthetic_staleness")
+    linear = study.measure(study.Case("linear", 1.0, "ridge", 1024), 0)
+    assert (
+        linear["true_risk"] < 0.01 < 0.3 < linear["stale_risk"] and linear["fidelity"] > linear["stale_fidelity"] + 0.3
+    )
+    noise = study.measure(study.Case("noise", 1.0, "ridge", 1024), 0)
+    assert noise["true_risk"] > noise["empirical_risk"] and noise["true_risk"] > 0.95 * noise["stale_risk"]
+    few, many = (study.measure(study.Case("smooth", 1.0, "ridge", pairs), 0) for pairs in (64, 4096))
+    assert few["complexity"] > 2 * many["complexity"] and few["true_risk"] > many["true_risk"]
+    one, other = study.drifted("linear", 0.1, 0), study.drifted("linear", 3.0, 0)
+    assert (
+        study.sliced_wasserstein(*one) < study.sliced_wasserstein(*other)
+        and study.sliced_wasserstein(one[0], one[0]) == 0
+    )
+    shift = study.torch.zeros(study.DIM)
+    shift[0] = 2.0
+    # A shift by v moves every projection by ⟨v, u⟩, whose mean square over directions is ‖v‖²/d.
+    distance = study.sliced_wasserstein(one[0], one[0] + shift, directions=20_000)
+    assert distance == pytest.approx(2 / study.DIM**0.5, rel=0.03)
