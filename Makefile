@@ -10,11 +10,12 @@ TORCH  := torch==2.13.0
 OLDEST := torch==2.11.0 sentence-transformers==6.0.1 transformers==5.17.0 accelerate==1.10.0 datasets==4.0.0 \
           huggingface-hub==1.5.0 safetensors==0.8.0 tqdm==4.66.3 numpy==1.26.4 pyarrow==21.0.0
 NQ     ?= ../shared/data/nq
+PRESET ?= cpu
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-long test-oldest lint bench report clean
+.PHONY: demo test test-long test-oldest lint bench report synthetic clean
 
 demo: $(VENV)/.installed  ## code search over the installed packages, trained in minutes
 	$(BIN)/python recipes/quickstart.py
@@ -28,13 +29,15 @@ test-long: $(VENV)/.installed  ## the tests that take minutes
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: $(VENV)/.installed  ## the strategies on NQ=<BEIR folder>; finished runs are kept
-	$(BIN)/python benchmarks/strategies.py --dataset $(NQ)
-	$(BIN)/python benchmarks/strategies.py --dataset $(NQ) --regime nq-low-coverage
+bench: $(VENV)/.installed  ## the study on NQ=<BEIR folder>, PRESET=smoke|cpu|gpu; finished runs are kept
+	$(BIN)/python benchmarks/strategies.py --dataset $(NQ) --preset $(PRESET)
 	$(BIN)/python benchmarks/report.py
 
-report: $(VENV)/.installed  ## the tables of committed results, from their JSON
+report: $(VENV)/.installed  ## the report of committed results, from their JSON
 	$(BIN)/python benchmarks/report.py
+
+synthetic: $(VENV)/.installed  ## the synthetic study of how far a corrector can follow
+	$(BIN)/python recipes/synthetic_staleness.py --output benchmarks/results/synthetic
 
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -q -m "not long"

@@ -80,6 +80,9 @@ class Check(ABC):
             rows: corpus rows, ``(B, m)``; whatever is said of −1 is ignored.
         """
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
 
 class AnswerCheck(Check):
     """A target that contains an answer of the query is no negative: for question answering data.
@@ -158,6 +161,9 @@ class CrossEncoderCheck(Check):
             if scores[query, row] > scores[query, labels_of[position]] - self.margin:
                 result[position] |= (rows[position] == row).cpu()
         return result.to(rows.device)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(margin={self.margin})"
 
     def _predict(self, pairs: list[tuple[int, int]]) -> list[float]:
         if not pairs:

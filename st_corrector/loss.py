@@ -324,16 +324,16 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         columns = torch.cat([rows, negative_rows])
         forbidden = is_in(columns, known)
         if selection is not None:
-            taken = selection.rows.flatten().expand(len(rows), -1) if self.share_negatives else selection.rows
-            offered = is_in(columns, taken)
+            if self.share_negatives:
+                offered = torch.isin(columns, selection.rows).repeat(len(rows), 1)
+            else:
+                offered = is_in(columns, selection.rows)
             if self.in_batch_negatives:
                 offered[:, : len(rows)] = True
             forbidden |= ~offered | is_in(columns, selection.false_negatives)
             for check in self.selector.false_negatives.checks:
                 if check.everywhere:
                     forbidden |= check(rows, columns.expand(len(rows), -1))
-        elif not self.in_batch_negatives:
-            forbidden[:, : len(rows)] = True
         forbidden[:, : len(rows)] |= repeats_earlier(rows)  # a positive that two queries share is one candidate
         return forbidden
 

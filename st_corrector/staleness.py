@@ -78,6 +78,8 @@ class StepMetrics:
             yield
             end.record()
             self._events.append((part, start, end))
+            if len(self._events) > _EVENTS_KEPT:  # nobody may ever ask
+                self._count_events(_EVENTS_KEPT // 2)
         else:
             started = time.perf_counter()
             yield
@@ -86,9 +88,17 @@ class StepMetrics:
     def pop(self) -> dict[str, float]:
         """The means since the last call, and the seconds of all steps since then by part; starts anew."""
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-        for part, start, end in self._events:
-            end.synchronize()
-            self._seconds[part] += start.elapsed_time(end) / 1000
+        self._count_events(len(self._events))
         seconds = {f"seconds_{part}": total for part, total in self._seconds.items()}
         self.__init__()  # type: ignore[misc]
         return means | seconds
+
+    def _count_events(self, count: int) -> None:
+        """Turn the oldest ``count`` pairs of events into seconds; those of past steps are waited for no longer."""
+        for part, start, end in self._events[:count]:
+            end.synchronize()
+            self._seconds[part] += start.elapsed_time(end) / 1000
+        del self._events[:count]
+
+
+_EVENTS_KEPT = 1024

@@ -415,6 +415,7 @@ def test_a_check_keeps_its_finds_out_of_the_softmax(static_model, corpus, cache,
     features, labels = batch_of(static_model, corpus, range(10))
     for everywhere in (True, False):
         rules = FalseNegativeFilter(checks=(Third(everywhere),))
+        assert "checks=(Third(),)" in repr(rules), "it goes into the model card"
         loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=6, false_negatives=rules)
         recorder = Recorder(loss, monkeypatch)
         queries = static_model.encode(corpus.pairs("train")[:10]["anchor"], convert_to_tensor=True)
@@ -431,6 +432,15 @@ def test_a_check_keeps_its_finds_out_of_the_softmax(static_model, corpus, cache,
                 assert not thirds & found[query]
                 met += len(thirds)
         assert met > 5, "they are negatives of the other queries"
+
+
+def test_evaluation_has_in_batch_negatives_even_where_training_has_none(static_model, corpus, cache):
+    features, labels = batch_of(static_model, corpus, range(12))
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=2, in_batch_negatives=False)
+    with torch.no_grad():
+        value = loss(features, labels)["task_loss"]
+        torch.testing.assert_close(value, MultipleNegativesRankingLoss(static_model)(features, None))
+    assert value > 0.01
 
 
 def test_the_batchs_budget_is_what_is_encoded(static_model, corpus, cache):
