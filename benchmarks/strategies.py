@@ -228,12 +228,13 @@ def main() -> None:
     parser.add_argument("--preset", default="cpu", choices=PRESETS)
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, help="only these of the preset")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, help="only these of the preset")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these of the preset")
     parser.add_argument("--results", type=Path, default=RESULTS, help="a folder for each regime is made in it")
     args = parser.parse_args()
     for regime, strategy, seed in runs(args.preset):
         path = args.results.resolve() / regime / f"{strategy}-seed{seed}.json"
-        wanted = regime in (args.regimes or [regime]) and strategy in (args.strategies or [strategy])
-        if not wanted or path.exists():
+        filters = ((args.regimes, regime), (args.strategies, strategy), (args.seeds, seed))
+        if path.exists() or any(only is not None and value not in only for only, value in filters):
             continue
         print(regime, strategy, "seed", seed, flush=True)
         subprocess.run([sys.executable, *command(args.dataset, regime, strategy, seed, path)], cwd=ROOT, check=True)
