@@ -54,10 +54,10 @@ def load(folder: Path) -> Runs:
     return {name: runs[name] for name in STRATEGIES if name in runs}
 
 
-def mean_sd(values: list[float], digits: int = 1) -> str:
+def mean_sd(values: list[float], sign: str = "") -> str:
     """``"47.3 ± 0.2"``: mean and sample standard deviation; the mean alone where there is one value."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    mean = f"{statistics.mean(values):{sign}.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def mean(group: list[dict], value: Callable[[dict], float]) -> float:
@@ -68,9 +68,24 @@ def mrr(run: dict) -> float:
     return 100 * run["after"]["mrr@10"]
 
 
+def above_exhaustive(name: str, runs: Runs) -> list[float]:
+    """MRR@10 less exhaustive re-embedding's with as many negatives, for each seed that both have."""
+    suffix = next((suffix for suffix in ("-k4", "-k16") if name.endswith(suffix)), "")
+    reference = {run["seed"]: mrr(run) for run in runs.get(f"exhaustive{suffix}", [])}
+    if name == f"exhaustive{suffix}":
+        return []
+    return [mrr(run) - reference[run["seed"]] for run in runs.get(name, []) if run["seed"] in reference]
+
+
+def to_exhaustive(name: str, runs: Runs) -> str:
+    differences = above_exhaustive(name, runs)
+    return mean_sd(differences, sign="+") if differences else ""
+
+
 def coverage(run: dict) -> float:
-    """Encodings for the loss, per target of the corpus."""
-    return (run["targets_encoded"] - run["targets_encoded_for_cache"]) / run["targets"]
+    """Encodings with gradient, per target of the corpus."""
+    others = run["targets_encoded_for_cache"] + run.get("targets_verified", 0)
+    return (run["targets_encoded"] - others) / run["targets"]
 
 
 def reencoded(run: dict) -> float:
@@ -79,9 +94,8 @@ def reencoded(run: dict) -> float:
 
 
 def seconds(run: dict) -> float:
-    """Preparing and training, without what was only measured."""
-    parts = run["seconds"]
-    return parts.get("prepare", parts.get("cache", 0.0)) + parts["train"] - parts.get("probe", 0.0)
+    """Training, without what was only measured. Building the cache is left out: runs of one seed share it."""
+    return run["seconds"]["train"] - run["seconds"].get("probe", 0.0)
 
 
 def series(run: dict, name: str) -> tuple[list[int], list[float]]:
@@ -90,31 +104,40 @@ def series(run: dict, name: str) -> tuple[list[int], list[float]]:
     return [entry["step"] for entry in logged], [entry[name] for entry in logged]
 
 
-def fidelity(group: list[dict]) -> float | None:
-    """Mean over the run, of the seed that was probed."""
-    values = [value for run in group for value in series(run, "fidelity")[1]]
-    return statistics.mean(values) if values else None
+def probed(run: dict, name: str = "fidelity") -> tuple[list[int], list[float]]:
+    """Steps and values of what the run's probes measured; before the first step every cache is fresh."""
+    if "probes" not in run:  # the first runs have only what was logged: the mean of a window of ten steps, at its end
+        steps, values = series(run, name)
+        return steps[1:], values[1:]
+    probes = [probe for probe in run["probes"] if probe["step"]]
+    return [probe["step"] for probe in probes], [probe[name] for probe in probes]
+
+
+def fidelity(name: str, group: list[dict]) -> float | None:
+    """Mean over the run, of the seed that was probed; none where k is another than in the other rows."""
+    values = [value for run in group for value in probed(run)[1]]
+    return statistics.mean(values) if values and not name.endswith(("-k4", "-k16")) else None
 
 
 def table(runs: Runs) -> str:
     # The untrained encoder depends on the seed alone.
     untrained = list({run["seed"]: run["before"] for group in runs.values() for run in group}.values())
     before = " | ".join(mean_sd([100 * run[metric] for run in untrained]) for metric in METRICS)
-    exhaustive = mean(runs["exhaustive"], mrr) if "exhaustive" in runs else None
     lines = [
         f"| strategy | seeds | {' | '.join(METRICS)} | to exhaustive | fidelity | coverage | re-encoded | TFLOPs | s |",
         "|---|---|" + "---|" * (len(METRICS) + 6),
         f"| before training | {len(untrained)} | {before} | | | | | | |",
     ]
     for name, group in runs.items():
-        overlap = fidelity(group)
+        overlap = fidelity(name, group)
+        flops = [run["encoder_flops"] for run in group if "encoder_flops" in run]
         cells = [
             *(mean_sd([100 * run["after"][metric] for run in group]) for metric in METRICS),
-            f"{mean(group, mrr) - exhaustive:+.1f}" if exhaustive is not None and name != "exhaustive" else "",
+            to_exhaustive(name, runs),
             f"{overlap:.2f}" if overlap is not None else "",
             f"{mean(group, coverage):.2f}",
             f"{mean(group, reencoded):,.0f}",
-            f"{mean(group, lambda run: run['encoder_flops']) / 1e12:.2f}" if "encoder_flops" in group[0] else "",
+            f"{statistics.mean(flops) / 1e12:.2f}" if flops else "",
             f"{statistics.median(map(seconds, group)):.0f}",
         ]
         lines.append(f"| {name} | {len(group)} | {' | '.join(cells)} |")
@@ -123,7 +146,6 @@ def table(runs: Runs) -> str:
 
 def short_table(runs: Runs) -> str:
     """The rows and columns that the project's README shows."""
-    exhaustive = mean(runs["exhaustive"], mrr)
     lines = [
         "| strategy | seeds | MRR@10 | to exhaustive | R@20 | answer R@20 | re-encoded for the cache |",
         "|---|---|---|---|---|---|---|",
@@ -134,7 +156,7 @@ def short_table(runs: Runs) -> str:
             mean_sd([100 * run["after"][metric] for run in group]) for metric in ("recall@20", "answer_recall@20")
         ]
         shown = f"**{name}** (default)" if name == DEFAULT else name
-        cells = [mean_sd([mrr(run) for run in group]), f"{mean(group, mrr) - exhaustive:+.1f}", *quality]
+        cells = [mean_sd([mrr(run) for run in group]), to_exhaustive(name, runs), *quality]
         lines.append(f"| {shown} | {len(group)} | {' | '.join(cells)} | {mean(group, reencoded):,.0f} |")
     return "\n".join(lines)
 
@@ -192,18 +214,16 @@ def plot_quality(
 
 
 def plot_fidelity(folder: Path, regimes: dict[str, Runs]) -> str:
+    """Fidelity over the steps of the probed runs that differ in what they search."""
     figure, axes = panels(TITLES[regime] for regime in regimes)
     for axis, runs in zip(axes, regimes.values(), strict=True):
-        probed = {name: group[0] for name, group in runs.items() if series(group[0], "fidelity")[0]}
-        # Ways to select share one corrector: here it is the correctors that are compared.
-        correctors = {
-            name: run for name, run in probed.items() if not (name.startswith("mlp-") and "pull-back" not in name)
-        }
-        for number, (name, run) in enumerate(correctors.items()):
-            if name not in ("uniform", "exhaustive-gumbel", "exhaustive-k4", "exhaustive-k16"):
-                axis.plot(*series(run, "fidelity"), label=name, color=plt.get_cmap("tab20").colors[number % 20])
+        names = [name for name in runs if (name in SHOWN or "pull-back" in name) and probed(runs[name][0])[0]]
+        others = iter(plt.get_cmap("Dark2").colors)
+        for name in names:
+            style = {"color": COLOURS[name]} if name in SHOWN else {"color": next(others), "linestyle": "--"}
+            axis.plot(*probed(runs[name][0]), label=name, **style)
         axis.set(xlabel="step", ylabel="overlap with fresh top k", ylim=(0, 1.02))
-        if correctors:
+        if names:
             axis.legend(fontsize=6, loc="lower left")
     return save(figure, folder, "fidelity-over-steps")
 
@@ -214,10 +234,9 @@ def plot_coverage(folder: Path, regimes: dict[str, Runs]) -> str:
     for strategy in ("stale", "stale-write-back", "mlp-pull-back", "ridge-pull-back", "ridge-pull-back-query-side"):
         points = []
         for runs in regimes.values():
-            if strategy in runs and "exhaustive" in runs:
-                points.append(
-                    (mean(runs[strategy], coverage), mean(runs[strategy], mrr) - mean(runs["exhaustive"], mrr))
-                )
+            differences = above_exhaustive(strategy, runs)
+            if differences:
+                points.append((mean(runs[strategy], coverage), statistics.mean(differences)))
         if points:
             axis.plot(*zip(*sorted(points), strict=True), "o-", label=strategy, color=COLOURS[strategy])
     axis.axhline(0, color="black", linewidth=0.8)
@@ -230,44 +249,40 @@ def plot_coverage(folder: Path, regimes: dict[str, Runs]) -> str:
 def plot_drift(folder: Path, regimes: dict[str, Runs]) -> str:
     """Fidelity and quality against how far the encoder has moved from the cache by the end of the run."""
     figure, (left, right) = panels(["Fidelity at the last probe", "MRR@10 above exhaustive re-embedding"])
-    names = [name for name in SHOWN if any(name in runs for runs in regimes.values())]
-    for strategy in names:
-        overlap, quality = [], []
+    for strategy in (name for name in SHOWN if name != "exhaustive"):
+        points = []
         for runs in regimes.values():
-            if strategy in runs and "exhaustive" in runs and series(runs[strategy][0], "fidelity")[1]:
+            if strategy in runs and "exhaustive" in runs and probed(runs[strategy][0])[0]:
                 run = runs[strategy][0]
-                drift = series(run, "drift")[1][-1] if strategy != "exhaustive" else None
-                if drift is not None:
-                    overlap.append((drift, series(run, "fidelity")[1][-1]))
-                    quality.append((drift, mrr(run) - mrr(runs["exhaustive"][0])))
-        if overlap:
-            left.plot(*zip(*sorted(overlap), strict=True), "o-", label=strategy, color=COLOURS[strategy])
-            right.plot(*zip(*sorted(quality), strict=True), "o-", color=COLOURS[strategy])
-    left.set(xlabel="drift 1 − cos(g', g) at the end", ylabel="overlap with fresh top k", ylim=(0, 1.02))
+                drift, overlap = (probed(run, name)[1][-1] for name in ("fidelity_drift", "fidelity"))
+                points.append((drift, overlap, mrr(run) - mrr(runs["exhaustive"][0])))
+        if points:
+            drift, overlap, quality = zip(*sorted(points), strict=True)
+            left.plot(drift, overlap, "o-", label=strategy, color=COLOURS[strategy])
+            right.plot(drift, quality, "o-", color=COLOURS[strategy])
+    left.set(xlabel="drift 1 − cos(g', g) at the last probe", ylabel="overlap with fresh top k", ylim=(0, 1.02))
     right.axhline(0, color="black", linewidth=0.8)
-    right.set(xlabel="drift 1 − cos(g', g) at the end", ylabel="points")
-    left.legend(fontsize=7)
+    right.set(xlabel="drift 1 − cos(g', g) at the last probe", ylabel="points")
+    if left.lines:
+        left.legend(fontsize=7)
     return save(figure, folder, "drift")
 
 
 def drift_table(regimes: dict[str, Runs]) -> str:
-    """Drift at the end, fidelity and quality by learning rate."""
+    """Drift at the last probe, fidelity and quality by learning rate."""
     names = [name for name in SHOWN if any(name in runs for runs in regimes.values())]
-    lines = [
-        f"| learning rate | drift at the end | {' | '.join(names)} |",
-        "|---|---|" + "---|" * len(names),
-    ]
+    lines = [f"| learning rate | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for runs in regimes.values():
-        reference = next(runs[name][0] for name in names if name in runs and name != "exhaustive")
         cells = []
         for name in names:
-            if name not in runs:
-                cells.append("")
-                continue
-            overlap = series(runs[name][0], "fidelity")[1]
-            cells.append(f"{mrr(runs[name][0]):.1f}" + (f" ({overlap[-1]:.2f})" if overlap else ""))
-        rate = reference["args"]["learning_rate"]
-        lines.append(f"| {rate:g} | {series(reference, 'drift')[1][-1]:.2f} | {' | '.join(cells)} |")
+            run = runs[name][0] if name in runs else None
+            cell = f"{mrr(run):.1f}" if run else ""
+            if run and probed(run)[0] and name != "exhaustive":
+                drift, overlap = (probed(run, metric)[1][-1] for metric in ("fidelity_drift", "fidelity"))
+                cell += f" · {overlap:.2f} · {drift:.2f}"
+            cells.append(cell)
+        rate = next(iter(runs.values()))[0]["args"]["learning_rate"]
+        lines.append(f"| {rate:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -294,11 +309,12 @@ def report(folder: Path, regimes: dict[str, Runs]) -> str:
         findings.read_text(encoding="utf-8").strip() if findings.exists() else "",
         "## How to read the tables",
         "Percent on the dev questions, mean ± sample standard deviation over seeds (without ±: one seed). *To "
-        "exhaustive*: MRR@10 less that of exhaustive re-embedding. *Fidelity*: mean over the run of the overlap of the "
+        "exhaustive*: MRR@10 less that of exhaustive re-embedding with as many negatives, seed by seed. *Fidelity*: "
+        "mean over the run of the overlap of the "
         "top k by the vectors that were searched with the top k by fresh embeddings, for 256 training questions, seed "
         "0. *Coverage*: targets encoded for the loss, per passage of the corpus. *Re-encoded*: targets encoded for the "
-        "cache alone. *TFLOPs*: of the encoder on targets. *s*: seconds of preparing and training, the median over "
-        "seeds, on a shared machine with other runs beside: compare only roughly.",
+        "cache alone. *TFLOPs*: of the encoder on targets. *s*: seconds of training, the median over seeds, "
+        "on a shared machine with other runs beside: compare only roughly.",
     ]
     for name, runs in regimes.items():
         if name not in rates:
@@ -308,16 +324,19 @@ def report(folder: Path, regimes: dict[str, Runs]) -> str:
         cached = "targets re-encoded for the cache"
         sections += [
             plot_quality(folder, main, "quality-vs-reencoded", cached, reencoded, "symlog"),
-            plot_quality(folder, main, "quality-vs-seconds", "seconds of preparing and training", seconds, "log"),
+            plot_quality(folder, main, "quality-vs-seconds", "seconds of training", seconds, "log"),
             plot_fidelity(folder, main),
         ]
     if by_coverage:
-        sections.append(plot_coverage(folder, by_coverage))
+        sections += [
+            "The regimes differ in passages, steps and batch size, too, as their sections say:",
+            plot_coverage(folder, by_coverage),
+        ]
     if rates:
         common = settings(next(iter(rates.values()))).rpartition(", learning")[0]
         sections += [
             "## How stale is too stale?",
-            f"{common}; MRR@10 and in brackets fidelity at the last probe, by learning rate, seed 0.",
+            f"{common}, seed 0. MRR@10 · fidelity · drift 1 − cos(g', g), the latter two at the last probe.",
             drift_table(rates),
             plot_drift(folder, rates),
         ]
@@ -326,7 +345,8 @@ def report(folder: Path, regimes: dict[str, Runs]) -> str:
     sections += [
         "## Versions and commands",
         "\n".join(f"- {text}" for text in versions),
-        "`make bench` runs what is missing. Every JSON has its own command; these are all of them:",
+        "`make bench` runs what is missing. Every JSON has its own command and, but for the first ones, its commit. "
+        "Those of 0.1.0.dev0 are of commit 4e9f930, whose defaults were others (an MLP of 512, no write-back).",
         "<details><summary>commands</summary>\n\n"
         + "\n".join(f"    {run['command']}" for run in all_runs)
         + "\n\n</details>",

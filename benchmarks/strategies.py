@@ -66,14 +66,14 @@ REGIMES = {
 PROBES = {
     "smoke": options(probe_every=2, probe_targets=100),
     "nq-high-coverage": options(probe_every=19, probe_targets=30_000),
-    "minilm-cpu": options(probe_every=20, probe_targets=1_000),
+    "minilm-cpu": options(probe_every=19, probe_targets=1_000),
     "nq-low-coverage": options(probe_every=7, probe_targets=99_471),
     **{
         f"nq-rate-{rate}": options(probe_every=10, probe_targets=10_000)
         for rate in ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
     },
     **{
-        name: options(probe_every=20, probe_targets=20_000)
+        name: options(probe_every=19, probe_targets=20_000)
         for name in ("minilm-2e-5", "minilm-1e-4", "bert-from-scratch")
     },
 }
@@ -213,12 +213,25 @@ def runs(preset: str) -> Iterator[tuple[str, str, int]]:
                 yield regime, strategy, seed
 
 
-def command(dataset: str, regime: str, strategy: str, seed: int, results: Path) -> list[str]:
-    """The recipe's command line, relative to the project."""
-    given = [*REGIMES[regime], *STRATEGIES[strategy], *(PROBES.get(regime, []) if seed == 0 else [])]
+def command(dataset: str, regime: str, strategy: str, seed: int, results: Path, outputs: Path) -> list[str]:
+    """The recipe's command line, relative to the project.
+
+    Args:
+        results: the run's JSON.
+        outputs: where models and embedding caches go.
+    """
+    outputs = Path(os.path.relpath(outputs, ROOT))
+    probed = seed == 0 and strategy not in ("in-batch", "mined-once")
+    given = [*REGIMES[regime], *STRATEGIES[strategy], *(PROBES.get(regime, []) if probed else [])]
     return [
         *("recipes/train_nq.py", "--dataset", dataset, *given, "--seed", str(seed), "--disable_tqdm", "true"),
-        *("--results", os.path.relpath(results, ROOT), "--output_dir", f"outputs/{regime}/{strategy}-seed{seed}"),
+        *(
+            "--results",
+            os.path.relpath(results, ROOT),
+            "--output_dir",
+            str(outputs / regime / f"{strategy}-seed{seed}"),
+        ),
+        *("--caches", str(outputs / "caches")),
     ]
 
 
@@ -230,6 +243,7 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, help="only these of the preset")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these of the preset")
     parser.add_argument("--results", type=Path, default=RESULTS, help="a folder for each regime is made in it")
+    parser.add_argument("--outputs", type=Path, default=ROOT / "outputs", help="where models and embedding caches go")
     args = parser.parse_args()
     for regime, strategy, seed in runs(args.preset):
         path = args.results.resolve() / regime / f"{strategy}-seed{seed}.json"
@@ -237,7 +251,8 @@ def main() -> None:
         if path.exists() or any(only is not None and value not in only for only, value in filters):
             continue
         print(regime, strategy, "seed", seed, flush=True)
-        subprocess.run([sys.executable, *command(args.dataset, regime, strategy, seed, path)], cwd=ROOT, check=True)
+        arguments = command(args.dataset, regime, strategy, seed, path, args.outputs.resolve())
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -39,6 +40,7 @@ from st_corrector import (
 from st_corrector.correctors import Corrector, make_corrector
 from st_corrector.encoding import DocumentEncoder
 from st_corrector.fingerprint import digest_json
+from st_corrector.tokens import TokenizedCorpus
 
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 STRATEGIES = "in-batch, mined-once, stale, corrected, exhaustive, refresh:<steps> or refresh:<epochs>-epochs"
@@ -128,6 +130,7 @@ def train(
     dataset, cache = corpus.pairs("train"), None
     loss: torch.nn.Module
     callbacks: list[TrainerCallback] = []
+    probe: FidelityCallback | None = None
     if chosen.name == "mined-once":
         dataset = mine_once(model, corpus, loss_settings["num_negatives"])
         loss = MultipleNegativesRankingLoss(model, scale=loss_settings["scale"])
@@ -145,7 +148,8 @@ def train(
         if chosen.every is not None:
             callbacks.append(RefreshCallback(loss, chosen.every, chosen.unit))
         if probe_every and chosen.chooses:
-            callbacks.append(FidelityCallback(loss, probe_every, targets=probe_targets))
+            probe = FidelityCallback(loss, probe_every, targets=probe_targets)
+            callbacks.append(probe)
     prepared = time.perf_counter()
     trainer = CorrectorTrainer(model=model, args=args, train_dataset=dataset, loss=loss, callbacks=callbacks)
     trainer.train()
@@ -169,6 +173,7 @@ def train(
         },
         **encoded(loss, trainer, model, corpus),
         "log": log,
+        "probes": probe.history if probe else [],
         "versions": versions(),
     }
 
@@ -190,36 +195,48 @@ def mine_once(model: SentenceTransformer, corpus: Corpus, num_negatives: int) ->
 def encoded(
     loss: torch.nn.Module, trainer: SentenceTransformerTrainer, model: SentenceTransformer, corpus: Corpus
 ) -> dict[str, float]:
-    """How many targets were encoded, and what that cost.
+    """How many targets were encoded while training (in all, to verify them, for the cache alone), and what that cost.
 
-    For the loss every strategy encodes targets; for the cache only those that re-embed do. FLOPs are those of the
-    encoder on targets alone, ``2 × parameters`` a token forward and twice as much backward (Kaplan et al. 2020);
-    looking a token's vector up costs none.
+    For the loss every strategy encodes targets; for the cache only those that re-embed do. What all encode once before
+    training, to build the cache or to mine negatives, is not counted. FLOPs are those of the encoder on targets alone,
+    ``2 × parameters`` a token forward and twice as much backward (Kaplan et al. 2020); looking a token's vector up
+    costs none. They are left out for models whose tokens the corpus does not know.
     """
     if isinstance(loss, CorrectedMultipleNegativesLoss):
         with_gradient, verified, cached = loss.targets_encoded, loss.targets_verified, loss.targets_reencoded
     else:
-        # n-tuples: the positive and as many negatives for every question, and the corpus once to mine them.
+        # n-tuples: the positive and as many negatives for every question.
         columns = len(trainer.train_dataset.column_names) - 1
-        with_gradient, verified, cached = trainer.state.global_step * trainer.args.train_batch_size * columns, 0, 0
+        batches = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+        with_gradient, verified, cached = batches * trainer.args.train_batch_size * columns, 0, 0
     tables = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
     parameters = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
     # A static encoder multiplies the mean of a text's tokens, a transformer every token.
     static = any(isinstance(module, StaticEmbedding) for module in model.modules())
-    lengths = DocumentEncoder(model, corpus, progress=False).tokens.lengths
-    tokens = 1.0 if static else float(lengths.mean())
-    flops = 2 * parameters * tokens * (3 * with_gradient + verified + cached)
-    return {
+    known = DocumentEncoder(model, corpus, progress=False).tokens
+    counts = {
         "targets_encoded": with_gradient + verified + cached,
         "targets_verified": verified,
         "targets_encoded_for_cache": cached,
-        "encoder_flops": flops,
     }
+    if not isinstance(known, TokenizedCorpus):
+        return counts
+    tokens = 1.0 if static else float(known.lengths.mean())
+    return {**counts, "encoder_flops": 2 * parameters * tokens * (3 * with_gradient + verified + cached)}
 
 
 def versions() -> dict[str, str]:
     names = ("st-corrector", "torch", "sentence-transformers", "transformers", "accelerate", "datasets")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return {"python": platform.python_version(), **{name: version(name) for name in names}, **commit()}
+
+
+def commit() -> dict[str, str]:
+    """The commit that is run, where this is a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return {"commit": subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
 
 
 def table(rows: dict[str, dict[str, float]], metrics: tuple[str, ...]) -> str:

@@ -36,6 +36,13 @@ DEFAULTS = {
 }
 
 
+# What only strategies that choose negatives while training look at.
+SELECTION_OPTIONS = {
+    *("write_back", "sampler", "budget", "share_negatives", "candidates", "background_targets", "probe_every"),
+    *("max_score", "absolute_margin", "relative_margin", "range_min", "range_max", "answer_check"),
+}
+
+
 @dataclass
 class RecipeArguments:
     """What is trained on what, and how its negatives are chosen."""
@@ -168,11 +175,14 @@ def parse_arguments() -> tuple[RecipeArguments, SentenceTransformerTrainingArgum
         parser.error(f"--corrector {recipe.corrector!r} is not one of {', '.join(CORRECTORS)}")
     if recipe.from_scratch and recipe.encoder == "static":
         parser.error("--from_scratch is for transformers: the static encoder is made of pretrained token vectors")
-    if not strategy.chooses and (recipe.write_back or recipe.candidates):
-        parser.error(
-            f"--strategy {recipe.strategy} chooses nothing from the corpus while training: leave out --write_back and "
-            "--candidates"
-        )
+    if not strategy.chooses:
+        unused = [field for field in dataclasses.fields(recipe) if field.name in SELECTION_OPTIONS]
+        given = [f"--{field.name}" for field in unused if getattr(recipe, field.name) != field.default]
+        if given:
+            parser.error(
+                f"--strategy {recipe.strategy} chooses nothing from the corpus while training: leave out "
+                f"{', '.join(given)}"
+            )
     if training.world_size > 1 and strategy.chooses:
         parser.error(f"{training.world_size} processes are not supported yet: accelerate launch --num_processes 1")
     if recipe.dataset.startswith((".", "/")) and not Path(recipe.dataset).is_dir():

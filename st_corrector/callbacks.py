@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .encoding import evaluating, unwrap
 from .errors import InputError
 from .loss import CorrectedMultipleNegativesLoss
-from .staleness import selection_fidelity
+from .staleness import selection_fidelity, staleness
 
 
 class RefreshCallback(TrainerCallback):
@@ -52,7 +52,7 @@ class RefreshCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        epoch = round(state.epoch or 0)
+        epoch = int((state.epoch or 0.0) + 1e-6)
         if self.unit == "epoch" and epoch and epoch % self.every == 0:
             self.loss.refresh(batch_size=self.batch_size)
 
@@ -65,7 +65,8 @@ class FidelityCallback(TrainerCallback):
     - ``fidelity``: the mean overlap of the top ``k`` by corrected and by fresh score among the probe's targets
       (:func:`~st_corrector.staleness.selection_fidelity`);
     - ``fidelity_stale``: the same for the cache as it was built;
-    - ``fidelity_targets``: how many targets have been encoded for that so far, and ``seconds_fidelity``: its time.
+    - ``fidelity_drift``: ``1 − cos(g', g)`` of these targets, the mean;
+    - ``seconds_fidelity``: what it took.
 
     The probe is encoded without gradient and teaches nobody: training is the same with it and without.
 
@@ -81,7 +82,7 @@ class FidelityCallback(TrainerCallback):
         batch_size: texts in one forward pass.
 
     Raises:
-        InputError: a number is below 1, or there is no split to take queries from.
+        InputError: a number is below 1, there is no split to take queries from, or the loss chooses nothing.
     """
 
     def __init__(
@@ -96,13 +97,20 @@ class FidelityCallback(TrainerCallback):
         batch_size: int = 256,
     ) -> None:
         split = split or loss.split
-        if every < 1 or queries < 1 or (targets is not None and targets < 1):
-            raise InputError(f"every, queries and targets must be at least 1, got {every}, {queries} and {targets}.")
+        k = loss.num_negatives if k is None else k
+        if not loss.num_negatives:
+            raise InputError(
+                "A loss with num_negatives=0 chooses nothing from the corpus whose fidelity could be measured."
+            )
+        if min(every, queries, k, 1 if targets is None else targets) < 1:
+            raise InputError(
+                f"every, queries, targets and k must be at least 1, got {every}, {queries}, {targets} and {k}."
+            )
         if split is None or split not in loss.corpus.splits:
             raise InputError(
                 f"The probe needs judged queries: the corpus has the splits {loss.corpus.splits}, not {split!r}."
             )
-        self.loss, self.every, self.k, self.batch_size = loss, every, k or loss.num_negatives, batch_size
+        self.loss, self.every, self.k, self.batch_size = loss, every, k, batch_size
         generator = np.random.default_rng(seed)
         texts = loss.corpus.qrels(split).queries["text"][:]
         self._queries = [texts[n] for n in sorted(generator.permutation(len(texts))[:queries])]
@@ -110,12 +118,14 @@ class FidelityCallback(TrainerCallback):
         self._rows = np.sort(generator.permutation(size)[: size if targets is None else targets])
         self.targets_encoded = 0
         """Targets encoded for the measurement alone so far."""
+        self.history: list[dict[str, float]] = []
+        """What was measured, and after how many steps."""
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step % self.every == 0:
-            self.measure()
+            self.history.append({"step": state.global_step, **self.measure()})
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -124,8 +134,13 @@ class FidelityCallback(TrainerCallback):
         model = unwrap(loss.model)
         with loss.metrics.timed("fidelity", model.device):
             with evaluating(model):
+                # In full width, as training sees it, whatever the model's truncate_dim.
                 queries = model.encode_query(
-                    self._queries, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False
+                    self._queries,
+                    batch_size=self.batch_size,
+                    convert_to_tensor=True,
+                    show_progress_bar=False,
+                    truncate_dim=search.cache.dim,
                 )
             queries = loss.comparable(queries)
             fresh = loss.comparable(loss.encoder.encode(model, self._rows, batch_size=self.batch_size))
@@ -136,7 +151,7 @@ class FidelityCallback(TrainerCallback):
             measured = {
                 "fidelity": selection_fidelity(queries, corrected, fresh, self.k).item(),
                 "fidelity_stale": selection_fidelity(queries, cached, fresh, self.k).item(),
-                "fidelity_targets": float(self.targets_encoded),
+                "fidelity_drift": staleness(cached, corrected, fresh)["drift"].item(),
             }
         loss.metrics.add(**measured)
         return measured

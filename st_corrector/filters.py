@@ -67,6 +67,8 @@ class Check(ABC):
 
     name: str
     """Under which its removals are logged."""
+    split: str | None = None
+    """The split whose queries it knows, if it knows queries."""
     everywhere: bool
     """Whether it is cheap enough to be asked about every candidate of every query in the softmax, too."""
 
@@ -100,7 +102,7 @@ class AnswerCheck(Check):
     everywhere = True
 
     def __init__(self, corpus: Corpus, split: str = "train") -> None:
-        self.corpus, self.qrels = corpus, corpus.qrels(split)
+        self.corpus, self.split, self.qrels = corpus, split, corpus.qrels(split)
         self._answers: list[list[str]] = self.qrels.queries["answers"][:]
         if not any(self._answers):
             raise InputError(f"No query of split {split!r} has answers: they are the 'answers' of queries.jsonl.")
@@ -121,8 +123,8 @@ class AnswerCheck(Check):
 class CrossEncoderCheck(Check):
     """A target that a cross-encoder finds nearly as relevant as the positive is no negative.
 
-    It reads the selected candidates of every step, ``2·B·num_negatives`` pairs of texts: dear, as is everything
-    that reads texts.
+    It reads every candidate of every step, twice as many as the negatives that are wanted (or all that are to be
+    verified), beside each query that has this positive: dear, as is everything that reads texts.
 
     Args:
         corpus: its targets are read, titles and all.
@@ -138,7 +140,8 @@ class CrossEncoderCheck(Check):
     def __init__(
         self, corpus: Corpus, cross_encoder: Any, split: str = "train", margin: float = 0.0, batch_size: int = 64
     ) -> None:
-        self.corpus, self.qrels, self.cross_encoder = corpus, corpus.qrels(split), cross_encoder
+        self.corpus, self.split, self.qrels = corpus, split, corpus.qrels(split)
+        self.cross_encoder = cross_encoder
         self.margin, self.batch_size = margin, batch_size
         self._queries: list[str] = self.qrels.queries["text"][:]
         self._scores: dict[tuple[int, int], float] = {}  # of positives, which come again every epoch
@@ -187,14 +190,16 @@ class FalseNegativeFilter:
         max_score: no negative may score higher.
         absolute_margin: a negative must score at least this much less than the query's positive.
         relative_margin: a negative's score must be at most ``(1 − relative_margin)`` times the positive's, e.g. 0.05.
-        range_min: leave out so many of the hardest targets that the other rules allow.
-        range_max: take negatives from so many of the hardest targets that the other rules allow; with a random
+        range_min: leave out so many of the hardest targets that scores and margins allow.
+        range_max: take negatives from so many of the hardest targets that scores and margins allow; with a random
             sampler they are drawn from the ranks between ``range_min`` and ``range_max``.
-        checks: rules that look at texts: :class:`AnswerCheck`, :class:`CrossEncoderCheck`. Twice as many targets as
-            wanted are selected, so that enough remain (or as many as are verified).
+        checks: rules that look at texts, asked about what the others leave: :class:`AnswerCheck`,
+            :class:`CrossEncoderCheck`. Twice as many targets as wanted are selected, so that enough remain (or as many
+            as are verified, or as ``range_max`` allows).
 
     Raises:
-        InputError: a margin or ``range_min`` is negative.
+        InputError: a margin or ``range_min`` is negative, a relative margin is no share, or ``checks`` is no sequence
+            of checks.
     """
 
     max_score: float | None = None
@@ -209,6 +214,12 @@ class FalseNegativeFilter:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise InputError(f"{name} must not be negative, got {value}.")
+        if self.relative_margin is not None and self.relative_margin >= 1:
+            raise InputError(
+                f"relative_margin is a share of the positive's score, e.g. 0.05, got {self.relative_margin}."
+            )
+        if not isinstance(self.checks, (tuple, list)) or not all(isinstance(check, Check) for check in self.checks):
+            raise InputError(f"checks must be a tuple of checks, e.g. (AnswerCheck(corpus),), got {self.checks!r}.")
 
     def ceiling(self, positive_scores: Tensor) -> Tensor:
         """The highest score that a negative of each query may have, given its positive's: ``(B,) → (B,)``."""

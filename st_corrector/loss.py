@@ -151,11 +151,9 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             num_negatives, sampler, scale, budget, candidates, false_negatives or FalseNegativeFilter()
         )
         """How negatives are chosen."""
-        _check_settings(corpus, cache, num_negatives, background_targets, scale, similarity_fct, split)
+        _check_settings(corpus, cache, self.selector, background_targets, similarity_fct, split)
         self.model = model
         self.corpus = corpus
-        self.num_negatives = num_negatives
-        self.scale = scale
         self.similarity_fct = similarity_fct
         self.in_batch_negatives = in_batch_negatives
         self.share_negatives = share_negatives
@@ -189,6 +187,16 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             _require_one_process()
 
     @property
+    def num_negatives(self) -> int:
+        """How many targets each query takes."""
+        return self.selector.num_negatives
+
+    @property
+    def scale(self) -> float:
+        """The inverse temperature β."""
+        return self.selector.scale
+
+    @property
     def search(self) -> CorrectedSearch:
         """The search over the corrected cache.
 
@@ -220,11 +228,12 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             return {"task_loss": self._task_loss(queries, positives, None)}
 
         known = pad_rows(known_positives(self.corpus, self._qrels, rows.tolist())).to(queries.device)
+        positive_scores = (self.comparable(queries) * self.comparable(positives)).sum(-1)
         if not training or self.num_negatives == 0:
             self.targets_encoded += len(rows) if training else 0
-            return {"task_loss": self._task_loss(queries, positives, self._forbidden(rows, rows[:0], known))}
+            ceiling = self.selector.false_negatives.ceiling(positive_scores) if training else None
+            return {"task_loss": self._task_loss(queries, positives, self._forbidden(rows, rows[:0], known), ceiling)}
 
-        positive_scores = (self.comparable(queries) * self.comparable(positives)).sum(-1)
         with self._timed("select"):
             selection = self.select(queries, known, positive_scores, rows)
         selected = selection.rows[selection.rows != NO_ROW].unique()
@@ -254,12 +263,23 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             exclude: rows each query must not take, ``(B, m)``, padded with −1.
             positive_scores: score of each query's positive, ``(B,)``; margins and ``budget="batch"`` depend on it.
             labels: corpus row of each query's positive, ``(B,)``; checks depend on it.
+
+        Raises:
+            InputError: a rule is set that depends on what is missing.
         """
         _require_one_process()
-        queries = self.comparable(queries)
+        rules, queries = self.selector.false_negatives, self.comparable(queries)
         if positive_scores is None:
+            if (
+                self.selector.budget == "batch"
+                or rules.absolute_margin is not None
+                or rules.relative_margin is not None
+            ):
+                raise InputError("Margins and budget='batch' compare with the positives: pass positive_scores.")
             positive_scores = queries.new_zeros(len(queries))
         if labels is None:
+            if rules.checks:
+                raise InputError("Checks know a query by its positive's row: pass labels.")
             labels = torch.full((len(queries),), NO_ROW, device=queries.device)
         selection = self.selector.select(
             self.search, queries, exclude, positive_scores.detach(), labels, self._encode_without_gradient
@@ -276,15 +296,20 @@ class CorrectedMultipleNegativesLoss(nn.Module):
     def pop_metrics(self) -> dict[str, float]:
         """What the steps since the last call measured, for logging.
 
-        Means over the steps: ``drift``, ``corrected_error`` and ``corrected_mse`` (:func:`~staleness.staleness`) of
-        the targets encoded, before the corrector learnt from them; ``corrected_error_unseen``, the same of those that
-        had never been encoded before, with ``write_back``; ``seen``, the share of the selected targets that had, and
-        ``age``, the mean number of steps since the selected targets' embeddings were computed; ``hardness``, the
-        mean fresh score of the chosen negatives less that of their query's positive, and ``harder_than_positive``,
-        the share of them that score higher; ``pull_back_residual`` and ``pull_back_damped`` (:class:`PullBack`);
-        ``removed_by_<rule>``, candidates that a rule on false negatives removed in a step. Sums over the steps:
-        ``seconds_encode``, ``seconds_select`` and ``seconds_correct`` of the forward pass. Totals since the start:
-        ``targets_encoded``, ``targets_verified``, ``targets_reencoded``.
+        Means over the steps:
+
+        - ``drift``, ``corrected_error`` and ``corrected_mse`` (:func:`~st_corrector.staleness.staleness`) of the
+          targets encoded, before the corrector learnt from them; ``corrected_error_unseen``, the same of those that had
+          never been encoded before, with ``write_back``;
+        - ``seen``, the share of the selected targets that have been written back, and ``age``, the mean number of the
+          loss's steps since the selected targets' embeddings were computed;
+        - ``hardness``, the mean fresh score of the chosen negatives less that of their query's positive, and
+          ``harder_than_positive``, the share of them that score higher;
+        - ``pull_back_residual`` and ``pull_back_damped`` (:class:`PullBack`);
+        - ``removed_by_<rule>``, candidates that a rule on false negatives removed in a step.
+
+        Sums over the steps: ``seconds_encode``, ``seconds_select`` and ``seconds_correct`` of the forward pass. Totals
+        since the start: ``targets_encoded``, ``targets_verified``, ``targets_reencoded``.
         """
         if self._search is None:
             return {}
@@ -482,10 +507,10 @@ def _require_one_process() -> None:
             )
 
 
-def _check_settings(corpus, cache, num_negatives, background_targets, scale, similarity_fct, split) -> None:
+def _check_settings(corpus, cache, selector, background_targets, similarity_fct, split) -> None:
     if background_targets < 0:
         raise InputError(f"background_targets must not be negative, got {background_targets}.")
-    if num_negatives and cache is None:
+    if selector.num_negatives and cache is None:
         raise InputError("Negatives are chosen by a cache: pass EmbeddingCache.build(model, corpus, path).")
     if cache is not None and not isinstance(cache, EmbeddingCache):
         raise InputError(
@@ -497,12 +522,15 @@ def _check_settings(corpus, cache, num_negatives, background_targets, scale, sim
             f"The cache has {len(cache)} rows, the corpus {len(corpus)} targets: they must be the same, in the same "
             "order. Build the cache of this corpus with EmbeddingCache.build."
         )
-    if not scale > 0:
-        raise InputError(f"scale must be positive, got {scale}.")
     if similarity_fct not in (cos_sim, dot_score):
         raise InputError(
             f"similarity_fct must be sentence_transformers.util.cos_sim or dot_score, by which the corpus can be "
             f"searched; got {similarity_fct!r}."
+        )
+    if other := [check for check in selector.false_negatives.checks if check.split not in (None, split)]:
+        raise InputError(
+            f"{other[0]!r} knows the queries of split {other[0].split!r}, the loss is trained on {split!r}: make both "
+            "with the same."
         )
     if corpus.splits and split is not None and split not in corpus.splits:
         raise InputError(
@@ -525,7 +553,9 @@ def _finite(embeddings: Tensor, what: str, rows: Tensor | None = None) -> Tensor
     finite = torch.isfinite(embeddings.detach()).all(-1)
     if not finite.all():
         bad = (~finite).nonzero().flatten()
-        where = f"positions {bad[:5].tolist()}" if rows is None else f"corpus rows {rows[bad[:5]].tolist()}"
+        where = (
+            f"positions {bad[:5].tolist()}" if rows is None else f"corpus rows {rows.to(bad.device)[bad[:5]].tolist()}"
+        )
         raise InputError(
             f"The embeddings of {len(bad)} of {len(embeddings)} {what} are NaN or infinite ({where}). Training has "
             "diverged or a text breaks the encoder: lower the learning rate, clip gradients, or look at these texts."

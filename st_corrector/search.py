@@ -143,7 +143,7 @@ class CorrectedSearch:
         # Most caches hold unit vectors already; the first whole pass finds out, and later ones need not normalise.
         self._cache_is_unit = False
         self.steps = 0
-        """Training steps since the cache was built, as far as this search has seen them."""
+        """Steps of the loss since the cache was built, as far as this search has seen them."""
 
     @property
     def query_side(self) -> AffineCorrector | None:
@@ -177,7 +177,7 @@ class CorrectedSearch:
             fresh: ``g(y)``, ``(n, d)``.
         """
         pulled = self.corrector.pull_back(fresh)
-        self.overlay.write(rows, pulled.stale, self.steps + 1)
+        self.overlay.write(rows, pulled.stale, self.steps)
         return pulled
 
     @torch.no_grad()

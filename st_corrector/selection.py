@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .filters import FalseNegativeFilter
-from .search import NO_ROW, SAMPLERS, CorrectedSearch, Sampler, gumbel_noise
+from .search import NO_ROW, SAMPLERS, CorrectedSearch, Found, Sampler, gumbel_noise
 
 Budget = Literal["query", "batch"]
 _CHECKED_FOR_EACH = 2  # so many times the wanted negatives are selected where checks will remove some of them
@@ -27,7 +27,8 @@ class Selection(NamedTuple):
         rows: each query's negatives, ``(B, m)``, hardest first; −1 where there are fewer. ``m`` is
             ``num_negatives``, or more with ``budget="batch"``, where one query may take more than another.
         ceiling: the highest score that a negative of each query may have, ``(B,)``.
-        false_negatives: rows that a check found to be no negatives of the query, ``(B, c)``, padded with −1.
+        false_negatives: rows that ``range_min`` or a check has kept from the query, ``(B, c)``, padded with −1: no
+            other query's selection may bring them back.
         verified_rows: the distinct rows that were encoded to be verified, ``(V,)``; none unless asked for.
         verified: their fresh embeddings, ``(V, d)``.
         removed: how many candidates each rule has removed.
@@ -59,6 +60,8 @@ class NegativeSelector:
     def __post_init__(self) -> None:
         if self.num_negatives < 0:
             raise InputError(f"num_negatives must not be negative, got {self.num_negatives}.")
+        if not self.scale > 0:
+            raise InputError(f"scale must be positive, got {self.scale}.")
         if self.candidates is not None and self.candidates <= self.num_negatives:
             raise InputError(
                 f"candidates are what the {self.num_negatives} negatives are chosen from: there must be more, got "
@@ -76,10 +79,16 @@ class NegativeSelector:
                 f"range_min={rules.range_min} leaves out the hardest, which sampler={self.sampler!r} does not rank: "
                 "set range_max as well, and the ranks between them are sampled from."
             )
-        if rules.range_max is not None and rules.range_max - rules.range_min < self.num_negatives:
+        wanted = self.candidates or self.num_negatives
+        if rules.range_max is not None and rules.range_max - rules.range_min < wanted:
             raise InputError(
-                f"Between range_min={rules.range_min} and range_max={rules.range_max} there must be room for "
-                f"num_negatives={self.num_negatives}."
+                f"Between range_min={rules.range_min} and range_max={rules.range_max} there must be room for the "
+                f"{wanted} {'candidates' if self.candidates else 'negatives'} of each query."
+            )
+        if self.sampler == "mixed" and (self.candidates or rules.checks or rules.range_max is not None):
+            raise InputError(
+                "sampler='mixed' takes half by rank and half by chance, which candidates, checks and range_max would "
+                "undo: use 'top_k' or 'gumbel' with them."
             )
 
     @property
@@ -112,16 +121,16 @@ class NegativeSelector:
         """
         rules = self.false_negatives
         ceiling = rules.ceiling(positive_scores)
-        rows, scores, too_similar = self._candidates(search, queries, exclude, ceiling)
-        removed = Counter(rules.by_rule(positive_scores, too_similar))
+        found, rows, scores = self._candidates(search, queries, exclude, ceiling)
+        removed = Counter(rules.by_rule(positive_scores, found.too_similar))
+        false_negatives = found.rows[:, : rules.range_min]
         if rules.range_min:
-            removed["range_min"] = rules.range_min * len(queries)
-        false_negatives = rows.new_empty(len(rows), 0)
+            removed["range_min"] = int((false_negatives != NO_ROW).sum())
         for check in rules.checks:
-            found = check(labels, rows) & (rows != NO_ROW)
-            removed[check.name] = int(found.sum())
-            false_negatives = torch.cat([false_negatives, torch.where(found, rows, NO_ROW)], dim=1)
-            rows, scores = rows.masked_fill(found, NO_ROW), scores.masked_fill(found, -torch.inf)
+            false = check(labels, rows) & (rows != NO_ROW)
+            removed[check.name] += int(false.sum())
+            false_negatives = torch.cat([false_negatives, torch.where(false, rows, NO_ROW)], dim=1)
+            rows, scores = rows.masked_fill(false, NO_ROW), scores.masked_fill(false, -torch.inf)
 
         verified_rows, verified = rows.new_empty(0), queries.new_empty(0, queries.shape[1])
         if self.candidates is not None and (rows != NO_ROW).any():
@@ -145,8 +154,8 @@ class NegativeSelector:
 
     def _candidates(
         self, search: CorrectedSearch, queries: Tensor, exclude: Tensor, ceiling: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows and scores ``(B, pool)``, in order of preference, and how many were above each query's ceiling."""
+    ) -> tuple[Found, Tensor, Tensor]:
+        """What the search found, and of that rows and scores ``(B, pool)`` in order of preference."""
         rules = self.false_negatives
         # From torch's own generator: seeded by the trainer, and restored by it on resume.
         seed = int(torch.randint(2**62, ()).item()) if self.sampler != "top_k" else None
@@ -166,7 +175,7 @@ class NegativeSelector:
             keys = tempered.nan_to_num(0.0) + gumbel_noise(len(rows), 0, rows.shape[1], seed, rows.device)
             order = keys.masked_fill(rows == NO_ROW, -torch.inf).argsort(dim=1, descending=True)
             rows, scores = rows.gather(1, order), scores.gather(1, order)
-        return rows[:, : self._pool], scores[:, : self._pool], found.too_similar
+        return found, rows[:, : self._pool], scores[:, : self._pool]
 
 
 def _hardest_of_the_batch(rows: Tensor, margins: Tensor, budget: int) -> Tensor:

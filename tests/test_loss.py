@@ -443,9 +443,10 @@ def test_evaluation_has_in_batch_negatives_even_where_training_has_none(static_m
     assert value > 0.01
 
 
-def test_the_batchs_budget_is_what_is_encoded(static_model, corpus, cache):
+def test_the_batchs_budget_is_what_is_encoded(static_model, corpus, cache, monkeypatch):
     features, labels = batch_of(static_model, corpus, range(12))
     loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=3, budget="batch")
+    recorder = Recorder(loss, monkeypatch)
     loss(features, labels)
     fresh = static_model.encode(corpus.texts(range(200)), convert_to_tensor=True)
     queries = static_model.encode(corpus.pairs("train")[:12]["anchor"], convert_to_tensor=True)
@@ -453,7 +454,7 @@ def test_the_batchs_budget_is_what_is_encoded(static_model, corpus, cache):
     margins = (scores - scores[torch.arange(12), labels][:, None]).scatter(1, labels[:, None], -torch.inf)
     offered = torch.full_like(margins, -torch.inf).scatter(1, margins.topk(12).indices, margins.topk(12).values)
     expected = set(offered.amax(0).topk(36).indices.tolist()) | set(labels.tolist())
-    assert loss.targets_encoded == len(expected) > 36
+    assert set(recorder.columns.tolist()) == expected and loss.targets_encoded == len(expected) > 36
 
 
 def test_the_hardest_can_be_left_out(static_model, corpus, cache):
@@ -470,6 +471,53 @@ def test_the_hardest_can_be_left_out(static_model, corpus, cache):
         assert torch.equal(loss.select(queries, exclude).rows, all_rows[:, 3:])
 
 
+def test_what_the_rank_window_leaves_out_does_not_come_back_by_another_query(static_model, corpus, cache, monkeypatch):
+    features, labels = batch_of(static_model, corpus, range(32))
+    queries = static_model.encode(corpus.pairs("train")[:32]["anchor"], convert_to_tensor=True)
+    rules = FalseNegativeFilter(range_min=3)
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, false_negatives=rules)
+    recorder = Recorder(loss, monkeypatch)
+    selection = loss.select(queries, labels[:, None])
+    left_out = selection.false_negatives.tolist()
+    assert selection.removed == {"range_min": 32 * 3}
+    loss(features, labels)
+    assert any(set(rows) & set(selection.rows.flatten().tolist()) for rows in left_out), "others have taken them"
+    for rows, (label, seen) in zip(left_out, recorder.seen, strict=True):
+        assert len(rows) == 3 and not set(rows) & (set(seen) - {label})
+
+
+def test_rules_hold_among_in_batch_negatives_alone(static_model, corpus):
+    features, labels = batch_of(static_model, corpus, range(20))
+    plain = CorrectedMultipleNegativesLoss(static_model, corpus, num_negatives=0)(features, labels)["task_loss"]
+    rules = FalseNegativeFilter(max_score=-1.0)
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, num_negatives=0, false_negatives=rules)
+    assert plain > 0.1 and loss(features, labels)["task_loss"] < 1e-6, "no negative may score above -1"
+
+
+def test_rules_that_need_the_positives_are_not_guessed(static_model, corpus, cache):
+    queries = static_model.encode(corpus.pairs("train")[:2]["anchor"], convert_to_tensor=True)
+    exclude = torch.full((2, 1), -1)
+
+    class Never(Check):
+        name, everywhere = "never", False
+
+        def __call__(self, labels, rows):
+            return rows < -1
+
+    def loss(**settings):
+        return CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=2, **settings)
+
+    for settings in ({"budget": "batch"}, {"false_negatives": FalseNegativeFilter(absolute_margin=0.1)}):
+        with pytest.raises(InputError, match="pass positive_scores"):
+            loss(**settings).select(queries, exclude)
+    with pytest.raises(InputError, match="pass labels"):
+        loss(false_negatives=FalseNegativeFilter(checks=(Never(),))).select(queries, exclude)
+    check = Never()
+    check.split = "dev"
+    with pytest.raises(InputError, match="knows the queries of split 'dev', the loss is trained on 'train'"):
+        loss(false_negatives=FalseNegativeFilter(checks=(check,)))
+
+
 def test_margins_are_those_of_the_papers():
     positive = torch.tensor([0.8, 0.5, -0.2])
     assert torch.equal(FalseNegativeFilter().ceiling(positive), torch.full((3,), torch.inf))
@@ -480,6 +528,10 @@ def test_margins_are_those_of_the_papers():
     torch.testing.assert_close(both, torch.tensor([0.6, 0.475, -0.21]))
     with pytest.raises(InputError, match=r"absolute_margin must not be negative, got -0\.1"):
         FalseNegativeFilter(absolute_margin=-0.1)
+    with pytest.raises(InputError, match=r"is a share of the positive's score, e\.g\. 0\.05, got 5"):
+        FalseNegativeFilter(relative_margin=5)
+    with pytest.raises(InputError, match="checks must be a tuple of checks"):
+        FalseNegativeFilter(checks="answers")
 
 
 # ---------------------------------------------------------------------- evaluation

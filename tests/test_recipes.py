@@ -110,10 +110,17 @@ def test_an_unknown_strategy_is_refused_before_anything_is_loaded(tmp_path):
     done = subprocess.run(
         [sys.executable, str(RECIPES / "train_nq.py"), "--strategy", "refresh:0"], capture_output=True, text=True
     )
-    assert (
-        done.returncode == 2
-        and "is not one of in-batch, stale, corrected, exhaustive or refresh:<steps>" in done.stderr
-    )
+    assert done.returncode == 2 and "is not one of in-batch, mined-once, stale, corrected, exhaustive" in done.stderr
+
+
+def test_options_that_a_strategy_does_not_look_at_are_refused(recipe_module, monkeypatch, capsys):
+    recipe = recipe_module("train_nq")
+    for strategy in ("in-batch", "mined-once"):
+        options = ["--strategy", strategy, "--relative_margin", "0.1", "--budget", "batch", "--probe_every", "5"]
+        monkeypatch.setattr(sys, "argv", ["train_nq.py", *options])
+        with pytest.raises(SystemExit):
+            recipe.parse_arguments()
+        assert "leave out --budget, --relative_margin, --probe_every" in capsys.readouterr().err
 
 
 def test_a_hub_data_set_becomes_corpus_and_splits(recipe_module, monkeypatch):
@@ -200,3 +207,17 @@ def test_quickstart_trains_compares_and_answers():
     )
     assert in_batch > before and corrected > before
     assert "download a file from the hub\n  0." in out and "huggingface_hub." in out.split("download a file")[1]
+
+
+def test_from_scratch_keeps_the_architecture_and_forgets_the_weights(recipe_module, minilm_path):
+    recipe = recipe_module("train_nq")
+    torch.manual_seed(0)
+    scratch = recipe.load_model(recipe.RecipeArguments(model=minilm_path, from_scratch=True, max_seq_length=32), 0)
+    pretrained = recipe.load_model(recipe.RecipeArguments(model=minilm_path), 0)
+    assert scratch.max_seq_length == 32 and pretrained.max_seq_length > 32
+    ours, theirs = dict(scratch.named_parameters()), dict(pretrained.named_parameters())
+    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
+    weights = [name for name, value in ours.items() if value.ndim == 2]
+    assert len(weights) > 30 and not any(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in weights)
+    one, other = scratch.encode(["a question about rivers", "an answer about money"])
+    assert 0.01 < abs(one - other).max() < 1, "texts are still told apart"

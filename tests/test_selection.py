@@ -122,6 +122,18 @@ def test_a_check_leaves_the_hardest_that_pass_it(vectors, queries):
     assert selection.removed == {"odd": int((offered % 2 == 1).sum())}
 
 
+def test_checks_in_a_window_of_ranks_and_two_of_one_name(vectors, queries):
+    rules = FalseNegativeFilter(range_min=1, range_max=6, checks=(Odd(), Odd()))
+    selection = select(vectors, queries, num_negatives=4, false_negatives=rules)
+    ranks = ranking(vectors, queries)
+    for query, row in enumerate(ranks[:, 1:6].tolist()):
+        even = [n for n in row if n % 2 == 0][:4]
+        assert selection.rows[query].tolist() == even + [-1] * (4 - len(even))
+        out = {n for n in selection.false_negatives[query].tolist() if n >= 0}
+        assert out == {n for n in row if n % 2} | {ranks[query, 0].item()}
+    assert selection.removed == {"range_min": 3, "odd": int((ranks[:, 1:6] % 2 == 1).sum())}
+
+
 def test_verification_by_fresh_scores_after_checks_and_under_the_ceiling(vectors, queries):
     fresh = F.normalize(vectors + 0.5 * torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(2)), dim=-1)
     encoded = []
@@ -261,8 +273,22 @@ def test_the_batchs_budget_goes_to_those_whose_positive_is_nearest(vectors, quer
         ),
         (
             {"num_negatives": 4, "false_negatives": FalseNegativeFilter(range_min=2, range_max=5)},
-            "there must be room for num_negatives=4",
+            "there must be room for the 4 negatives of each query",
         ),
+        (
+            {"num_negatives": 4, "candidates": 9, "false_negatives": FalseNegativeFilter(range_max=8)},
+            "there must be room for the 9 candidates",
+        ),
+        ({"num_negatives": 4, "sampler": "mixed", "candidates": 9}, "takes half by rank and half by chance"),
+        (
+            {"num_negatives": 4, "sampler": "mixed", "false_negatives": FalseNegativeFilter(range_max=8)},
+            "takes half by rank and half by chance",
+        ),
+        (
+            {"num_negatives": 4, "sampler": "mixed", "false_negatives": FalseNegativeFilter(checks=(Odd(),))},
+            "takes half by rank and half by chance",
+        ),
+        ({"num_negatives": 4, "scale": 0.0}, "scale must be positive"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):

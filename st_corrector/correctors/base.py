@@ -35,8 +35,9 @@ class Corrector(ABC):
     corrector owns what it learns and how, and is stepped by the loss; the task loss never reaches Ψ,
     the correction loss never reaches the encoder.
 
-    Subclasses take every setting as a constructor argument of the same name as the attribute that holds it,
-    which makes :attr:`config` follow by itself.
+    Subclasses say what they add in :meth:`correction` (or, where that is cheaper, what comes out in
+    :meth:`unnormalized`); the search scores by these and never calls :meth:`forward`. They take every setting as a
+    constructor argument of the same name as the attribute that holds it, which makes :attr:`config` follow by itself.
 
     Args:
         dim: dimension ``d`` of the embeddings.

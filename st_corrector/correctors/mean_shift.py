@@ -33,6 +33,9 @@ class MeanShiftCorrector(AffineCorrector):
         self._total = torch.zeros(dim)
         self._count = torch.zeros(())
 
+    def unnormalized(self, stale: Tensor) -> Tensor:
+        return stale + self.shift
+
     def correction(self, stale: Tensor) -> Tensor:
         return self.shift.expand_as(stale)
 
