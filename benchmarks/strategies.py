@@ -148,6 +148,9 @@ BASELINES = (
     "corrected-ridge",
 )
 DECIDING = ("stale-write-back", "mlp-pull-back", "ridge-pull-back", "ridge-pull-back-query-side", "exhaustive")
+SELECTION = tuple(
+    name for name in STRATEGIES if name.startswith(("mlp-", "exhaustive-")) and not name.endswith("pull-back")
+)
 OTHERS = tuple(name for name in STRATEGIES if name not in (*BASELINES, *DECIDING, "mlp-verify-8"))
 DRIFT = (
     "stale",
@@ -221,7 +224,8 @@ def command(dataset: str, regime: str, strategy: str, seed: int, results: Path, 
         outputs: where models and embedding caches go.
     """
     outputs = Path(os.path.relpath(outputs, ROOT))
-    probed = seed == 0 and strategy not in ("in-batch", "mined-once")
+    # Ways to select share one corrector: it is the correctors whose fidelity is compared.
+    probed = seed == 0 and strategy not in ("in-batch", "mined-once") and strategy not in SELECTION
     given = [*REGIMES[regime], *STRATEGIES[strategy], *(PROBES.get(regime, []) if probed else [])]
     return [
         *("recipes/train_nq.py", "--dataset", dataset, *given, "--seed", str(seed), "--disable_tqdm", "true"),
