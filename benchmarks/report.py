@@ -194,6 +194,16 @@ def panels(titles: Iterable[str]) -> tuple[plt.Figure, list[plt.Axes]]:
     return figure, list(axes[0])
 
 
+def legend(axes: list[plt.Axes]) -> None:
+    """One legend beside all panels, of whatever any of them shows."""
+    shown = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    if shown:
+        axes[-1].legend(shown.values(), shown, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def plot_quality(
     folder: Path, regimes: dict[str, Runs], name: str, label: str, cost: Callable[[dict], float], scale: str
 ) -> str:
@@ -209,7 +219,7 @@ def plot_quality(
             )
         axis.set_xscale(scale, **({"linthresh": 1e4} if scale == "symlog" else {}))
         axis.set(xlabel=label, ylabel="MRR@10")
-    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend(axes)
     return save(figure, folder, name)
 
 
@@ -223,8 +233,7 @@ def plot_fidelity(folder: Path, regimes: dict[str, Runs]) -> str:
             style = {"color": COLOURS[name]} if name in SHOWN else {"color": next(others), "linestyle": "--"}
             axis.plot(*probed(runs[name][0]), label=name, **style)
         axis.set(xlabel="step", ylabel="overlap with fresh top k", ylim=(0, 1.02))
-        if names:
-            axis.legend(fontsize=6, loc="lower left")
+    legend(axes)
     return save(figure, folder, "fidelity-over-steps")
 
 
@@ -263,8 +272,7 @@ def plot_drift(folder: Path, regimes: dict[str, Runs]) -> str:
     left.set(xlabel="drift 1 − cos(g', g) at the last probe", ylabel="overlap with fresh top k", ylim=(0, 1.02))
     right.axhline(0, color="black", linewidth=0.8)
     right.set(xlabel="drift 1 − cos(g', g) at the last probe", ylabel="points")
-    if left.lines:
-        left.legend(fontsize=7)
+    legend([left, right])
     return save(figure, folder, "drift")
 
 
