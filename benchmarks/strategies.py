@@ -43,7 +43,7 @@ def static(**settings: object) -> list[str]:
 
 # How much of the corpus a run encodes, which decides what write-back can do by itself, and how far the encoder drifts.
 REGIMES = {
-    "smoke": static(max_targets=400, max_steps=4, per_device_train_batch_size=8, num_negatives=2, logging_steps=2),
+    "smoke": static(max_targets=9_400, max_steps=4, per_device_train_batch_size=8, num_negatives=2, logging_steps=2),
     "nq-high-coverage": static(max_targets=30_000, max_steps=300, num_negatives=8),
     "nq-medium-coverage": static(),
     "nq-low-coverage": static(max_steps=60, per_device_train_batch_size=32, num_negatives=8),
