@@ -11,6 +11,8 @@ OLDEST := torch==2.11.0 sentence-transformers==6.0.1 transformers==5.17.0 accele
           huggingface-hub==1.5.0 safetensors==0.8.0 tqdm==4.66.3 numpy==1.26.4 pyarrow==21.0.0
 NQ     ?= ../shared/data/nq
 PRESET ?= cpu
+# A smoke test's figures are no results.
+RESULTS = $(if $(filter smoke,$(PRESET)),outputs/smoke-results,benchmarks/results)
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -30,8 +32,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: $(VENV)/.installed  ## the study on NQ=<BEIR folder>, PRESET=smoke|cpu|gpu; finished runs are kept
-	$(BIN)/python benchmarks/strategies.py --dataset $(NQ) --preset $(PRESET)
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/strategies.py --dataset $(NQ) --preset $(PRESET) --results $(RESULTS)
+	$(BIN)/python benchmarks/report.py --results $(RESULTS)
 
 report: $(VENV)/.installed  ## the report of committed results, from their JSON
 	$(BIN)/python benchmarks/report.py

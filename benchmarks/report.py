@@ -383,7 +383,7 @@ def report(folder: Path, regimes: dict[str, Runs]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="a folder with a folder for each regime")
-    folder = parser.parse_args().results
+    folder = parser.parse_args().results.resolve()
     plt.rcParams["svg.hashsalt"] = "st_corrector"
     names = dict.fromkeys([*TITLES, *REGIMES])
     regimes = {name: runs for name in names if (runs := load(folder / name))}
