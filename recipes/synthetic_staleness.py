@@ -33,6 +33,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -161,11 +165,6 @@ def measure(case: Case, seed: int) -> dict[str, float]:
 
 def plot(results: dict[Case, list[dict[str, float]]], path: Path) -> None:
     """True risk and the terms of the bound along each axis, one row of panels for each map."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     plt.rcParams["svg.hashsalt"] = "st_corrector"
     figure, axes = plt.subplots(len(MAPS), 3, figsize=(13, 3.2 * len(MAPS)), squeeze=False)
     terms = {"true_risk": "k-", "stale_risk": "k:", "empirical_risk": "C0-", "staleness": "C1-", "complexity": "C2-"}

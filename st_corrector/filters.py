@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,10 +157,11 @@ class CrossEncoderCheck(Check):
             if row >= 0
         ]
         new = sorted({(query, row) for _, query, row in asked if (query, row) not in self._scores})
-        scores = self._scores | dict(zip(new, self._predict(new), strict=True))
+        # Looked up in both: the positives of a large training set are not copied at every step.
+        scores = ChainMap(dict(zip(new, self._predict(new), strict=True)), self._scores)
         labels_of = labels.tolist()
         positives = {(query, labels_of[position]) for position, query, _ in asked}
-        self._scores |= {pair: scores[pair] for pair in positives}
+        self._scores.update({pair: scores[pair] for pair in positives})
         for position, query, row in asked:
             if scores[query, row] > scores[query, labels_of[position]] - self.margin:
                 result[position] |= (rows[position] == row).cpu()
