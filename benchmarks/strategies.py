@@ -200,6 +200,7 @@ PRESETS = {
         *(Block(name, DECIDING, (0, 1, 2)) for name in ("nq-coverage-0.05", "nq-coverage-15", "nq-medium-coverage")),
         *(Block(name, DRIFT, (0,)) for name in REGIMES if name.startswith("nq-rate-")),
         Block("minilm-cpu", TRANSFORMER, (0,)),
+        Block("minilm-cpu", ("in-batch", "stale-write-back", "mlp-pull-back"), (1, 2)),
     ],
     "gpu": [
         Block(name, (*BASELINES, *DECIDING, "mlp-verify-32"), (0, 1, 2))
