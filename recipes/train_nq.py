@@ -61,6 +61,9 @@ class RecipeArguments:
         metadata={"help": "static: the mean of the model's token vectors and a residual dense block, for the CPU."},
     )
     from_scratch: bool = field(default=False, metadata={"help": "Initialise the transformer's weights at random."})
+    num_layers: int | None = field(
+        default=None, metadata={"help": "Keep only the first layers of a BERT: a smaller model, with more to learn."}
+    )
     strategy: str = field(default="corrected", metadata={"help": f"{STRATEGIES}."})
     corrector: str = field(default="mlp", metadata={"help": f"With --strategy corrected: {', '.join(CORRECTORS)}."})
     corrector_settings: str = field(
@@ -132,6 +135,10 @@ def load_corpus(args: RecipeArguments) -> Corpus:
 def load_model(args: RecipeArguments, seed: int) -> SentenceTransformer:
     name = args.model or default_model()
     model = static_encoder(name, seed) if args.encoder == "static" else SentenceTransformer(name)
+    if args.num_layers:
+        transformer = model.transformers_model
+        transformer.encoder.layer = transformer.encoder.layer[: args.num_layers]
+        transformer.config.num_hidden_layers = len(transformer.encoder.layer)
     if args.from_scratch:
         pretrained = model.transformers_model
         pretrained.load_state_dict(type(pretrained)(pretrained.config).state_dict())
@@ -175,6 +182,8 @@ def parse_arguments() -> tuple[RecipeArguments, SentenceTransformerTrainingArgum
         parser.error(f"--corrector {recipe.corrector!r} is not one of {', '.join(CORRECTORS)}")
     if recipe.from_scratch and recipe.encoder == "static":
         parser.error("--from_scratch is for transformers: the static encoder is made of pretrained token vectors")
+    if recipe.num_layers is not None and (recipe.encoder == "static" or recipe.num_layers < 1):
+        parser.error("--num_layers is how many layers of a transformer are kept: at least 1, and not with static")
     if not strategy.chooses:
         unused = [field for field in dataclasses.fields(recipe) if field.name in SELECTION_OPTIONS]
         given = [f"--{field.name}" for field in unused if getattr(recipe, field.name) != field.default]

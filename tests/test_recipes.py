@@ -221,3 +221,17 @@ def test_from_scratch_keeps_the_architecture_and_forgets_the_weights(recipe_modu
     assert len(weights) > 30 and not any(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in weights)
     one, other = scratch.encode(["a question about rivers", "an answer about money"])
     assert 0.01 < abs(one - other).max() < 1, "texts are still told apart"
+
+
+def test_the_first_layers_alone_are_the_models_first_layers(recipe_module, minilm_path, tmp_path):
+    recipe = recipe_module("train_nq")
+    whole = recipe.load_model(recipe.RecipeArguments(model=minilm_path), 0)
+    short = recipe.load_model(recipe.RecipeArguments(model=minilm_path, num_layers=2), 0)
+    features = whole.preprocess(["a question about rivers", "an answer about money"])
+    with torch.no_grad():
+        states = whole.transformers_model(features["input_ids"], features["attention_mask"], output_hidden_states=True)
+        first = short.transformers_model(features["input_ids"], features["attention_mask"])
+    torch.testing.assert_close(first.last_hidden_state, states.hidden_states[2])
+    short.save(str(tmp_path / "short"))
+    again = SentenceTransformer(str(tmp_path / "short"))
+    assert len(again.transformers_model.encoder.layer) == 2, "saved and loaded as what it is"
