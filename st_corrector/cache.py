@@ -3,7 +3,7 @@
 On disk it is a folder of safetensors shards of consecutive rows and one ``manifest.json``::
 
     manifest.json            what the embeddings are: schema, rows, dim, dtype, fingerprint
-    embeddings-000000.safetensors, embeddings-000001.safetensors, …
+    embeddings-000000.safetensors, embeddings-000001.safetensors, …    "embeddings", and "scales" where they are int8
 
 Nothing writes to it once it is built; training reads it memory-mapped.
 """
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,12 +28,51 @@ from .corpus import Corpus
 from .encoding import DocumentEncoder
 from .errors import CacheError
 from .fingerprint import differences
+from .memory import require_memory
 
 SCHEMA = 1
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 _MANIFEST = "manifest.json"
-_KEY = "embeddings"
-_CHECKED_AT_ONCE = 65_536
+_KEY, _SCALES = "embeddings", "scales"
+_ROWS_AT_ONCE = 16_384
+
+
+class Shard(NamedTuple):
+    """Embeddings of consecutive rows, as they are stored.
+
+    Args:
+        values: ``(n, d)``, in one of :data:`DTYPES`.
+        scales: what the values of each row are multiplied with, float32 ``(n,)``; only with int8.
+    """
+
+    values: Tensor
+    scales: Tensor | None = None
+
+    @classmethod
+    def store(cls, embeddings: Tensor, dtype: torch.dtype) -> Shard:
+        """Floating-point ``embeddings`` ``(n, d)`` in ``dtype``; int8 by the largest absolute value of each row."""
+        if dtype != torch.int8:
+            return cls(embeddings.to(dtype))
+        scales = embeddings.float().abs().amax(1) / 127
+        return cls((embeddings / scales.clamp_min(1e-30)[:, None]).round_().to(torch.int8), scales)
+
+    def float(self) -> Tensor:
+        """The embeddings in float32, ``(n, d)``: the stored memory itself where it is float32."""
+        values = self.values.float()
+        return values if self.scales is None else values.mul_(self.scales[:, None])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Shard:
+        """The same with ``function`` applied to what it consists of."""
+        return Shard(function(self.values), None if self.scales is None else function(self.scales))
+
+    def at(self, rows: slice | Tensor) -> Shard:
+        """Some of its rows."""
+        return self.map(lambda each: each[rows])
+
+    def not_finite(self) -> Tensor:
+        """Positions of rows that hold what is NaN or infinite, ``(m,)``."""
+        checked = self.values if self.scales is None else self.scales[:, None]
+        return (~torch.isfinite(checked).all(1)).nonzero().flatten()
 
 
 class EmbeddingCache:
@@ -41,13 +80,13 @@ class EmbeddingCache:
     :meth:`build`, :meth:`load`, :meth:`from_tensor`.
 
     Args:
-        shards: consecutive row blocks, each ``(rows, d)`` of one dtype.
+        shards: of consecutive rows, all of one dtype.
         fingerprint: what the embeddings depend on, by component; empty where that is not known.
     """
 
-    def __init__(self, shards: Sequence[Tensor], fingerprint: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, shards: Sequence[Shard], fingerprint: Mapping[str, Any] | None = None) -> None:
         self._shards = list(shards)
-        self._starts = np.cumsum([0] + [len(shard) for shard in self._shards])
+        self._starts = np.cumsum([0] + [len(shard.values) for shard in self._shards])
         self.fingerprint = dict(fingerprint or {})
 
     # ------------------------------------------------------------------ constructors
@@ -68,12 +107,25 @@ class EmbeddingCache:
                 f"Expected floating-point embeddings of shape (targets, dimension), got {tensor.dtype} of shape "
                 f"{tuple(tensor.shape)}."
             )
-        for start in range(0, len(tensor), _CHECKED_AT_ONCE):
-            finite = torch.isfinite(tensor[start : start + _CHECKED_AT_ONCE]).all(1)
-            if not finite.all():
-                row = start + int((~finite).nonzero()[0])
-                raise CacheError(f"The embedding of row {row} is NaN or infinite; each target needs a finite one.")
-        return cls([tensor.detach()])
+        cache = cls([Shard(tensor.detach())])
+        for start, chunk in cache.chunks(_ROWS_AT_ONCE):
+            _require_finite(chunk, start)
+        return cache
+
+    @classmethod
+    def from_blocks(cls, blocks: Iterable[Tensor], dtype: torch.dtype) -> EmbeddingCache:
+        """A cache in memory of floating-point blocks of consecutive rows, ``(n, d)`` each, stored in ``dtype``.
+
+        Raises:
+            CacheError: an embedding is not finite in that dtype.
+        """
+        shards: list[Shard] = []
+        rows = 0
+        for block in blocks:
+            shards.append(Shard.store(block.detach(), dtype))
+            _require_finite(shards[-1], rows)
+            rows += len(block)
+        return cls(shards)
 
     @classmethod
     def build(
@@ -94,7 +146,7 @@ class EmbeddingCache:
         Args:
             path: a new folder, or one that an earlier call with the same model and corpus began.
             batch_size: targets in one forward pass; they are sorted by length within a shard.
-            dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"int8"`` with one float32 scale a row.
             shard_size: rows in one file, which is also what a kill loses at most.
             progress: show a progress bar.
 
@@ -138,19 +190,42 @@ class EmbeddingCache:
                     bar.update(len(rows))
                     continue
                 # Checked in the stored dtype: float16 overflows at 65,504.
-                embeddings = encoder.encode(model, rows, batch_size=batch_size, bar=bar).to("cpu", DTYPES[dtype])
-                finite = torch.isfinite(embeddings).all(1)
-                if not finite.all():
-                    bad = rows[(~finite).numpy()]
+                embeddings = encoder.encode(model, rows, batch_size=batch_size, bar=bar)
+                stored = Shard.store(embeddings.cpu(), DTYPES[dtype])
+                if len(bad := rows[stored.not_finite().numpy()]):
                     raise CacheError(
                         f"The embeddings of {len(bad)} targets are NaN or infinite, e.g. rows {bad[:3].tolist()} "
                         f"(ids {corpus.ids(bad[:3])}), in {dtype}: check the model's weights, or choose another dtype."
                     )
-                partial = _partial(shard)
-                save_file({_KEY: embeddings.contiguous()}, partial)
-                _sync(partial)
-                os.replace(partial, shard)
+                _write_shard(shard, stored)
         return cls.load(folder)
+
+    def save(self, path: str | os.PathLike) -> EmbeddingCache:
+        """Write it into the new folder ``path``, as :meth:`build` would have; returns it memory-mapped from there.
+
+        Raises:
+            CacheError: there is something in ``path``.
+        """
+        folder = Path(path)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CacheError(f"{folder} is not empty: choose a new folder to save the cache in.")
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, start in enumerate(range(0, len(self), _ROWS_AT_ONCE)):
+            parts = [chunk for _, chunk in self.chunks(_ROWS_AT_ONCE, start, start + _ROWS_AT_ONCE)]
+            values = torch.cat([part.values for part in parts]).cpu()
+            scales = [part.scales for part in parts if part.scales is not None]
+            _write_shard(_shard_path(folder, number), Shard(values, torch.cat(scales).cpu() if scales else None))
+        manifest = {
+            "schema": SCHEMA,
+            "rows": len(self),
+            "dim": self.dim,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "fingerprint": self.fingerprint,
+            "shard_size": _ROWS_AT_ONCE,
+        }
+        # Last: a folder without it is no cache.
+        _write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
+        return self.load(folder)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> EmbeddingCache:
@@ -174,17 +249,18 @@ class EmbeddingCache:
             expected = (min(size, rows - number * size), dim)
             try:
                 with safe_open(file, framework="pt") as opened:
-                    shard = opened.get_tensor(_KEY)
+                    values = opened.get_tensor(_KEY)
+                    scales = opened.get_tensor(_SCALES) if manifest["dtype"] == "int8" else None
             except SafetensorError as error:
                 raise CacheError(
                     f"{file} is damaged ({error}): delete it and call EmbeddingCache.build again."
                 ) from error
-            if tuple(shard.shape) != expected or shard.dtype != DTYPES[manifest["dtype"]]:
+            if tuple(values.shape) != expected or values.dtype != DTYPES[manifest["dtype"]]:
                 raise CacheError(
-                    f"{file} holds {shard.dtype} of shape {tuple(shard.shape)}, expected {manifest['dtype']} of shape "
-                    f"{expected}: delete it and call EmbeddingCache.build again."
+                    f"{file} holds {values.dtype} of shape {tuple(values.shape)}, expected {manifest['dtype']} of "
+                    f"shape {expected}: delete it and call EmbeddingCache.build again."
                 )
-            shards.append(shard)
+            shards.append(Shard(values, scales))
         return cls(shards, manifest["fingerprint"])
 
     # ------------------------------------------------------------------ reading
@@ -195,12 +271,22 @@ class EmbeddingCache:
     @property
     def dim(self) -> int:
         """The embeddings' dimension ``d``."""
-        return self._shards[0].shape[1]
+        return self._shards[0].values.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the embeddings are stored."""
-        return self._shards[0].dtype
+        return self._shards[0].values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are held; memory-mapped ones count as on the CPU."""
+        return self._shards[0].values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the embeddings take as they are stored."""
+        return sum(each.nbytes for shard in self._shards for each in shard if each is not None)
 
     def __repr__(self) -> str:
         return f"EmbeddingCache({len(self):,} × {self.dim}, {str(self.dtype).removeprefix('torch.')})"
@@ -215,28 +301,63 @@ class EmbeddingCache:
         rows = rows.astype(np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"Rows must lie in 0 … {len(self) - 1}, got {rows.min()} … {rows.max()}.")
-        device = self._shards[0].device
-        result = torch.empty(len(rows), self.dim, device=device)
+        result = torch.empty(len(rows), self.dim, device=self.device)
         shard_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(shard_of_row):
             here = np.flatnonzero(shard_of_row == number)
-            local = torch.from_numpy(rows[here] - self._starts[number]).to(device)
-            result[torch.from_numpy(here).to(device)] = self._shards[number][local].float()
+            local = torch.from_numpy(rows[here] - self._starts[number]).to(self.device)
+            result[torch.from_numpy(here).to(self.device)] = self._shards[number].at(local).float()
         return result
 
-    def chunks(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """``(first row, block)`` over all rows in order, each block at most ``size`` rows, in the stored dtype."""
-        for start, shard in zip(self._starts, self._shards, strict=False):
-            for offset in range(0, len(shard), size):
-                yield int(start) + offset, shard[offset : offset + size]
+    def chunks(self, size: int, first: int = 0, end: int | None = None) -> Iterator[tuple[int, Shard]]:
+        """``(first row, chunk)`` over rows ``first … end − 1`` in order, as stored, each of at most ``size`` rows."""
+        end = len(self) if end is None else min(end, len(self))
+        for start, shard in zip(self._starts.tolist(), self._shards, strict=False):
+            stop = min(start + len(shard.values), end)
+            for row in range(max(start, first), stop, size):
+                yield row, shard.at(slice(row - start, min(row + size, stop) - start))
 
-    def empty_like(self) -> Tensor:
-        """An uninitialised tensor for as many embeddings, ``(N, d)``, of the same dtype and on the same device."""
-        return torch.empty(len(self), self.dim, dtype=self.dtype, device=self._shards[0].device)
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> EmbeddingCache:
+        """The same cache in memory on ``device`` (a GPU that has room for it searches much faster), or in ``dtype``.
 
-    def to(self, device: torch.device | str) -> EmbeddingCache:
-        """The same cache held on ``device`` (a GPU that has room for it), where it is searched much faster."""
-        return EmbeddingCache([shard.to(device) for shard in self._shards], self.fingerprint)
+        Raises:
+            CacheError: an embedding is not finite in that dtype.
+            InputError: the device has no room for it.
+        """
+        device, dtype = torch.device(device or self.device), dtype or self.dtype
+        scaled = dtype == torch.int8
+        size = len(self) * (self.dim * dtype.itemsize + 4 * scaled)
+        require_memory({f"embedding cache, {len(self):,} × {self.dim} in {dtype}": size}, device)
+        # In one piece: small shards are good for files, not for a GPU.
+        values = torch.empty(len(self), self.dim, dtype=dtype, device=device)
+        scales = torch.empty(len(self), device=device) if scaled else None
+        for row, chunk in self.chunks(_ROWS_AT_ONCE):
+            here = slice(row, row + len(chunk.values))
+            stored = chunk if dtype == self.dtype else Shard.store(chunk.float(), dtype)
+            _require_finite(stored, row)
+            values[here] = stored.values
+            if scales is not None and stored.scales is not None:
+                scales[here] = stored.scales
+        return EmbeddingCache([Shard(values, scales)], self.fingerprint)
+
+
+def _require_finite(shard: Shard, first_row: int) -> None:
+    bad = shard.not_finite()
+    if len(bad):
+        raise CacheError(
+            f"The embedding of row {first_row + int(bad[0])} is NaN or infinite in {shard.values.dtype}; each target "
+            "needs a finite one."
+        )
+
+
+def _write_shard(path: Path, shard: Shard) -> None:
+    partial = _partial(path)
+    tensors = {_KEY: shard.values.contiguous()}
+    if shard.scales is not None:
+        tensors[_SCALES] = shard.scales.contiguous()
+    save_file(tensors, partial)
+    _sync(partial)
+    os.replace(partial, path)
 
 
 def _shard_path(folder: Path, number: int) -> Path:

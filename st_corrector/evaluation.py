@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from .corpus import Corpus
 from .encoding import DocumentEncoder, evaluating
 from .errors import InputError
-from .search import RunningTopK
 from .text import contains_answer
+from .topk import RunningTopK
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +115,8 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
                 rows = np.arange(start, min(start + chunk_size, len(self.corpus)))
                 embeddings = encoder.encode(model, rows, batch_size=self.batch_size, bar=bar)
                 # encode_query cuts to model.truncate_dim where that is set; the targets are cut to the same width.
-                best.update(queries @ compare(embeddings[:, : queries.shape[1]]).T, start)
-        return best.rows.cpu()
+                best.update(compare(embeddings[:, : queries.shape[1]]) @ queries.T, start)
+        return best.best[1].cpu()
 
     def get_config_dict(self) -> dict[str, Any]:
         return {"split": self.split, "targets": len(self.corpus), "queries": len(self.qrels)}

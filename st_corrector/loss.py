@@ -21,10 +21,11 @@ from .encoding import DocumentEncoder, unwrap
 from .errors import InputError
 from .filters import FalseNegativeFilter, is_in, known_positives, pad_rows, repeats_earlier
 from .fingerprint import differences
-from .search import NO_ROW, CorrectedSearch, Sampler
+from .search import CorrectedSearch, Sampler
 from .selection import Budget, NegativeSelector, Selection
 from .staleness import StepMetrics, staleness
 from .tokens import TokenizedCorpus
+from .topk import NO_ROW
 
 _REFRESHED_AT_ONCE = 16_384
 
@@ -329,13 +330,14 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         """
         old = self.search
         model, size = unwrap(self.model), len(self.corpus)
-        embeddings = old.cache.empty_like()
-        for start in range(0, size, _REFRESHED_AT_ONCE):
-            rows = np.arange(start, min(start + _REFRESHED_AT_ONCE, size))
-            embeddings[start : start + len(rows)] = self.encoder.encode(model, rows, batch_size=batch_size)
+        blocks = (
+            self.encoder.encode(model, np.arange(start, min(start + _REFRESHED_AT_ONCE, size)), batch_size=batch_size)
+            for start in range(0, size, _REFRESHED_AT_ONCE)
+        )
+        cache = EmbeddingCache.from_blocks((block.to(old.cache.device) for block in blocks), old.cache.dtype)
         self.targets_reencoded += size
         corrector = type(old.corrector)(**old.corrector.config)
-        self._search = CorrectedSearch(EmbeddingCache.from_tensor(embeddings), corrector, normalize=old.normalize)
+        self._search = CorrectedSearch(cache, corrector, normalize=old.normalize)
 
     def comparable(self, embeddings: Tensor) -> Tensor:
         """Embeddings as the search and the corrector see them: float32, unit vectors where cosine is compared."""

@@ -25,6 +25,8 @@ class Overlay:
         self._vectors = torch.empty(0, dim)
         self._written_at = torch.empty(0, dtype=torch.int64)
         self._used = 0
+        self.unit = True
+        """Whether all that has been written is of unit length."""
 
     def __len__(self) -> int:
         """How many rows have been written."""
@@ -59,7 +61,9 @@ class Overlay:
         self._slot[new] = slots
         self._rows[self._used : self._used + len(new)] = new
         self._used += len(new)
-        self._vectors[self._slot[rows].long()] = vectors.detach().float()
+        vectors = vectors.detach().float()
+        self._vectors[self._slot[rows].long()] = vectors
+        self.unit = self.unit and bool(((vectors.norm(dim=-1) - 1).abs() < 1e-5).all())
         self._written_at[self._slot[rows].long()] = torch.as_tensor(step, device=rows.device)
 
     def _reserve(self, used: int) -> None:
@@ -75,7 +79,16 @@ class Overlay:
         grown_times[: self._used] = self._written_at[: self._used]
         self._rows, self._vectors, self._written_at = grown_rows, grown_vectors, grown_times
 
-    def replace(self, stale: Tensor, rows: Tensor | slice) -> Tensor:
+    def between(self, first_row: int, end: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """What has been written of rows ``first_row … end − 1``: places from the first ``(n,)``, vectors ``(n, d)``."""
+        self.to(device)
+        if not self._used:
+            return self._rows[:0], self._vectors[:0]
+        slot = self._slot[first_row:end]
+        written = (slot >= 0).nonzero().flatten()
+        return written, self._vectors[slot[written].long()]
+
+    def replace(self, stale: Tensor, rows: Tensor) -> Tensor:
         """``stale`` ``(n, d)``, the cache's vectors of ``rows``, with those rows replaced that have been written."""
         if not self._used:
             return stale
@@ -93,7 +106,7 @@ class Overlay:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what :meth:`state_dict` of an overlay of the same corpus returned."""
         self._slot.fill_(-1)
-        self._used = 0
+        self._used, self.unit = 0, True
         rows, vectors, written_at = (state[name].to(self._slot.device) for name in ("rows", "vectors", "written_at"))
         self.write(rows, vectors, written_at)
 

@@ -9,19 +9,24 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import EmbeddingCache
-from .correctors import AffineCorrector, Corrector, PullBack
-from .errors import InputError
+from .cache import EmbeddingCache, Shard
+from .correctors import Corrector, PullBack
+from .errors import CacheError, InputError
+from .gumbel import gumbel_noise
 from .overlay import Overlay
+from .streaming import on_device
+from .topk import NO_ROW, RunningTopK
 
 Sampler = Literal["top_k", "gumbel", "mixed", "uniform"]
 SAMPLERS: tuple[Sampler, ...] = ("top_k", "gumbel", "mixed", "uniform")
-NO_ROW = -1
 _UNIT = 1e-6  # how far from 1 rounding takes the norm of a float32 unit vector
+_CHUNK = {"cpu": 8_192, "cuda": 131_072}
+"""Rows at once, where nothing else is asked for: what stays in a CPU's caches; what keeps a GPU busy."""
 
 
 class Found(NamedTuple):
@@ -39,121 +44,50 @@ class Found(NamedTuple):
     too_similar: Tensor
 
 
-class RunningTopK:
-    """The ``k`` largest scores of each query over blocks of rows that come one after another.
-
-    Exact, and independent of how the rows are cut into blocks: equal scores are ordered by row, the
-    smaller first, also where only some of them fit.
-
-    Args:
-        batch_size: number of queries ``B``.
-        k: how many to keep.
-    """
-
-    def __init__(self, batch_size: int, k: int, device: torch.device | str = "cpu") -> None:
-        self.k = k
-        self.scores = torch.full((batch_size, k), -math.inf, device=device)
-        self.rows = torch.full((batch_size, k), NO_ROW, dtype=torch.int64, device=device)
-
-    def update(self, scores: Tensor, first_row: int) -> None:
-        """Take in ``scores`` ``(B, C)`` of the rows ``first_row … first_row + C − 1``; −∞ is never selected."""
-        top, columns = _top_k(scores, min(self.k, scores.shape[1]))
-        rows = (columns + first_row).masked_fill_(top == -math.inf, NO_ROW)
-        # Earlier rows come first, so that a stable sort leaves equal scores in the order of their rows.
-        merged_scores, merged_rows = torch.cat([self.scores, top], dim=1), torch.cat([self.rows, rows], dim=1)
-        order = merged_scores.sort(dim=1, descending=True, stable=True).indices[:, : self.k]
-        self.scores, self.rows = merged_scores.gather(1, order), merged_rows.gather(1, order)
-
-
-def _top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their columns, ordered by score and, among equal ones, by column."""
-    width = scores.shape[1]
-    # One more than asked for shows whether equal scores straddle the edge, where topk takes any of them.
-    top, columns = scores.topk(min(k + 1, width), dim=1)
-    columns, order = columns.sort(dim=1)
-    top = top.gather(1, order)
-    order = top.sort(dim=1, descending=True, stable=True).indices
-    top, columns = top.gather(1, order), columns.gather(1, order)
-    if width > k:
-        tied = (top[:, k] == top[:, k - 1]) & (top[:, k] > -math.inf)
-        top, columns = top[:, :k].contiguous(), columns[:, :k].contiguous()
-        if tied.any():
-            exact = scores[tied].sort(dim=1, descending=True, stable=True)
-            top[tied], columns[tied] = exact.values[:, :k], exact.indices[:, :k]
-    return top, columns
-
-
-def gumbel_noise(queries: int, first_row: int, rows: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """Independent standard Gumbel noise for queries ``0 … queries − 1`` and rows ``first_row …``, ``(queries, rows)``.
-
-    Each number is a function of (seed, query, row) alone (the SplitMix64 hash of a counter), so that a draw
-    does not depend on chunk sizes or on the device.
-    """
-    row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
-    query = torch.arange(queries, dtype=torch.int64, device=device)
-    key = _splitmix64(_splitmix64(torch.tensor(_to_int64(seed), device=device)) + query)
-    bits = _splitmix64(key[:, None] + row[None, :] * _to_int64(0x9E3779B97F4A7C15))
-    # 53 bits, towards 0 in full relative precision: Gumbel's upper tail, which decides the selection, is there.
-    uniform = (_shift_right(bits, 11).float() + 0.5) * 2.0**-53
-    return -torch.log(-torch.log1p(-uniform.clamp_(max=1 - 2.0**-24)))
-
-
-def _splitmix64(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele et al. 2014), on int64 with wrap-around."""
-    x = (x ^ _shift_right(x, 30)) * _to_int64(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _to_int64(0x94D049BB133111EB)
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's ``>>`` on int64 copies the sign bit."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _to_int64(value: int) -> int:
-    """``value`` modulo 2⁶⁴ as a signed 64-bit integer."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
 class CorrectedSearch:
     """Searches the corrected corpus ``h(𝓑)`` for the targets that score highest with each query.
+
+    Each pass costs what its matrix products cost and little more. Which products these are is chosen by what the
+    corrector is: where it is affine and does not normalise, it is the queries that are transformed and the stale
+    vectors are scored as they are (:attr:`corrects_queries`).
 
     Args:
         cache: the stale buffer 𝓑, ``(N, d)``.
         corrector: ``h``; it is read at every search, so that training it needs no rebuild of anything.
         normalize: bring stale vectors to unit length before they are corrected (cosine similarity).
-        chunk_size: rows that are corrected and scored at once.
+        chunk_size: rows that are corrected and scored at once; by default what suits the device.
 
     Raises:
         InputError: the corrector is for another dimension.
     """
 
     def __init__(
-        self, cache: EmbeddingCache, corrector: Corrector, *, normalize: bool = True, chunk_size: int = 16_384
+        self, cache: EmbeddingCache, corrector: Corrector, *, normalize: bool = True, chunk_size: int | None = None
     ) -> None:
         if corrector.dim != cache.dim:
             raise InputError(f"The corrector is for dimension {corrector.dim}, the cache has {cache.dim}.")
-        if chunk_size < 1:
+        if chunk_size is not None and chunk_size < 1:
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}.")
         self.cache, self.corrector = cache, corrector
         self.normalize, self.chunk_size = normalize, chunk_size
         self.overlay = Overlay(len(cache), cache.dim)
         """Rows written back; they are searched instead of the cache's. See :meth:`write_back`."""
-        # Most caches hold unit vectors already; the first whole pass finds out, and later ones need not normalise.
-        self._cache_is_unit = False
+        # What each row of the cache is multiplied with to be of unit length, found out in the first whole pass; None
+        # where that is 1, as in most caches.
+        self._factors: Tensor | None = None
+        self._passed = False
         self.steps = 0
         """Steps of the loss since the cache was built, as far as this search has seen them."""
 
     @property
-    def query_side(self) -> AffineCorrector | None:
-        """The corrector if the queries can be corrected instead of the corpus: affine, and not normalising."""
-        corrector = self.corrector
-        return corrector if isinstance(corrector, AffineCorrector) and not corrector.normalize else None
+    def corrects_queries(self) -> bool:
+        """Whether stale vectors are scored as they are, by corrected queries: no pass over the corpus corrects it."""
+        return self.corrector.leaves_corpus(unit=self.normalize and self.overlay.unit)
 
     def cached(self, rows: Tensor) -> Tensor:
         """What the cache has of ``rows``, whatever was written over it: float32, ``(n, d)``, on their device."""
-        return self._comparable(self.cache[rows].to(rows.device))
+        cached = self.cache[rows].to(rows.device)
+        return F.normalize(cached, dim=-1) if self.normalize else cached
 
     def stale(self, rows: Tensor) -> Tensor:
         """What the corrector sees of ``rows``: float32, ``(n, d)``, on the device of ``rows``."""
@@ -165,9 +99,6 @@ class CorrectedSearch:
         written_at = self.overlay.written_at(rows[seen]).double().sum().item()
         count = max(1, len(rows))
         return seen.sum().item() / count, self.steps - written_at / count
-
-    def _comparable(self, stale: Tensor) -> Tensor:
-        return F.normalize(stale, dim=-1) if self.normalize else stale
 
     def write_back(self, rows: Tensor, fresh: Tensor) -> PullBack:
         """Let what the encoder has just said of ``rows`` stand in the stale frame, where later correctors move it on.
@@ -206,8 +137,49 @@ class CorrectedSearch:
             ceiling: each query's highest allowed score ``s``, ``(B,)``.
 
         Raises:
-            InputError: the shapes do not fit, ``k < 1``, an unknown sampler, or a random one without seed.
+            InputError: the shapes do not fit, ``k < 1``, an unknown sampler, a random one without seed, or scores that
+                are not numbers.
+            CacheError: an embedding of the cache is not finite.
         """
+        queries = self._check(queries, k, sampler, seed)
+        device, batch_size = queries.device, len(queries)
+        self.corrector.to(device)
+        scorer = _Scorer(self.corrector, queries, self.corrects_queries)
+        excluded = None if exclude is None else _Excluded(exclude.to(device).expand(batch_size, -1))
+        limit = None if ceiling is None or (ceiling == math.inf).all() else ceiling - scorer.offset
+        drawn = {"top_k": 0, "gumbel": k, "mixed": k // 2, "uniform": k}[sampler]
+        # Of a mixed selection at most k − drawn are taken as the largest: k drawn leave enough that are others.
+        largest, sampled = RunningTopK(batch_size, k - drawn, device), RunningTopK(batch_size, k, device)
+        too_similar = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        chunk_size = self.chunk_size or _CHUNK.get(device.type, _CHUNK["cpu"])
+        for first_row, chunk in on_device(self.cache.chunks(chunk_size), device):
+            keys = self._score_chunk(scorer, first_row, chunk)
+            if excluded is not None:
+                excluded.mask(keys, first_row)
+            if limit is not None:
+                too_similar += _mask_above(keys, limit)
+            if drawn < k:
+                largest.update(keys, first_row)
+            if drawn and seed is not None:
+                allowed = keys > -math.inf
+                logits = keys.mul_(scale) if sampler != "uniform" else keys.zero_()
+                logits += gumbel_noise(batch_size, first_row, len(keys), seed, device).T
+                sampled.update(logits.masked_fill_(~allowed, -math.inf), first_row)
+        self._finish_pass()
+        scores, rows = largest.best
+        if not drawn:
+            return Found(scores + scorer.offset[:, None], rows, too_similar)
+        rows = _first_others(rows, sampled.best[1], drawn)
+        return Found(self.score(queries, rows), rows, too_similar)
+
+    @torch.no_grad()
+    def score(self, queries: Tensor, rows: Tensor) -> Tensor:
+        """Corrected scores of given ``rows`` ``(B, k)``: ``(B, k)``, −∞ for row −1."""
+        corrected = self.corrector(self.stale(rows.clamp(min=0).flatten())).view(*rows.shape, -1)
+        return (corrected @ queries[:, :, None]).squeeze(-1).masked_fill(rows == NO_ROW, -math.inf)
+
+    def _check(self, queries: Tensor, k: int, sampler: Sampler, seed: int | None) -> Tensor:
+        """The queries as the search needs them."""
         if queries.ndim != 2 or queries.shape[1] != self.cache.dim:
             raise InputError(f"Expected queries of shape (B, {self.cache.dim}), got {tuple(queries.shape)}.")
         if k < 1:
@@ -216,52 +188,132 @@ class CorrectedSearch:
             raise InputError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}.")
         if sampler != "top_k" and seed is None:
             raise InputError(f"sampler={sampler!r} needs a seed: an integer, another one for each draw.")
-        queries = queries.detach().float()
-        device, batch_size = queries.device, len(queries)
-        if exclude is not None:
-            exclude = exclude.to(device).expand(batch_size, -1)
-        self.corrector.to(device)
+        if not torch.isfinite(queries).all():
+            bad = (~torch.isfinite(queries).all(1)).nonzero().flatten()
+            raise InputError(f"Queries {bad[:5].tolist()} of {len(queries)} hold NaN or infinite numbers.")
+        return queries.detach().float()
 
-        affine = self.query_side
-        probes, offset = affine.on_query_side(queries) if affine else (queries, queries.new_zeros(batch_size))
-        drawn = {"top_k": 0, "gumbel": k, "mixed": k // 2, "uniform": k}[sampler]
-        # Of a mixed selection at most k − drawn are taken as the largest: k drawn leave enough that are others.
-        largest, sampled = RunningTopK(batch_size, k - drawn, device), RunningTopK(batch_size, k, device)
-        too_similar = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        all_unit = self.normalize and self.cache.dtype == torch.float32
-        for first_row, block in self.cache.chunks(self.chunk_size):
-            block = block.to(device).float()
-            if self.normalize and not self._cache_is_unit:
-                norms = block.norm(dim=-1, keepdim=True)
-                all_unit = all_unit and bool((norms - 1).abs().max() < _UNIT)
-                block = block / norms.clamp_min(1e-12)
-            # Written rows are in the corrector's frame already: their length says something, and they keep it.
-            vectors = self.overlay.replace(block, slice(first_row, first_row + len(block)))
-            keys = probes @ vectors.T if affine else self.corrector.scores(probes, vectors)
-            if exclude is not None:
-                _mask_rows(keys, exclude, first_row)
-            if ceiling is not None:
-                above = keys > (ceiling - offset)[:, None]
-                too_similar += above.sum(1)
-                keys = keys.masked_fill_(above, -math.inf)
-            if drawn < k:
-                largest.update(keys, first_row)
-            if drawn and seed is not None:
-                allowed = keys > -math.inf
-                logits = keys.mul_(scale) if sampler != "uniform" else keys.zero_()
-                logits += gumbel_noise(batch_size, first_row, len(block), seed, device)
-                sampled.update(logits.masked_fill_(~allowed, -math.inf), first_row)
-        self._cache_is_unit = all_unit
-        if not drawn:
-            return Found(largest.scores + offset[:, None], largest.rows, too_similar)
-        rows = _first_others(largest.rows, sampled.rows, drawn)
-        return Found(self.score(queries, rows), rows, too_similar)
+    def _score_chunk(self, scorer: _Scorer, first_row: int, chunk: Shard) -> Tensor:
+        """Scores of a chunk's rows, those written back by what was written: ``(C, B)``; they may be overwritten."""
+        values = scorer.as_float(chunk.values)
+        factors = self._factors_of(values, chunk, first_row)
+        written, vectors = self.overlay.between(first_row, first_row + len(values), values.device)
+        # Where much is written it is cheaper to put it in its place than to score the chunk's own rows in vain.
+        if len(written) > len(values) // 4:
+            values = scorer.multiplied(values, factors).index_copy(0, written, vectors)
+            return scorer.score(values, None)
+        keys = scorer.score(values, factors)
+        if len(written):
+            keys[written] = scorer.of(vectors)
+        return keys
 
-    @torch.no_grad()
-    def score(self, queries: Tensor, rows: Tensor) -> Tensor:
-        """Corrected scores of given ``rows`` ``(B, k)``: ``(B, k)``, −∞ for row −1."""
-        corrected = self.corrector(self.stale(rows.clamp(min=0).flatten())).view(*rows.shape, -1)
-        return (corrected @ queries[:, :, None]).squeeze(-1).masked_fill(rows == NO_ROW, -math.inf)
+    def _factors_of(self, values: Tensor, chunk: Shard, first_row: int) -> Tensor | None:
+        """What the rows of a chunk are multiplied with before they are corrected, ``(C,)``; None for 1."""
+        here = slice(first_row, first_row + len(values))
+        if not self._passed:
+            norms = values.norm(dim=-1)
+            if not torch.isfinite(norms).all() and len(bad := chunk.not_finite()):
+                rows = (bad[:5] + first_row).tolist()
+                raise CacheError(
+                    f"The cache's embeddings of {len(bad)} rows, e.g. {rows}, are NaN or infinite: the cache is "
+                    "damaged. Build it again."
+                )
+            if not self.normalize:
+                return chunk.scales
+            if self._factors is None:
+                self._factors = torch.ones(len(self.cache), device=values.device)
+            self._factors[here] = norms.clamp_min_(1e-12).reciprocal_()
+            return self._factors[here]
+        if not self.normalize:
+            return chunk.scales
+        return None if self._factors is None else self._factors.to(values.device)[here]
+
+    def _finish_pass(self) -> None:
+        exact = self.cache.dtype == torch.float32
+        if exact and self._factors is not None and (self._factors - 1).abs().max() < _UNIT:
+            self._factors = None
+        self._passed = True
+
+
+class _Scorer:
+    """Scores vectors for the queries of one search, in the way that is cheapest for its corrector.
+
+    Args:
+        corrector: ``h``.
+        queries: ``f(x)``, ``(B, d)``.
+        corrects_queries: whether the queries are corrected instead of the vectors.
+    """
+
+    def __init__(self, corrector: Corrector, queries: Tensor, corrects_queries: bool) -> None:
+        self._corrector, self._queries = corrector, queries
+        self._probes: Tensor | None = None
+        self.offset = queries.new_zeros(len(queries))
+        """What is missing from each query's scores, the same for all rows, ``(B,)``."""
+        if corrects_queries:
+            probes, self.offset = corrector.on_query_side(queries)
+            self._probes = probes.T.contiguous()
+        self._values = queries.new_empty(0, queries.shape[1])
+        self._keys = queries.new_empty(0, len(queries))
+
+    def as_float(self, values: Tensor) -> Tensor:
+        """``values`` in float32; in a buffer of its own where they are not that already."""
+        if values.dtype == torch.float32:
+            return values
+        if len(self._values) < len(values):
+            self._values = self._queries.new_empty(len(values), values.shape[1])
+        return self._values[: len(values)].copy_(values)
+
+    def multiplied(self, values: Tensor, factors: Tensor | None) -> Tensor:
+        """``values`` ``(C, d)`` with each row multiplied by its factor, in place only where that harms nobody."""
+        if factors is None:
+            return values
+        owned = values.untyped_storage().data_ptr() == self._values.untyped_storage().data_ptr()
+        return values.mul_(factors[:, None]) if owned else values * factors[:, None]
+
+    def score(self, values: Tensor, factors: Tensor | None) -> Tensor:
+        """Scores ``(C, B)`` of ``values`` ``(C, d)`` multiplied by ``factors`` ``(C,)``."""
+        if self._probes is None:
+            return self._corrector.scores(self._queries, self.multiplied(values, factors))
+        if len(self._keys) < len(values):
+            self._keys = self._queries.new_empty(len(values), len(self._queries))
+        keys = torch.mm(values, self._probes, out=self._keys[: len(values)])
+        return keys if factors is None else keys.mul_(factors[:, None])
+
+    def of(self, vectors: Tensor) -> Tensor:
+        """Scores of some vectors, in memory that is not shared with :meth:`score`."""
+        return self._corrector.scores(self._queries, vectors) if self._probes is None else vectors @ self._probes
+
+
+class _Excluded:
+    """Rows that queries must not get, ordered so that each chunk finds its own without looking at the others.
+
+    Args:
+        rows: ``(B, m)``, padded with −1.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        query, place = (rows >= 0).nonzero(as_tuple=True)
+        row, order = rows[query, place].sort()
+        self._query, self._row = query[order], row
+        self._row_on_host = row.cpu().numpy()
+
+    def mask(self, keys: Tensor, first_row: int) -> None:
+        """Set the keys ``(C, B)`` of excluded rows to −∞, in place."""
+        begin, end = np.searchsorted(self._row_on_host, [first_row, first_row + len(keys)])
+        if begin < end:
+            keys[self._row[begin:end] - first_row, self._query[begin:end]] = -math.inf
+
+
+def _mask_above(keys: Tensor, limit: Tensor) -> Tensor:
+    """Set keys ``(C, B)`` above their query's ``limit`` ``(B,)`` to −∞, in place; returns how many, ``(B,)``."""
+    counts = torch.zeros(keys.shape[1], dtype=torch.int64, device=keys.device)
+    concerned = (keys.amax(0) > limit).nonzero().flatten()
+    if len(concerned):
+        columns = keys[:, concerned]
+        above = columns > limit[concerned]
+        counts[concerned] = above.sum(0)
+        keys[:, concerned] = columns.masked_fill_(above, -math.inf)
+    return counts
 
 
 def _first_others(rows: Tensor, others: Tensor, count: int) -> Tensor:
@@ -271,11 +323,3 @@ def _first_others(rows: Tensor, others: Tensor, count: int) -> Tensor:
     new = (others != NO_ROW) & (others[:, :, None] != rows[:, None, :]).all(-1)
     order = (~new).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
     return torch.cat([rows, others.gather(1, order).masked_fill(~new.gather(1, order), NO_ROW)], dim=1)
-
-
-def _mask_rows(scores: Tensor, exclude: Tensor, first_row: int) -> None:
-    """Set the scores ``(B, C)`` of each query's excluded rows to −∞, in place."""
-    column = exclude - first_row
-    inside = (exclude >= 0) & (column >= 0) & (column < scores.shape[1])
-    query, position = inside.nonzero(as_tuple=True)
-    scores[query, column[query, position]] = -math.inf

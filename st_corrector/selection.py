@@ -13,7 +13,9 @@ from torch import Tensor
 
 from .errors import InputError
 from .filters import FalseNegativeFilter
-from .search import NO_ROW, SAMPLERS, CorrectedSearch, Found, Sampler, gumbel_noise
+from .gumbel import gumbel_noise
+from .search import SAMPLERS, CorrectedSearch, Found, Sampler
+from .topk import NO_ROW
 
 Budget = Literal["query", "batch"]
 _CHECKED_FOR_EACH = 2  # so many times the wanted negatives are selected where checks will remove some of them

@@ -11,7 +11,7 @@ import torch
 from conftest import make_bert_model, make_static_model
 from sentence_transformers import SentenceTransformer
 
-from st_corrector import CacheError, Corpus, EmbeddingCache
+from st_corrector import CacheError, Corpus, EmbeddingCache, InputError
 from st_corrector.encoding import DocumentEncoder
 
 
@@ -39,11 +39,55 @@ def test_half_precision_is_stored_and_read_as_float32(static_model, corpus, tmp_
     assert torch.equal(cache[range(200)], exact[range(200)].to(cache.dtype).float())
 
 
+def test_int8_takes_a_quarter_and_stays_within_half_a_step(static_model, corpus, tmp_path):
+    exact = EmbeddingCache.build(static_model, corpus, tmp_path / "exact", progress=False)
+    cache = EmbeddingCache.build(static_model, corpus, tmp_path / "int8", dtype="int8", progress=False)
+    rows = exact[range(200)]
+    assert cache.dtype == torch.int8 and cache.nbytes == 200 * (cache.dim + 4) and cache[[0]].dtype == torch.float32
+    step = rows.abs().amax(1, keepdim=True) / 127
+    assert ((cache[range(200)] - rows).abs() <= 0.501 * step).all()
+    assert ((cache[range(200)] - rows).abs() > 0.3 * step).any()
+    for _, chunk in cache.chunks(64):
+        assert (chunk.values.abs().amax(1) == 127).all(), "each row uses the whole range"
+    zeros = EmbeddingCache.from_blocks([torch.zeros(3, 4)], torch.int8)
+    assert torch.equal(zeros[[0, 1, 2]], torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_saved_cache_is_the_cache(tmp_path, dtype):
+    vectors = torch.randn(40_000, 8)
+    cache = EmbeddingCache.from_blocks(vectors.split(700), dtype)
+    saved = cache.save(tmp_path / "cache")
+    again = EmbeddingCache.load(tmp_path / "cache")
+    assert (again.dtype, len(again), again.dim) == (dtype, 40_000, 8) and again.nbytes == cache.nbytes
+    for each in (saved, again):
+        assert torch.equal(each[range(40_000)], cache[range(40_000)])
+    with pytest.raises(CacheError, match="is not empty"):
+        cache.save(tmp_path / "cache")
+
+
+def test_a_cache_changes_its_dtype_in_memory(static_model, corpus, tmp_path, monkeypatch):
+    exact = EmbeddingCache.build(static_model, corpus, tmp_path / "exact", shard_size=64, progress=False)
+    for dtype in (torch.float32, torch.float16, torch.int8):
+        cache = exact.to("cpu", dtype)
+        assert cache.dtype == dtype and cache.fingerprint == exact.fingerprint
+        torch.testing.assert_close(cache[range(200)], exact[range(200)], atol=0.01, rtol=0.01)
+    assert torch.equal(exact.to("cpu")[range(200)], exact[range(200)])
+    with pytest.raises(CacheError, match=r"row 1 is NaN or infinite in torch\.float16"):
+        EmbeddingCache.from_tensor(torch.tensor([[1.0], [1e6]])).to(dtype=torch.float16)
+    monkeypatch.setattr("st_corrector.memory.available_memory", lambda device: 1_000)
+    with pytest.raises(InputError, match=r"(?s)does not fit.*embedding cache, 200 × .* in torch.int8.*MB") as error:
+        exact.to("cpu", torch.int8)
+    assert "dtype=torch.int8" in str(error.value), "what could be done"
+
+
 def test_chunks_cover_every_row_once(static_model, corpus, tmp_path):
     cache = EmbeddingCache.build(static_model, corpus, tmp_path / "cache", shard_size=64, progress=False)
-    starts, blocks = zip(*cache.chunks(50), strict=True)
+    starts, chunks = zip(*cache.chunks(50), strict=True)
     assert starts == (0, 50, 64, 114, 128, 178, 192)
-    assert torch.equal(torch.cat(blocks), cache[range(200)])
+    assert torch.equal(torch.cat([chunk.float() for chunk in chunks]), cache[range(200)])
+    starts, chunks = zip(*cache.chunks(50, 60, 130), strict=True)
+    assert starts == (60, 64, 114, 128) and torch.equal(chunks[-1].float(), cache[[128, 129]])
 
 
 def test_the_cache_is_memory_mapped(tmp_path):
@@ -56,8 +100,8 @@ def test_the_cache_is_memory_mapped(tmp_path):
     before = resident()
     cache = EmbeddingCache.load(tmp_path / "cache")
     loaded = resident() - before
-    for _, block in cache.chunks(10_000):
-        block.sum()
+    for _, chunk in cache.chunks(10_000):
+        chunk.values.sum()
     read = resident() - before
     size = 40_000 * 256 * 4
     assert loaded < size / 8 and read > size / 2, "loading reads nothing; reading does"

@@ -9,8 +9,8 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from st_corrector import Corpus, CorpusError, CorpusRetrievalEvaluator, CorrectedMultipleNegativesLoss, InputError
 from st_corrector.evaluation import ranking_metrics
-from st_corrector.search import RunningTopK
 from st_corrector.text import contains_answer
+from st_corrector.topk import RunningTopK
 
 
 @pytest.fixture

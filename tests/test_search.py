@@ -1,3 +1,4 @@
+import functools
 import math
 
 import pytest
@@ -6,8 +7,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from st_corrector import CorrectedSearch, EmbeddingCache, IdentityCorrector, InputError, MLPCorrector, RidgeCorrector
-from st_corrector.search import RunningTopK, gumbel_noise
+from st_corrector import (
+    CacheError,
+    CorrectedSearch,
+    EmbeddingCache,
+    IdentityCorrector,
+    InputError,
+    KernelRidgeCorrector,
+    MLPCorrector,
+    RidgeCorrector,
+    RidgeMLPCorrector,
+)
+from st_corrector.cache import Shard
+from st_corrector.gumbel import gumbel_noise
 
 
 def trained(corrector, dim):
@@ -59,32 +71,111 @@ def test_selection_equals_naive_top_k(make, rows, dim, batch, k, chunk):
     assert differ.float().mean() < 0.01
 
 
+CORRECTORS = {
+    "identity": lambda d: IdentityCorrector(d),
+    "mlp": lambda d: MLPCorrector(d, hidden=20, learning_rate=1e-2),
+    "mlp, not normalising": lambda d: MLPCorrector(d, hidden=20, learning_rate=1e-2, normalize=False),
+    "ridge": lambda d: RidgeCorrector(d),
+    "ridge, on the query side": lambda d: RidgeCorrector(d, normalize=False),
+    "ridge and mlp, not normalising": lambda d: RidgeMLPCorrector(d, hidden=20, learning_rate=1e-2, normalize=False),
+    "kernel ridge, not normalising": lambda d: KernelRidgeCorrector(d, features=30, normalize=False),
+}
+
+
+@functools.cache
+def trained_once(name, dim):
+    return trained(CORRECTORS[name](dim), dim)
+
+
 @settings(max_examples=150, deadline=None)
-@given(
-    st.integers(1, 60),
-    st.integers(1, 5),
-    st.integers(1, 70),
-    st.integers(1, 20),
-    st.integers(1, 4),
-    st.integers(0, 2**31),
-)
-def test_ties_are_ordered_by_row_whatever_the_chunks(rows, batch, k, chunk, levels, seed):
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randint(0, levels, (batch, rows), generator=generator).float()
-    scores[torch.rand(batch, rows, generator=generator) < 0.2] = -math.inf
-    best = RunningTopK(batch, k)
-    for start in range(0, rows, chunk):
-        best.update(scores[:, start : start + chunk], start)
-    values, indices = naive(scores, k)
-    width = values.shape[1]
-    indices = indices.masked_fill(values == -math.inf, -1)
-    assert torch.equal(best.scores[:, :width].double(), values) and torch.equal(best.rows[:, :width], indices)
-    assert (best.rows[:, width:] == -1).all()
+@given(st.data())
+def test_every_search_equals_the_naive_one(data):
+    """Shapes, shards, chunks, dtypes, repeated targets, exclusions, ceilings and written rows in any combination."""
+    draw = data.draw
+    rows, batch, dim = draw(st.integers(1, 300)), draw(st.integers(1, 12)), draw(st.sampled_from([3, 16]))
+    k, chunk = draw(st.integers(1, 40)), draw(st.one_of(st.none(), st.integers(1, 310)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    vectors = torch.randn(rows, dim, generator=generator) * draw(st.sampled_from([1.0, 5.0]))
+    if draw(st.booleans()):  # so many rows are equal
+        vectors = vectors[torch.randint(0, max(1, rows // 10), (rows,), generator=generator)]
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int8]))
+    size = draw(st.integers(1, rows))
+    cache = EmbeddingCache.from_blocks(vectors.split(size), dtype)
+    corrector = trained_once(draw(st.sampled_from(sorted(CORRECTORS))), dim)
+    search = CorrectedSearch(cache, corrector, normalize=draw(st.booleans()), chunk_size=chunk)
+    queries = torch.randn(batch, dim, generator=generator)
+    if draw(st.booleans()):
+        written = torch.randperm(rows, generator=generator)[: draw(st.integers(1, rows))]
+        search.overlay.write(written, torch.randn(len(written), dim, generator=generator))
+    expected = (queries @ corrector(search.stale(torch.arange(rows))).T).double()
+    ceiling, exclude = None, None
+    if draw(st.booleans()):
+        # Between two scores: which of these rounding takes to its other side is not what is tested here.
+        ordered = expected.sort(dim=1).values
+        at = draw(st.integers(0, rows))
+        ends = torch.full((batch, 1), math.inf, dtype=torch.float64)
+        ordered = torch.cat([-ends, ordered, ends], dim=1)
+        ceiling = (ordered[:, at] + ordered[:, at + 1]) / 2
+        ceiling = torch.where((ordered[:, at + 1] - ordered[:, at]) > 1e-3, ceiling, math.inf).float()
+        expected[expected > ceiling[:, None]] = -math.inf
+    if draw(st.booleans()):
+        exclude = torch.randint(-1, rows, (batch, draw(st.integers(1, 2 * rows))), generator=generator)
+        for query, excluded in enumerate(exclude):
+            expected[query, excluded[excluded >= 0]] = -math.inf
+
+    for _ in range(2):  # the second pass knows the first one's norms
+        scores, found, _ = search.search(queries, k, exclude, ceiling=ceiling)
+        assert scores.shape == found.shape == (batch, k)
+        values, _ = naive(expected, k)
+        width = values.shape[1]
+        assert (found[:, width:] == -1).all()
+        scores, found = scores[:, :width].double(), found[:, :width]
+        none_left = values == -math.inf
+        assert torch.equal(found == -1, none_left) and torch.equal(scores == -math.inf, none_left)
+        tolerance = 1e-4 * (1 + expected[expected > -math.inf].abs().amax().item() if not none_left.all() else 1)
+        assert ((scores - values)[~none_left].abs() <= tolerance).all()
+        # The rows are right: distinct, and of the score that they are said to have.
+        at = expected.gather(1, found.clamp(min=0))
+        assert ((at - values)[~none_left].abs() <= tolerance).all()
+        for query in found:
+            assert len(set(query[query >= 0].tolist())) == (query >= 0).sum()
+
+
+def test_equal_targets_are_taken_in_the_order_of_their_rows():
+    vectors = F.normalize(torch.randn(1, 16), dim=-1).expand(5_000, -1).contiguous()
+    for chunk in (64, 100, 5_000):
+        search = CorrectedSearch(EmbeddingCache.from_tensor(vectors), IdentityCorrector(16), chunk_size=chunk)
+        rows = search.search(vectors[:3], 100, exclude=torch.tensor([0, 7]))[1]
+        assert torch.equal(rows, torch.tensor([row for row in range(102) if row not in (0, 7)]).expand(3, -1))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_damaged_cache_is_refused_with_its_rows(wrong, normalize):
+    vectors = torch.randn(300, 8)
+    cache = EmbeddingCache([Shard(vectors[:200]), Shard(vectors[200:])])
+    vectors[[210, 270], 3] = wrong
+    search = CorrectedSearch(cache, IdentityCorrector(8), normalize=normalize, chunk_size=64)
+    for _ in range(2):
+        with pytest.raises(CacheError, match=r"embeddings of 1 rows, e\.g\. \[210\], are NaN or infinite"):
+            search.search(torch.randn(2, 8), 3)
+    vectors[[210, 270], 3] = 1.0
+    assert (search.search(torch.randn(2, 8), 3).rows >= 0).all(), "a refused search leaves nothing behind"
+
+
+def test_scores_that_are_not_numbers_are_refused():
+    search = CorrectedSearch(EmbeddingCache.from_tensor(torch.randn(300, 8)), MLPCorrector(8), chunk_size=100)
+    with pytest.raises(InputError, match=r"Queries \[1\] of 3 hold NaN"):
+        search.search(torch.tensor([[0.0] * 8, [math.nan] * 8, [1.0] * 8]), 3)
+    search.search(torch.randn(2, 8), 3)
+    search.overlay.write(torch.tensor([150]), torch.full((1, 8), math.nan))
+    with pytest.raises(InputError, match="The score of row 150 is not a number"):
+        search.search(torch.randn(2, 8), 3)
 
 
 def test_shards_and_half_precision_are_searched_as_stored():
     vectors = torch.randn(300, 8).bfloat16()
-    cache = EmbeddingCache([vectors[:100], vectors[100:101], vectors[101:]])
+    cache = EmbeddingCache([Shard(vectors[:100]), Shard(vectors[100:101]), Shard(vectors[101:])])
     queries = torch.randn(4, 8)
     _, rows, _ = CorrectedSearch(cache, IdentityCorrector(8), chunk_size=30).search(queries, 5)
     expected = queries @ F.normalize(vectors.float(), dim=-1).T
@@ -157,7 +248,7 @@ def test_a_ceiling_leaves_out_what_scores_higher(normalize):
     corrector = trained(RidgeCorrector(8, normalize=normalize), 8)
     vectors, queries = F.normalize(torch.randn(300, 8), dim=-1), F.normalize(torch.randn(5, 8), dim=-1)
     search = CorrectedSearch(EmbeddingCache.from_tensor(vectors), corrector, chunk_size=64)
-    assert (search.query_side is None) is normalize
+    assert search.corrects_queries is not normalize
     scores = queries @ corrector(vectors).T
     ceiling = scores.quantile(0.8, dim=1)
     expected = naive(scores.masked_fill(scores > ceiling[:, None], -math.inf), 9)

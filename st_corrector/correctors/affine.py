@@ -33,11 +33,11 @@ class AffineCorrector(TensorState, Corrector):
         """``M``, ``(d, d)``."""
         return self.weight + torch.eye(self.dim, device=self.weight.device)
 
-    def on_query_side(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """``(f(x)Mᵀ, ⟨f(x), b⟩)``, ``(B, d)`` and ``(B,)``: what makes stale vectors score as corrected ones.
+    def leaves_corpus(self, unit: bool) -> bool:
+        return not self.normalize
 
-        Only right where :attr:`normalize` is off; the second part is the same for all of a query's targets.
-        """
+    def on_query_side(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """``q' = f(x)Mᵀ`` and ``a = ⟨f(x), b⟩``, which is the same for all of a query's targets."""
         return torch.addmm(queries, queries, self.weight.T), queries @ self.shift
 
     @torch.no_grad()

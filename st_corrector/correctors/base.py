@@ -68,13 +68,36 @@ class Corrector(ABC):
 
     @torch.no_grad()
     def scores(self, queries: Tensor, stale: Tensor) -> Tensor:
-        """``⟨f(x), h(z)⟩`` of queries ``(B, d)`` and stale embeddings ``(n, d)``: ``(B, n)``.
+        """``⟨f(x), h(z)⟩`` of queries ``(B, d)`` and stale embeddings ``(n, d)``: ``(n, B)``.
 
         It is the scores that are divided by the norms: there are fewer of them than of the embeddings' coordinates.
         """
+        if not self.normalize and len(queries) < self.dim:
+            return self.folded_scores(queries, stale)
         corrected = self.unnormalized(stale)
-        scores = queries @ corrected.T
-        return scores.div_(corrected.norm(dim=-1).clamp_min_(1e-12)) if self.normalize else scores
+        scores = corrected @ queries.T
+        return scores.div_(corrected.norm(dim=-1, keepdim=True).clamp_min_(1e-12)) if self.normalize else scores
+
+    def folded_scores(self, queries: Tensor, stale: Tensor) -> Tensor:
+        """``⟨f(x), z + c(z)⟩`` ``(n, B)``, for fewer queries than dimensions.
+
+        Where ``c`` ends in a matrix, folding that into the queries saves its product with every target.
+        """
+        return self.unnormalized(stale) @ queries.T
+
+    def leaves_corpus(self, unit: bool) -> bool:
+        """Whether stale vectors (of unit length, if ``unit``) can be scored as they are, by corrected queries.
+
+        If so, :meth:`on_query_side` has these.
+        """
+        return False
+
+    def on_query_side(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries ``q'`` and constants ``a`` with ``⟨f(x), h(z)⟩ = ⟨q', z⟩ + a`` for every ``z``: ``(B, d)``, ``(B,)``.
+
+        Only where :meth:`leaves_corpus`.
+        """
+        raise NotImplementedError
 
     def unnormalized(self, stale: Tensor) -> Tensor:
         """``z + c(z)``, ``(n, d) → (n, d)``."""

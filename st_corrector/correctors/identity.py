@@ -19,6 +19,13 @@ class IdentityCorrector(Corrector):
     def unnormalized(self, stale: Tensor) -> Tensor:
         return stale
 
+    def leaves_corpus(self, unit: bool) -> bool:
+        return unit or not self.normalize
+
+    def on_query_side(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries themselves."""
+        return queries, queries.new_zeros(len(queries))
+
     def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
         return {}
 

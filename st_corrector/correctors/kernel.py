@@ -69,6 +69,10 @@ class KernelRidgeCorrector(TensorState, Corrector):
     def correction(self, stale: Tensor) -> Tensor:
         return self._features(stale) @ self._weight
 
+    def folded_scores(self, queries: Tensor, stale: Tensor) -> Tensor:
+        """``⟨q, z + φ̃(z)W⟩ = ⟨q, z⟩ + ⟨qWᵀ, φ̃(z)⟩``, ``φ̃(z)`` being ``[z, c, φ(z)]``."""
+        return (stale @ queries.T).addmm_(self._features(stale), self._weight @ queries.T)
+
     @torch.no_grad()
     def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
         error = self._require_finite((fresh - self(stale)).square().sum(-1).mean())

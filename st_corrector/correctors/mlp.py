@@ -78,11 +78,22 @@ class MLPCorrector(Corrector):
         last = skip_init(nn.Linear, hidden, dim)
         for parameter in (last.weight, last.bias):
             nn.init.zeros_(parameter)
+        self._hidden_layers, self._last = nn.Sequential(*layers), last
         self.network = nn.Sequential(*layers, last)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate)
 
     def correction(self, stale: Tensor) -> Tensor:
         return self.network(stale)
+
+    def unnormalized(self, stale: Tensor) -> Tensor:
+        return torch.addmm(stale, self._hidden_layers(stale), self._last.weight.T).add_(self._last.bias)
+
+    def folded_scores(self, queries: Tensor, stale: Tensor) -> Tensor:
+        """``⟨q, z + W₂a + b₂⟩ = ⟨q, z⟩ + ⟨W₂ᵀq, a⟩ + ⟨q, b₂⟩``, ``a`` being the last hidden layer: its product with
+        ``W₂``, ``hidden·d`` a target, becomes one of ``hidden·B``.
+        """
+        scores = torch.addmm(queries @ self._last.bias, stale, queries.T)
+        return scores.addmm_(self._hidden_layers(stale), self._last.weight.T @ queries.T)
 
     def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
         stale, fresh, queries = stale.detach(), fresh.detach(), queries.detach()

@@ -58,6 +58,13 @@ class RidgeMLPCorrector(MLPCorrector):
     def correction(self, stale: Tensor) -> Tensor:
         return self.ridge.correction(stale) + super().correction(stale)
 
+    def unnormalized(self, stale: Tensor) -> Tensor:
+        return super().unnormalized(stale) + self.ridge.correction(stale)
+
+    def folded_scores(self, queries: Tensor, stale: Tensor) -> Tensor:
+        of_ridge = queries @ self.ridge.weight.T
+        return super().folded_scores(queries, stale).addmm_(stale, of_ridge.T).add_(queries @ self.ridge.shift)
+
     def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
         self.ridge.fit_step(stale, fresh, queries, scale)
         return super().fit_step(stale, fresh, queries, scale)

@@ -1,0 +1,112 @@
+"""The exact top k over rows that come in blocks, at little more than the price of reading their scores once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+NO_ROW = -1
+_BLOCK = 64
+"""Rows whose maximum is looked at before they are: few enough that little is read in vain, many enough to be few."""
+
+
+class RunningTopK:
+    """The ``k`` largest scores of each query over blocks of rows that come one after another.
+
+    Exact, and independent of how the rows are cut into blocks: equal scores are ordered by row, the smaller first, also
+    where only some of them fit.
+
+    Every score is read once, for the maximum of its block of 64 rows. Only blocks whose maximum exceeds what the query
+    would still accept are looked into: at first its ``k``-th largest block maximum, since ``k`` blocks hold a score at
+    least as large; then the ``k``-th best score found so far. In ``N`` rows that come in no special order the latter
+    lets through some ``k·ln(N)`` scores for each query.
+
+    Args:
+        batch_size: number of queries ``B``.
+        k: how many to keep.
+    """
+
+    def __init__(self, batch_size: int, k: int, device: torch.device | str = "cpu") -> None:
+        self.k = k
+        self._scores = torch.full((batch_size, k), -math.inf, device=device)
+        self._rows = torch.full((batch_size, k), NO_ROW, dtype=torch.int64, device=device)
+        self._accepts_above = torch.full((batch_size,), -math.inf, device=device)
+        # (query, score, row) of what exceeded the threshold and has not been ranked yet, in the order of the rows.
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._waiting_count = 0
+
+    def update(self, scores: Tensor, first_row: int) -> None:
+        """Take in ``scores`` ``(C, B)`` of the rows ``first_row … first_row + C − 1``; −∞ is never selected.
+
+        Earlier rows must come first.
+
+        Raises:
+            InputError: a score is not a number.
+        """
+        rows, batch_size = scores.shape
+        whole = rows - rows % _BLOCK
+        if whole:
+            self._take(scores[:whole].reshape(-1, _BLOCK, batch_size), first_row)
+        if whole < rows:
+            self._take(scores[None, whole:], first_row + whole)
+
+    @property
+    def best(self) -> tuple[Tensor, Tensor]:
+        """Scores and rows of the ``k`` best so far, ``(B, k)`` each, best first; −∞ and −1 where there are fewer."""
+        self._rank()
+        return self._scores, self._rows
+
+    def _take(self, blocks: Tensor, first_row: int) -> None:
+        """Take in the scores of consecutive blocks of rows, ``(blocks, rows of each, B)``."""
+        count, height, batch_size = blocks.shape
+        maxima = blocks.amax(1)
+        if maxima.isnan().any():
+            row = first_row + int(blocks.isnan().any(2).flatten().nonzero()[0])
+            raise InputError(
+                f"The score of row {row} is not a number: the queries, the cache's embedding or what the corrector "
+                "makes of it is not finite."
+            )
+        promising = maxima > self._accepts_above
+        if count * height > self.k and promising.sum() > 2 * batch_size * min(self.k, count):
+            # As many scores as the k largest block maxima reach the smallest of these; where there are fewer blocks,
+            # it takes the scores themselves.
+            kth = (maxima if count >= self.k else blocks.view(-1, batch_size)).topk(self.k, dim=0).values[-1]
+            # Just below it, since those that equal it may be needed.
+            bound = torch.nextafter(kth, torch.full_like(kth, -math.inf))
+            self._accepts_above = torch.maximum(self._accepts_above, bound)
+            promising = maxima > self._accepts_above
+        block, query = promising.nonzero(as_tuple=True)
+        if not len(block):
+            return
+        inside = blocks[block, :, query]
+        hit, offset = (inside > self._accepts_above[query, None]).nonzero(as_tuple=True)
+        self._waiting.append((query[hit], inside[hit, offset], first_row + block[hit] * height + offset))
+        self._waiting_count += len(hit)
+        if self._waiting_count > 2 * batch_size * self.k:
+            self._rank()
+
+    def _rank(self) -> None:
+        if not self._waiting:
+            return
+        batch_size = len(self._scores)
+        found = self._rows != NO_ROW
+        queries = torch.arange(batch_size, device=found.device)
+        kept = (queries[:, None].expand_as(found)[found], self._scores[found], self._rows[found])
+        query, score, row = (torch.cat(parts) for parts in zip(kept, *self._waiting, strict=True))
+        # By query, then score, then row, by stable sorts in the opposite order.
+        order = row.argsort(stable=True)
+        order = order[score[order].argsort(descending=True, stable=True)]
+        order = order[query[order].argsort(stable=True)]
+        query, score, row = query[order], score[order], row[order]
+        counts = query.bincount(minlength=batch_size)
+        rank = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+        query, score, row, rank = (each[rank < self.k] for each in (query, score, row, rank))
+        self._scores.fill_(-math.inf)[query, rank] = score
+        self._rows.fill_(NO_ROW)[query, rank] = row
+        # A later row must exceed the k-th best: where it is equal, the earlier row stays.
+        self._accepts_above = torch.maximum(self._accepts_above, self._scores[:, -1])
+        self._waiting, self._waiting_count = [], 0
