@@ -204,7 +204,8 @@ PRESETS = {
         Block("nq-low-coverage", OTHERS, (0,)),
         *(Block(name, DECIDING, (0, 1, 2)) for name in ("nq-coverage-0.05", "nq-coverage-15", "nq-medium-coverage")),
         *(Block(name, DRIFT, (0,)) for name in REGIMES if name.startswith("nq-rate-")),
-        Block("minilm-2-layers", TRANSFORMER, (0, 1, 2)),
+        Block("minilm-2-layers", TRANSFORMER, (0,)),
+        Block("minilm-2-layers", ("in-batch", "stale", "stale-write-back", "mlp-pull-back"), (1, 2)),
         Block("minilm-cpu", TRANSFORMER, (0,)),
     ],
     "gpu": [
