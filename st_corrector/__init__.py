@@ -18,8 +18,10 @@ from .correctors import (
 from .errors import CacheError, CorpusError, InputError, StCorrectorError
 from .evaluation import CorpusRetrievalEvaluator
 from .filters import AnswerCheck, Check, CrossEncoderCheck, FalseNegativeFilter
+from .index import FaissIndex
 from .loss import CorrectedMultipleNegativesLoss
 from .search import CorrectedSearch
+from .shortlist import Shortlist, ShortlistSearch
 from .trainer import CorrectorTrainer
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "CorrectorTrainer",
     "CrossEncoderCheck",
     "EmbeddingCache",
+    "FaissIndex",
     "FalseNegativeFilter",
     "FidelityCallback",
     "IdentityCorrector",
@@ -47,6 +50,8 @@ __all__ = [
     "RefreshCallback",
     "RidgeCorrector",
     "RidgeMLPCorrector",
+    "Shortlist",
+    "ShortlistSearch",
     "StCorrectorError",
     "__version__",
 ]

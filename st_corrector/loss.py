@@ -23,6 +23,7 @@ from .filters import FalseNegativeFilter, is_in, known_positives, pad_rows, repe
 from .fingerprint import differences
 from .search import CorrectedSearch, Sampler
 from .selection import Budget, NegativeSelector, Selection
+from .shortlist import Shortlist, ShortlistSearch
 from .staleness import StepMetrics, staleness
 from .tokens import TokenizedCorpus
 from .topk import NO_ROW
@@ -48,6 +49,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         candidates: int | None = None,
         background_targets: int = 0,
         false_negatives: FalseNegativeFilter | None = None,
+        shortlist: Shortlist | None = None,
         split: str | None = "train",
     ) -> None:
         r"""
@@ -94,6 +96,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 chosen and by fresh ones in the softmax.
             background_targets: encode so many random targets at each step, without gradient, for the corrector (and
                 ``write_back``) alone. Counted in :attr:`targets_reencoded`.
+            shortlist: score only what an index (or a copy of the cache that is corrected once in a while) suggests,
+                instead of every target: see :class:`Shortlist`. Recall is measured and logged.
             split: the corpus split that is trained on: its judgements say what else is relevant to a query.
                 A query is known by its positive's row: where one target answers several queries of the split, nothing
                 that is relevant to any of them is a negative for them. ``None``: the labels are all that is known.
@@ -160,6 +164,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         self.share_negatives = share_negatives
         self.write_back = write_back
         self.background_targets = background_targets
+        self.shortlist = shortlist
         self.split = split
         self.metrics = StepMetrics()
         """What the steps have measured since :meth:`pop_metrics` was last called."""
@@ -184,7 +189,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                     f"{corrector!r} returns unit vectors, but the encoder's embeddings are not and are compared by dot "
                     "product: make it with normalize=False."
                 )
-            self._search = CorrectedSearch(cache, corrector, normalize=cosine)
+            self._search = self._make_search(cache, corrector)
             _require_one_process()
 
     @property
@@ -287,6 +292,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         )
         self.targets_verified += len(selection.verified_rows)
         self.metrics.add(**{f"removed_by_{rule}": count for rule, count in selection.removed.items()})
+        if isinstance(self.search, ShortlistSearch) and self.search.recall is not None:
+            self.metrics.add(recall=self.search.recall)
         return selection
 
     def _encode_without_gradient(self, rows: np.ndarray) -> Tensor:
@@ -307,6 +314,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         - ``hardness``, the mean fresh score of the chosen negatives less that of their query's positive, and
           ``harder_than_positive``, the share of them that score higher;
         - ``pull_back_residual`` and ``pull_back_damped`` (:class:`PullBack`);
+        - ``recall``, of what an exact search selects, as last measured, with ``shortlist``;
         - ``removed_by_<rule>``, candidates that a rule on false negatives removed in a step.
 
         Sums over the steps: ``seconds_encode``, ``seconds_select`` and ``seconds_correct`` of the forward pass. Totals
@@ -337,7 +345,13 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         cache = EmbeddingCache.from_blocks((block.to(old.cache.device) for block in blocks), old.cache.dtype)
         self.targets_reencoded += size
         corrector = type(old.corrector)(**old.corrector.config)
-        self._search = CorrectedSearch(cache, corrector, normalize=old.normalize)
+        self._search = self._make_search(cache, corrector)
+
+    def _make_search(self, cache: EmbeddingCache, corrector: Corrector) -> CorrectedSearch:
+        cosine = self.similarity_fct is cos_sim
+        if self.shortlist is None:
+            return CorrectedSearch(cache, corrector, normalize=cosine)
+        return ShortlistSearch(cache, corrector, self.shortlist, normalize=cosine)
 
     def comparable(self, embeddings: Tensor) -> Tensor:
         """Embeddings as the search and the corrector see them: float32, unit vectors where cosine is compared."""

@@ -47,6 +47,11 @@ class Overlay:
         self.to(rows.device)
         return self._slot[rows] >= 0
 
+    def slots(self, rows: Tensor) -> Tensor:
+        """Where each of ``rows`` stands in :attr:`rows` and :attr:`vectors`, −1 where it has not been written."""
+        self.to(rows.device)
+        return self._slot[rows].long()
+
     def written_at(self, rows: Tensor) -> Tensor:
         """The step at which each of ``rows`` ``(n,)``, all of them written, was written last: ``(n,)``."""
         self.to(rows.device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +18,7 @@ from .correctors import Corrector, PullBack
 from .errors import CacheError, InputError
 from .gumbel import gumbel_noise
 from .overlay import Overlay
+from .scoring import Excluded, Scorer, mask_above
 from .streaming import on_device
 from .topk import NO_ROW, RunningTopK
 
@@ -144,8 +144,8 @@ class CorrectedSearch:
         queries = self._check(queries, k, sampler, seed)
         device, batch_size = queries.device, len(queries)
         self.corrector.to(device)
-        scorer = _Scorer(self.corrector, queries, self.corrects_queries)
-        excluded = None if exclude is None else _Excluded(exclude.to(device).expand(batch_size, -1))
+        scorer = Scorer(self.corrector, queries, self.corrects_queries)
+        excluded = None if exclude is None else Excluded(exclude.to(device).expand(batch_size, -1))
         limit = None if ceiling is None or (ceiling == math.inf).all() else ceiling - scorer.offset
         drawn = {"top_k": 0, "gumbel": k, "mixed": k // 2, "uniform": k}[sampler]
         # Of a mixed selection at most k − drawn are taken as the largest: k drawn leave enough that are others.
@@ -157,7 +157,7 @@ class CorrectedSearch:
             if excluded is not None:
                 excluded.mask(keys, first_row)
             if limit is not None:
-                too_similar += _mask_above(keys, limit)
+                too_similar += mask_above(keys, limit)
             if drawn < k:
                 largest.update(keys, first_row)
             if drawn and seed is not None:
@@ -193,7 +193,7 @@ class CorrectedSearch:
             raise InputError(f"Queries {bad[:5].tolist()} of {len(queries)} hold NaN or infinite numbers.")
         return queries.detach().float()
 
-    def _score_chunk(self, scorer: _Scorer, first_row: int, chunk: Shard) -> Tensor:
+    def _score_chunk(self, scorer: Scorer, first_row: int, chunk: Shard) -> Tensor:
         """Scores of a chunk's rows, those written back by what was written: ``(C, B)``; they may be overwritten."""
         values = scorer.as_float(chunk.values)
         factors = self._factors_of(values, chunk, first_row)
@@ -233,87 +233,6 @@ class CorrectedSearch:
         if exact and self._factors is not None and (self._factors - 1).abs().max() < _UNIT:
             self._factors = None
         self._passed = True
-
-
-class _Scorer:
-    """Scores vectors for the queries of one search, in the way that is cheapest for its corrector.
-
-    Args:
-        corrector: ``h``.
-        queries: ``f(x)``, ``(B, d)``.
-        corrects_queries: whether the queries are corrected instead of the vectors.
-    """
-
-    def __init__(self, corrector: Corrector, queries: Tensor, corrects_queries: bool) -> None:
-        self._corrector, self._queries = corrector, queries
-        self._probes: Tensor | None = None
-        self.offset = queries.new_zeros(len(queries))
-        """What is missing from each query's scores, the same for all rows, ``(B,)``."""
-        if corrects_queries:
-            probes, self.offset = corrector.on_query_side(queries)
-            self._probes = probes.T.contiguous()
-        self._values = queries.new_empty(0, queries.shape[1])
-        self._keys = queries.new_empty(0, len(queries))
-
-    def as_float(self, values: Tensor) -> Tensor:
-        """``values`` in float32; in a buffer of its own where they are not that already."""
-        if values.dtype == torch.float32:
-            return values
-        if len(self._values) < len(values):
-            self._values = self._queries.new_empty(len(values), values.shape[1])
-        return self._values[: len(values)].copy_(values)
-
-    def multiplied(self, values: Tensor, factors: Tensor | None) -> Tensor:
-        """``values`` ``(C, d)`` with each row multiplied by its factor, in place only where that harms nobody."""
-        if factors is None:
-            return values
-        owned = values.untyped_storage().data_ptr() == self._values.untyped_storage().data_ptr()
-        return values.mul_(factors[:, None]) if owned else values * factors[:, None]
-
-    def score(self, values: Tensor, factors: Tensor | None) -> Tensor:
-        """Scores ``(C, B)`` of ``values`` ``(C, d)`` multiplied by ``factors`` ``(C,)``."""
-        if self._probes is None:
-            return self._corrector.scores(self._queries, self.multiplied(values, factors))
-        if len(self._keys) < len(values):
-            self._keys = self._queries.new_empty(len(values), len(self._queries))
-        keys = torch.mm(values, self._probes, out=self._keys[: len(values)])
-        return keys if factors is None else keys.mul_(factors[:, None])
-
-    def of(self, vectors: Tensor) -> Tensor:
-        """Scores of some vectors, in memory that is not shared with :meth:`score`."""
-        return self._corrector.scores(self._queries, vectors) if self._probes is None else vectors @ self._probes
-
-
-class _Excluded:
-    """Rows that queries must not get, ordered so that each chunk finds its own without looking at the others.
-
-    Args:
-        rows: ``(B, m)``, padded with −1.
-    """
-
-    def __init__(self, rows: Tensor) -> None:
-        query, place = (rows >= 0).nonzero(as_tuple=True)
-        row, order = rows[query, place].sort()
-        self._query, self._row = query[order], row
-        self._row_on_host = row.cpu().numpy()
-
-    def mask(self, keys: Tensor, first_row: int) -> None:
-        """Set the keys ``(C, B)`` of excluded rows to −∞, in place."""
-        begin, end = np.searchsorted(self._row_on_host, [first_row, first_row + len(keys)])
-        if begin < end:
-            keys[self._row[begin:end] - first_row, self._query[begin:end]] = -math.inf
-
-
-def _mask_above(keys: Tensor, limit: Tensor) -> Tensor:
-    """Set keys ``(C, B)`` above their query's ``limit`` ``(B,)`` to −∞, in place; returns how many, ``(B,)``."""
-    counts = torch.zeros(keys.shape[1], dtype=torch.int64, device=keys.device)
-    concerned = (keys.amax(0) > limit).nonzero().flatten()
-    if len(concerned):
-        columns = keys[:, concerned]
-        above = columns > limit[concerned]
-        counts[concerned] = above.sum(0)
-        keys[:, concerned] = columns.masked_fill_(above, -math.inf)
-    return counts
 
 
 def _first_others(rows: Tensor, others: Tensor, count: int) -> Tensor:

@@ -1,0 +1,204 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_loss import batch_of
+from test_search import trained
+
+from st_corrector import (
+    CacheError,
+    CorrectedMultipleNegativesLoss,
+    CorrectedSearch,
+    EmbeddingCache,
+    FaissIndex,
+    InputError,
+    MLPCorrector,
+    RidgeCorrector,
+    Shortlist,
+    ShortlistSearch,
+)
+
+pytest.importorskip("faiss", reason="FAISS is optional: pip install 'st-corrector[faiss-cpu]'")
+DIM, ROWS = 16, 3_000
+
+
+@pytest.fixture
+def cache():
+    """Vectors in clusters, as embeddings are: an index has something to go by."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(40, DIM, generator=generator)
+    vectors = centres[torch.randint(0, 40, (ROWS,), generator=generator)]
+    return EmbeddingCache.from_tensor(F.normalize(vectors + 0.5 * torch.randn(ROWS, DIM, generator=generator), dim=-1))
+
+
+def queries(count=12, seed=1):
+    return F.normalize(torch.randn(count, DIM, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+@pytest.fixture
+def exclude():
+    return torch.randint(-1, ROWS, (12, 30), generator=torch.Generator().manual_seed(2))
+
+
+def affine():
+    return trained(RidgeCorrector(DIM, normalize=False), DIM)
+
+
+def mlp():
+    return trained(MLPCorrector(DIM, hidden=20, learning_rate=1e-2), DIM)
+
+
+@pytest.mark.parametrize(
+    ("corrector", "shortlist"),
+    [
+        (affine, Shortlist("Flat")),
+        (affine, Shortlist("HNSW32", parameters="efSearch=2000")),
+        (affine, Shortlist("IVF16,Flat", parameters="nprobe=16")),
+        (affine, Shortlist("exact")),
+        (mlp, Shortlist("Flat", size=ROWS)),
+        (mlp, Shortlist("exact", size=ROWS)),
+        (mlp, Shortlist("exact", size=64, every=1)),
+        (mlp, Shortlist("Flat", size=64, every=1)),
+    ],
+)
+@pytest.mark.parametrize("with_ceiling", [False, True])
+def test_where_the_shortlist_is_long_enough_it_finds_what_an_exact_search_finds(
+    cache, exclude, corrector, shortlist, with_ceiling
+):
+    corrector = corrector()
+    exact = CorrectedSearch(cache, corrector)
+    approximate = ShortlistSearch(cache, corrector, shortlist)
+    written = torch.randperm(ROWS, generator=torch.Generator().manual_seed(3))[:200]
+    for search in (exact, approximate):
+        search.overlay.write(written, 2 * queries(200, seed=4))
+    # Of the written ones some are excluded, and the best of all are among them.
+    exclude[:, :3] = exact.search(queries(), 3).rows
+    assert torch.isin(exclude[:, 0], written).any()
+    ceiling = exact.search(queries(), 8, exclude).scores[:, 3] - 1e-4 if with_ceiling else None
+    expected, found = (search.search(queries(), 10, exclude, ceiling=ceiling) for search in (exact, approximate))
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=1e-4)
+    assert (found.rows == expected.rows).float().mean() > 0.98
+    if with_ceiling:
+        assert torch.equal(found.too_similar, expected.too_similar) and (found.too_similar >= 4).all()
+    assert approximate.recall is not None and approximate.recall > 0.98
+
+
+def test_all_rows_excluded_leave_nothing(cache):
+    search = ShortlistSearch(cache, affine(), Shortlist("Flat"))
+    search.overlay.write(torch.tensor([5]), queries(1))
+    found = search.search(queries(2), 4, exclude=torch.arange(ROWS))
+    assert (found.rows == -1).all() and (found.scores == -math.inf).all()
+
+
+def test_the_index_does_not_offer_what_has_been_written_back(cache):
+    corrector = affine()
+    search = ShortlistSearch(cache, corrector, Shortlist("IVF16,Flat", parameters="nprobe=16"))
+    best = search.search(queries(), 5).rows
+    rows = best.unique()
+    search.overlay.write(rows[:1], -5 * queries(1))
+    search.search(queries(), 5)
+    search.overlay.write(rows, (-5 * queries(1)).expand(len(rows), -1))  # far from where they were
+    after = search.search(queries(), 5)
+    assert not torch.isin(after.rows, rows).all() and (after.rows >= 0).all()
+    torch.testing.assert_close(after.scores, CorrectedSearch.search(search, queries(), 5).scores, atol=1e-4, rtol=1e-4)
+
+
+def test_a_copy_is_corrected_anew_when_it_is_due(cache):
+    corrector = mlp()
+    search = ShortlistSearch(cache, corrector, Shortlist("exact", size=10, every=3, check_every=1, min_recall=0))
+    recalls = []
+    for _ in range(4):
+        search.search(queries(64), 10)
+        recalls.append(search.recall)
+        trained(corrector, DIM)  # it moves on
+        search.steps += 1
+    assert recalls[0] > 0.95 > recalls[2] and recalls[3] > 0.95 and recalls[1] >= recalls[2] - 0.02
+
+
+def test_recall_is_measured_and_what_is_too_low_is_said(cache, caplog):
+    search = ShortlistSearch(
+        cache, affine(), Shortlist("IVF64,Flat", parameters="nprobe=1", check_every=2, min_recall=0.95)
+    )
+    assert search.recall is None
+    for _ in range(3):
+        rows = search.search(queries(8), 20).rows
+    expected = CorrectedSearch.search(search, queries(8), 20).rows
+    recall = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(rows, expected, strict=True)) / (8 * 20)
+    assert search.recall == pytest.approx(recall, abs=1e-6) and recall < 0.95
+    assert caplog.text.count("of the 20 targets that an exact search selects") == 2, "at the first and the third"
+
+
+def test_indices_are_kept_and_told_apart(cache, tmp_path):
+    built = FaissIndex.build(cache, "IVF16,Flat", tmp_path / "index", parameters="nprobe=4")
+    written = (tmp_path / "index" / "index.faiss").stat().st_mtime_ns
+    for again in (
+        FaissIndex.build(cache, "IVF16,Flat", tmp_path / "index", parameters="nprobe=4"),
+        FaissIndex.load(tmp_path / "index", cache, parameters="nprobe=4"),
+    ):
+        assert torch.equal(again.search(queries(), 10), built.search(queries(), 10))
+    assert (tmp_path / "index" / "index.faiss").stat().st_mtime_ns == written, "not built again"
+    narrow = FaissIndex.load(tmp_path / "index", cache, parameters="nprobe=1")
+    assert not torch.equal(narrow.search(queries(), 10), built.search(queries(), 10)), "parameters are applied"
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == ["index.faiss", "index.json"]
+
+    other = EmbeddingCache.from_tensor(cache[range(ROWS)].flip(0))
+    with pytest.raises(CacheError, match=r"index of something else:\n  first_rows: .* there, .* here"):
+        FaissIndex.load(tmp_path / "index", other)
+    with pytest.raises(CacheError, match="factory: 'IVF16,Flat' there, 'Flat' here"):
+        FaissIndex.build(cache, "Flat", tmp_path / "index")
+    with pytest.raises(CacheError, match="normalize: True there, False here"):
+        FaissIndex.build(cache, "IVF16,Flat", tmp_path / "index", normalize=False)
+    with pytest.raises(CacheError, match="holds no index"):
+        FaissIndex.load(tmp_path / "nothing", cache)
+    (tmp_path / "index" / "index.faiss").write_bytes(b"nonsense")
+    with pytest.raises(CacheError, match="damaged"):
+        FaissIndex.load(tmp_path / "index", cache)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(CacheError, match="not empty and holds no index"):
+        FaissIndex.build(cache, "Flat", tmp_path / "photos")
+
+
+def test_bad_shortlists_are_refused(cache):
+    with pytest.raises(InputError, match="does not understand the index factory string 'Nonsense'"):
+        ShortlistSearch(cache, affine(), Shortlist("Nonsense"))
+    with pytest.raises(InputError, match="cannot set 'nprobes=3'"):
+        ShortlistSearch(cache, affine(), Shortlist("Flat", parameters="nprobes=3"))
+    with pytest.raises(InputError, match="at least 1"):
+        Shortlist(size=0)
+    with pytest.raises(InputError, match=r"min_recall must lie in \[0, 1\]"):
+        Shortlist(min_recall=90)
+    index = FaissIndex.build(cache, "Flat")
+    with pytest.raises(InputError, match="every makes the index anew"):
+        Shortlist(index, every=3)
+    with pytest.raises(InputError, match="is no index of EmbeddingCache"):
+        ShortlistSearch(cache, affine(), Shortlist(index), normalize=False)
+    with pytest.raises(InputError, match="looks at every row"):
+        ShortlistSearch(cache, affine(), Shortlist(index)).search(queries(), 3, sampler="gumbel", seed=1)
+
+
+def test_the_loss_trains_with_a_shortlist_as_without(tmp_path, static_model, corpus):
+    """With a shortlist of everything the steps are the same; it outlives a refresh."""
+    cache = EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)
+    start = {name: value.clone() for name, value in static_model.state_dict().items()}
+    losses = {}
+    for name, shortlist in {"exact": None, "Flat": Shortlist("Flat", size=len(corpus))}.items():
+        static_model.load_state_dict(start)
+        loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, shortlist=shortlist)
+        optimizer = torch.optim.Adam(static_model.parameters(), lr=1e-2)
+        losses[name] = []
+        for step in range(6):
+            if step == 4:
+                loss.refresh()
+            batch = batch_of(static_model, corpus, range(8 * step, 8 * step + 8))
+            total = sum(loss(*batch).values())
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            losses[name].append(total.item())
+        metrics = loss.pop_metrics()
+        assert ("recall" in metrics) is (shortlist is not None) and metrics.get("recall", 1.0) == 1.0
+    assert isinstance(loss.search, ShortlistSearch)
+    assert losses["Flat"] == pytest.approx(losses["exact"], rel=1e-4)
+    assert losses["exact"][-1] != losses["exact"][0]
