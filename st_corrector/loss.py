@@ -325,6 +325,22 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         totals = ("targets_encoded", "targets_verified", "targets_reencoded")
         return self.metrics.pop() | {name: float(getattr(self, name)) for name in totals}
 
+    def memory(self, batch_size: int, batches: int) -> dict[str, int]:
+        """Bytes that choosing negatives takes at most on the model's device, beside model and cache, by what they are
+        for.
+
+        Args:
+            batch_size: pairs in a batch.
+            batches: how many batches will be trained on.
+        """
+        if not self.num_negatives:
+            return {}
+        taken = self.selector.most_selected
+        written = batches * (batch_size * (1 + taken) + self.background_targets) if self.write_back else 0
+        return self.search.memory(
+            batch_size, taken, unwrap(self.model).device, rows_written=min(written, len(self.corpus))
+        )
+
     def _timed(self, part: str, training: bool = True) -> AbstractContextManager[None]:
         return self.metrics.timed(part, unwrap(self.model).device) if training else nullcontext()
 

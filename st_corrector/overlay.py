@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_SMALLEST = 1_024
+
 
 class Overlay:
     """Vectors that stand for some of the cache's rows from the moment they were written.
@@ -42,6 +44,14 @@ class Overlay:
         """The vectors of :attr:`rows`, ``(len(overlay), d)``."""
         return self._vectors[: self._used]
 
+    def memory(self, rows: int) -> dict[str, int]:
+        """Bytes that the overlay takes at most while ``rows`` are written, by what they are for."""
+        size, dim = len(self._slot), self._vectors.shape[1]
+        capacity = min(max(2 * rows, _SMALLEST), size) if rows else 0
+        # Growing holds the old and the new, of twice its size, for a moment.
+        vectors = capacity * 3 // 2 * (4 * dim + 16)
+        return {f"overlay of up to {min(rows, size):,} written rows": vectors, f"its index of {size:,} rows": 4 * size}
+
     def has(self, rows: Tensor) -> Tensor:
         """Which of ``rows`` ``(n,)`` have been written: ``(n,)``, bool."""
         self.to(rows.device)
@@ -76,7 +86,7 @@ class Overlay:
         capacity = len(self._rows)
         if used <= capacity:
             return
-        capacity = min(max(used, 2 * capacity, 1024), len(self._slot))
+        capacity = min(max(used, 2 * capacity, _SMALLEST), len(self._slot))
         grown_rows = self._rows.new_empty(capacity)
         grown_vectors = self._vectors.new_empty(capacity, self._vectors.shape[1])
         grown_times = self._written_at.new_empty(capacity)

@@ -84,6 +84,29 @@ class CorrectedSearch:
         """Whether stale vectors are scored as they are, by corrected queries: no pass over the corpus corrects it."""
         return self.corrector.leaves_corpus(unit=self.normalize and self.overlay.unit)
 
+    def memory(self, batch_size: int, k: int, device: torch.device | str, rows_written: int = 0) -> dict[str, int]:
+        """Bytes that searching takes beside the cache, by what they are for; nothing of it grows with ``N × B``.
+
+        Args:
+            batch_size: number of queries ``B``.
+            k: how many targets a query gets.
+            device: where the queries are.
+            rows_written: how many rows will be written back.
+        """
+        device = torch.device(device)
+        rows, dim = min(len(self.cache), self._chunk_size(device)), self.cache.dim
+        staged = rows * dim * self.cache.dtype.itemsize * 2 if device != self.cache.device else 0
+        return {
+            # As float32, corrected, and what the corrector needs on the way; scores, and a copy where some are masked.
+            f"chunks of {rows:,} rows": staged + rows * 4 * (4 * dim + 3 * batch_size),
+            "norms": 4 * len(self.cache) if self.normalize else 0,
+            f"top {k} of {batch_size} queries": 2 * rows * batch_size + 32 * 8 * batch_size * k,
+            **self.overlay.memory(rows_written),
+        }
+
+    def _chunk_size(self, device: torch.device) -> int:
+        return self.chunk_size or _CHUNK.get(device.type, _CHUNK["cpu"])
+
     def cached(self, rows: Tensor) -> Tensor:
         """What the cache has of ``rows``, whatever was written over it: float32, ``(n, d)``, on their device."""
         cached = self.cache[rows].to(rows.device)
@@ -151,8 +174,7 @@ class CorrectedSearch:
         # Of a mixed selection at most k − drawn are taken as the largest: k drawn leave enough that are others.
         largest, sampled = RunningTopK(batch_size, k - drawn, device), RunningTopK(batch_size, k, device)
         too_similar = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        chunk_size = self.chunk_size or _CHUNK.get(device.type, _CHUNK["cpu"])
-        for first_row, chunk in on_device(self.cache.chunks(chunk_size), device):
+        for first_row, chunk in on_device(self.cache.chunks(self._chunk_size(device)), device):
             keys = self._score_chunk(scorer, first_row, chunk)
             if excluded is not None:
                 excluded.mask(keys, first_row)

@@ -101,6 +101,12 @@ class NegativeSelector:
         pool = self.num_negatives * (_MOST_FOR_ONE_QUERY if self.budget == "batch" else 1)
         return pool * (_CHECKED_FOR_EACH if self.false_negatives.checks else 1)
 
+    @property
+    def most_selected(self) -> int:
+        """How many targets a search is asked for, for each query."""
+        rules = self.false_negatives
+        return rules.range_max if rules.range_max is not None else self._pool + rules.range_min
+
     @torch.no_grad()
     def select(
         self,
@@ -164,7 +170,7 @@ class NegativeSelector:
         in_window = rules.range_max is not None
         found = search.search(
             queries,
-            rules.range_max if rules.range_max is not None else self._pool + rules.range_min,
+            self.most_selected,
             exclude,
             sampler="top_k" if in_window else self.sampler,
             scale=self.scale,

@@ -127,6 +127,14 @@ class ShortlistSearch(CorrectedSearch):
         self._searches += 1
         return found
 
+    def memory(self, batch_size: int, k: int, device: torch.device | str, rows_written: int = 0) -> dict[str, int]:
+        needs = super().memory(batch_size, k, device, rows_written)
+        size = (self.shortlist.size or 8 * k) * batch_size
+        needs[f"shortlists of {batch_size} queries"] = 12 * size * self.cache.dim
+        if self.shortlist.every is not None:
+            needs["corrected copy in bfloat16"] = 2 * len(self.cache) * self.cache.dim
+        return needs
+
     def _search_shortlist(self, queries: Tensor, k: int, exclude: Tensor | None, ceiling: Tensor | None) -> Found:
         device, batch_size = queries.device, len(queries)
         if exclude is not None:

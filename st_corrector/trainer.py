@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 from sentence_transformers import SentenceTransformerTrainer
 
 from .loss import CorrectedMultipleNegativesLoss
+from .memory import describe_memory, require_memory
 
 
 class CorrectorTrainer(SentenceTransformerTrainer):
@@ -16,8 +19,30 @@ class CorrectorTrainer(SentenceTransformerTrainer):
     :meth:`CorrectedMultipleNegativesLoss.pop_metrics`. The plain trainer trains the same: it only leaves them out,
     because a loss can hand it nothing but terms of the loss.
 
+    Before the first step it prints what choosing negatives will take in memory, and refuses what does not fit.
+
     Takes the arguments of :class:`~sentence_transformers.SentenceTransformerTrainer`.
     """
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the plain trainer's, after the memory plan.
+
+        Raises:
+            InputError: what choosing negatives needs does not fit on the model's device.
+        """
+        batch_size = self.args.train_batch_size
+        if self.args.max_steps > 0:
+            batches = self.args.max_steps * self.args.gradient_accumulation_steps
+        else:
+            data = self.train_dataset
+            pairs = sum(len(each) for each in (data.values() if isinstance(data, dict) else [data]))
+            batches = math.ceil(pairs / batch_size * self.args.num_train_epochs)
+        for name, loss in self._corrected_losses():
+            if needs := loss.memory(batch_size, batches):
+                require_memory(needs, self.args.device)
+                if self.is_world_process_zero():
+                    print(name + describe_memory(needs, self.args.device))
+        return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

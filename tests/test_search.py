@@ -1,5 +1,7 @@
 import functools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -303,24 +305,30 @@ def test_bad_searches_are_refused():
         CorrectedSearch(EmbeddingCache.from_tensor(torch.randn(6, 4)), IdentityCorrector(3))
 
 
-def test_memory_stays_with_the_chunk():
-    """Peak memory of a search is far below both N × B scores and a second copy of the cache."""
-    import subprocess
-    import sys
-
-    script = """
+@pytest.mark.parametrize("made", ["RidgeCorrector(64)", "MLPCorrector(64, hidden=128)", "IdentityCorrector(64)"])
+def test_memory_stays_with_the_chunk_and_within_the_plan(made):
+    """Peak memory of a search is far below both N × B scores and a second copy of the cache, and was foretold."""
+    script = f"""
 import resource, torch
-from st_corrector import CorrectedSearch, EmbeddingCache, RidgeCorrector
+from st_corrector import CorrectedSearch, EmbeddingCache, IdentityCorrector, MLPCorrector, RidgeCorrector
 torch.set_num_threads(2)
-def search(cache):
-    CorrectedSearch(cache, RidgeCorrector(64), chunk_size=4096).search(torch.randn(256, 64), 10)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def search(rows, measured):
+    cache = EmbeddingCache.from_tensor(torch.randn(rows, 64, dtype=torch.bfloat16))
+    searching = CorrectedSearch(cache, {made})
+    queries = torch.randn(128, 64)
+    before = peak()
+    searching.search(queries, 10)
+    searching.overlay.write(torch.arange(rows // 10), torch.randn(rows // 10, 64))
+    searching.search(queries, 10, exclude=torch.arange(20))
+    if measured:
+        print(peak() - before, sum(searching.memory(128, 10, "cpu", rows_written=rows // 10).values()), cache.nbytes)
 
-search(EmbeddingCache.from_tensor(torch.randn(8192, 64)))  # what the libraries need for themselves
-cache = EmbeddingCache.from_tensor(torch.randn(400_000, 64))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-search(cache)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, 400_000 * 64 * 4 // 1024)
+search(16384, False)  # what the libraries need for themselves
+search(400_000, True)
 """
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    extra, cache = map(int, out.split())
-    assert extra < cache / 4, f"{extra} kB more than before, the cache has {cache} kB"
+    extra, plan, cache = map(int, out.split())
+    assert extra <= plan, f"{extra:,} bytes more than before, planned were {plan:,}"
+    assert plan < cache, f"{plan:,} bytes planned, the cache has {cache:,}"
+    assert extra > plan / 20, "the plan is no fantasy"

@@ -192,3 +192,22 @@ def test_several_losses_are_told_apart(corpus, tmp_path):
     trainer.train()
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert entry["one/targets_encoded"] > 0 and entry["two/drift"] >= 0 and "drift" not in entry
+
+
+def test_what_does_not_fit_is_refused_before_training(corpus, static_model, tmp_path, monkeypatch, capsys):
+    cache = EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4)
+    before = {name: value.clone() for name, value in static_model.state_dict().items()}
+    trainer = CorrectorTrainer(
+        model=static_model, args=arguments(tmp_path), train_dataset=corpus.pairs("train"), loss=loss
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("st_corrector.memory.available_memory", lambda device: 100_000)
+        with pytest.raises(
+            InputError, match=r"(?s)does not fit.*chunks of 200 rows.*top 4 of .*available .*dtype='int8'"
+        ):
+            trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in static_model.state_dict().items())
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert "overlay of up to 200 written rows" in printed and "available" in printed
