@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -228,7 +228,7 @@ def products(cache: EmbeddingCache, corrector: Corrector, queries: Tensor, chunk
         widths = [dim, corrector.hidden, len(queries)]
     else:
         widths = [dim, corrector.config["features"], dim, len(queries)]
-    matrices = [torch.randn(a, b, device=device) for a, b in zip(widths, widths[1:], strict=False)]
+    matrices = [torch.randn(a, b, device=device) for a, b in itertools.pairwise(widths)]
     extra = []
     if not corrector.normalize and not corrector.leaves_corpus(unit=True):
         extra = [torch.randn(dim, len(queries), device=device)]  # ⟨q, z⟩ beside ⟨W₂ᵀq, σ(W₁z)⟩
@@ -523,14 +523,11 @@ def machine(device: str) -> dict[str, Any]:
         platform.processor(),
     )
     gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
         "cpu": model,
         "threads": torch.get_num_threads(),
         **gpu,
-        "torch": torch.__version__,
         "versions": versions(),
-        "commit": commit,
     }
 
 
