@@ -49,7 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 from common import default_model, static_encoder, versions  # noqa: E402
 
-PASSAGES = 30_000
+PASSAGES = 20_000
 CORRECTORS: dict[str, Callable[[int], Corrector]] = {
     "identity": lambda d: IdentityCorrector(d),
     "ridge, query side": lambda d: RidgeCorrector(d, normalize=False),
@@ -121,7 +121,7 @@ def passages(dataset: str, outputs: Path) -> tuple[Tensor, Tensor]:
         "transformer": SentenceTransformer(default_model(), device="cpu"),
         "static": static_encoder(default_model(), 0),
     }.items():
-        model.max_seq_length = 64
+        model.max_seq_length = 32
         cache = EmbeddingCache.build(model, corpus, outputs / f"passages-{name}")
         of_questions = model.encode_query(questions, convert_to_tensor=True, show_progress_bar=False).cpu().clone()
         halves.append((F.normalize(cache[range(len(cache))], dim=-1), F.normalize(of_questions, dim=-1)))

@@ -55,6 +55,14 @@ class Scorer:
         keys = torch.mm(values, self._probes, out=self._keys[: len(values)])
         return keys if factors is None else keys.mul_(factors[:, None])
 
+    def operands(self, values: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What :meth:`score` multiplies: vectors ``(C, d)`` of any dtype, probes ``(d, B)``, and factors ``(C,)``."""
+        if self._probes is not None:
+            return values, self._probes, factors
+        corrected = self._corrector.unnormalized(self.multiplied(self.as_float(values), factors))
+        norms = corrected.norm(dim=-1).clamp_min_(1e-12) if self._corrector.normalize else None
+        return corrected, self._queries.T.contiguous(), None if norms is None else norms.reciprocal_()
+
     def of(self, vectors: Tensor) -> Tensor:
         """Scores of some vectors, in memory that is not shared with :meth:`score`."""
         return self._corrector.scores(self._queries, vectors) if self._probes is None else vectors @ self._probes
@@ -73,11 +81,16 @@ class Excluded:
         self._query, self._row = query[order], row
         self._row_on_host = row.cpu().numpy()
 
+    def between(self, first_row: int, end: int) -> tuple[Tensor, Tensor]:
+        """Rows, counted from the first, and queries of the pairs with rows ``first_row … end − 1``, ``(m,)`` each."""
+        here = slice(*np.searchsorted(self._row_on_host, [first_row, end]))
+        return self._row[here] - first_row, self._query[here]
+
     def mask(self, keys: Tensor, first_row: int) -> None:
         """Set the keys ``(C, B)`` of excluded rows to −∞, in place."""
-        begin, end = np.searchsorted(self._row_on_host, [first_row, first_row + len(keys)])
-        if begin < end:
-            keys[self._row[begin:end] - first_row, self._query[begin:end]] = -math.inf
+        row, query = self.between(first_row, first_row + len(keys))
+        if len(row):
+            keys[row, query] = -math.inf
 
 
 def mask_above(keys: Tensor, limit: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from .cache import EmbeddingCache, Shard
 from .correctors import Corrector, PullBack
 from .errors import CacheError, InputError
 from .gumbel import gumbel_noise
+from .kernels import BlockScores, usable
 from .overlay import Overlay
 from .scoring import Excluded, Scorer, mask_above
 from .streaming import on_device
@@ -174,7 +175,12 @@ class CorrectedSearch:
         # Of a mixed selection at most k − drawn are taken as the largest: k drawn leave enough that are others.
         largest, sampled = RunningTopK(batch_size, k - drawn, device), RunningTopK(batch_size, k, device)
         too_similar = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        # Where only the largest are wanted, scores need not be stored to find them.
+        fused = sampler == "top_k" and limit is None and usable(device)
         for first_row, chunk in on_device(self.cache.chunks(self._chunk_size(device)), device):
+            if fused:
+                self._update_fused(largest, scorer, first_row, chunk, excluded)
+                continue
             keys = self._score_chunk(scorer, first_row, chunk)
             if excluded is not None:
                 excluded.mask(keys, first_row)
@@ -229,11 +235,32 @@ class CorrectedSearch:
             keys[written] = scorer.of(vectors)
         return keys
 
+    def _update_fused(
+        self, best: RunningTopK, scorer: Scorer, first_row: int, chunk: Shard, excluded: Excluded | None
+    ) -> None:
+        """Let ``best`` take in a chunk, of whose scores only those are stored that it looks at."""
+        end = first_row + len(chunk.values)
+        factors = self._factors_of(chunk.values, chunk, first_row)
+        written, vectors = self.overlay.between(first_row, end, chunk.values.device)
+        left_out = torch.zeros(len(chunk.values), dtype=torch.bool, device=written.device)
+        left_out[written] = True
+        pairs = None if excluded is None else excluded.between(first_row, end)
+        scores = BlockScores(*scorer.operands(chunk.values, factors), left_out, pairs)
+        best.update_blocks(scores.maxima, scores.of, first_row)
+        if len(written):
+            keys = scorer.of(vectors)
+            if pairs is not None:
+                slot = torch.full_like(left_out, -1, dtype=torch.int64)
+                slot[written] = torch.arange(len(written), device=written.device)
+                place, query = slot[pairs[0]], pairs[1]
+                keys[place[place >= 0], query[place >= 0]] = -math.inf
+            best.take(keys, written + first_row)
+
     def _factors_of(self, values: Tensor, chunk: Shard, first_row: int) -> Tensor | None:
         """What the rows of a chunk are multiplied with before they are corrected, ``(C,)``; None for 1."""
         here = slice(first_row, first_row + len(values))
         if not self._passed:
-            norms = values.norm(dim=-1)
+            norms = values.float().norm(dim=-1)
             if not torch.isfinite(norms).all() and len(bad := chunk.not_finite()):
                 rows = (bad[:5] + first_row).tolist()
                 raise CacheError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from .errors import InputError
 
 NO_ROW = -1
-_BLOCK = 64
+BLOCK = 64
 """Rows whose maximum is looked at before they are: few enough that little is read in vain, many enough to be few."""
 
 
@@ -48,11 +49,32 @@ class RunningTopK:
             InputError: a score is not a number.
         """
         rows, batch_size = scores.shape
-        whole = rows - rows % _BLOCK
+        whole = rows - rows % BLOCK
         if whole:
-            self._take(scores[:whole].reshape(-1, _BLOCK, batch_size), first_row)
+            self._take_blocks(scores[:whole].reshape(-1, BLOCK, batch_size), first_row)
         if whole < rows:
-            self._take(scores[None, whole:], first_row + whole)
+            self._take_blocks(scores[None, whole:], first_row + whole)
+
+    def update_blocks(self, maxima: Tensor, scores_of: Callable[[Tensor, Tensor], Tensor], first_row: int) -> None:
+        """The same for scores that are not there yet, but for the maximum of every 64 of them.
+
+        Args:
+            maxima: the largest score of each block for each query, ``(blocks, B)``.
+            scores_of: blocks ``(m,)`` and queries ``(m,)`` to the scores of these blocks' rows for these queries,
+                ``(m, 64)``, −∞ where there is no row.
+            first_row: the first block's.
+        """
+        kth = None
+        if len(maxima) >= self.k:
+            # What scores_of says of the same row may be rounded otherwise.
+            largest = maxima.nan_to_num(posinf=0.0, neginf=0.0).abs().amax(0)
+            kth = maxima.topk(self.k, dim=0).values[-1] - 1e-5 * largest
+        self._look_into(maxima, scores_of, first_row, BLOCK, kth)
+
+    def take(self, scores: Tensor, rows: Tensor) -> None:
+        """Take in ``scores`` ``(n, B)`` of ``rows`` ``(n,)``, whatever rows these are; ties may go to either row."""
+        place, query = (scores > self._accepts_above).nonzero(as_tuple=True)
+        self._wait(query, scores[place, query], rows[place])
 
     @property
     def best(self) -> tuple[Tensor, Tensor]:
@@ -60,33 +82,43 @@ class RunningTopK:
         self._rank()
         return self._scores, self._rows
 
-    def _take(self, blocks: Tensor, first_row: int) -> None:
+    def _take_blocks(self, blocks: Tensor, first_row: int) -> None:
         """Take in the scores of consecutive blocks of rows, ``(blocks, rows of each, B)``."""
         count, height, batch_size = blocks.shape
         maxima = blocks.amax(1)
         if maxima.isnan().any():
-            row = first_row + int(blocks.isnan().any(2).flatten().nonzero()[0])
-            raise InputError(
-                f"The score of row {row} is not a number: the queries, the cache's embedding or what the corrector "
-                "makes of it is not finite."
-            )
-        promising = maxima > self._accepts_above
-        if count * height > self.k and promising.sum() > 2 * batch_size * min(self.k, count):
-            # As many scores as the k largest block maxima reach the smallest of these; where there are fewer blocks,
-            # it takes the scores themselves.
+            raise _not_a_number(first_row + int(blocks.isnan().any(2).flatten().nonzero()[0]))
+        kth = None
+        # As many scores as the k largest block maxima reach the smallest of these; where there are fewer blocks, it
+        # takes the scores themselves. Not needed once k good scores are known.
+        if count * height > self.k and (maxima > self._accepts_above).sum() > 2 * batch_size * min(self.k, count):
             kth = (maxima if count >= self.k else blocks.view(-1, batch_size)).topk(self.k, dim=0).values[-1]
+        self._look_into(maxima, lambda block, query: blocks[block, :, query], first_row, height, kth)
+
+    def _look_into(
+        self,
+        maxima: Tensor,
+        scores_of: Callable[[Tensor, Tensor], Tensor],
+        first_row: int,
+        height: int,
+        kth: Tensor | None,
+    ) -> None:
+        """Keep what exceeds the threshold, which is at least the ``kth`` ``(B,)`` of these rows' scores."""
+        if kth is not None:
             # Just below it, since those that equal it may be needed.
             bound = torch.nextafter(kth, torch.full_like(kth, -math.inf))
             self._accepts_above = torch.maximum(self._accepts_above, bound)
-            promising = maxima > self._accepts_above
-        block, query = promising.nonzero(as_tuple=True)
+        block, query = (maxima > self._accepts_above).nonzero(as_tuple=True)
         if not len(block):
             return
-        inside = blocks[block, :, query]
+        inside = scores_of(block, query)
         hit, offset = (inside > self._accepts_above[query, None]).nonzero(as_tuple=True)
-        self._waiting.append((query[hit], inside[hit, offset], first_row + block[hit] * height + offset))
-        self._waiting_count += len(hit)
-        if self._waiting_count > 2 * batch_size * self.k:
+        self._wait(query[hit], inside[hit, offset], first_row + block[hit] * height + offset)
+
+    def _wait(self, query: Tensor, score: Tensor, row: Tensor) -> None:
+        self._waiting.append((query, score, row))
+        self._waiting_count += len(query)
+        if self._waiting_count > 2 * self._scores.numel():
             self._rank()
 
     def _rank(self) -> None:
@@ -110,3 +142,10 @@ class RunningTopK:
         # A later row must exceed the k-th best: where it is equal, the earlier row stays.
         self._accepts_above = torch.maximum(self._accepts_above, self._scores[:, -1])
         self._waiting, self._waiting_count = [], 0
+
+
+def _not_a_number(row: int) -> InputError:
+    return InputError(
+        f"The score of row {row} is not a number: the queries, the cache's embedding or what the corrector makes of it "
+        "is not finite."
+    )

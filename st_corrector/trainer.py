@@ -35,7 +35,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
             batches = self.args.max_steps * self.args.gradient_accumulation_steps
         else:
             data = self.train_dataset
-            pairs = sum(len(each) for each in (data.values() if isinstance(data, dict) else [data]))
+            pairs = sum(map(len, data.values())) if isinstance(data, dict) else len(data)  # type: ignore[arg-type]
             batches = math.ceil(pairs / batch_size * self.args.num_train_epochs)
         for name, loss in self._corrected_losses():
             if needs := loss.memory(batch_size, batches):
