@@ -17,7 +17,7 @@ RESULTS = $(if $(filter smoke,$(PRESET)),outputs/smoke-results,benchmarks/result
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-long test-oldest lint bench report synthetic clean
+.PHONY: demo test test-long test-oldest lint bench bench-selection report synthetic clean
 
 demo: $(VENV)/.installed  ## code search over the installed packages, trained in minutes
 	$(BIN)/python recipes/quickstart.py
@@ -37,6 +37,11 @@ bench: $(VENV)/.installed  ## the study on NQ=<BEIR folder>, PRESET=smoke|cpu|gp
 
 report: $(VENV)/.installed  ## the report of committed results, from their JSON
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/selection_report.py
+
+bench-selection: $(VENV)/.installed  ## what a search costs, at every size; finished settings are kept
+	$(BIN)/python benchmarks/selection.py --dataset $(NQ)
+	$(BIN)/python benchmarks/selection_report.py
 
 synthetic: $(VENV)/.installed  ## the synthetic study of how far a corrector can follow
 	$(BIN)/python recipes/synthetic_staleness.py --output benchmarks/results/synthetic

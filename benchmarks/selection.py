@@ -13,6 +13,7 @@ GPU's allocator) had at most beyond what it had before the search.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import itertools
 import json
@@ -116,12 +117,10 @@ def passages(dataset: str, outputs: Path) -> tuple[Tensor, Tensor]:
 
     corpus = Corpus.from_beir(dataset, max_targets=PASSAGES)
     questions = corpus.qrels("dev").queries["text"][:]
+    transformer = SentenceTransformer(default_model(), device="cpu")
+    transformer.max_seq_length = 32
     halves = []
-    for name, model in {
-        "transformer": SentenceTransformer(default_model(), device="cpu"),
-        "static": static_encoder(default_model(), 0),
-    }.items():
-        model.max_seq_length = 32
+    for name, model in {"transformer": transformer, "static": static_encoder(default_model(), 0)}.items():
         cache = EmbeddingCache.build(model, corpus, outputs / f"passages-{name}")
         of_questions = model.encode_query(questions, convert_to_tensor=True, show_progress_bar=False).cpu().clone()
         halves.append((F.normalize(cache[range(len(cache))], dim=-1), F.normalize(of_questions, dim=-1)))
@@ -183,6 +182,7 @@ def peak_memory(device: str) -> Iterator[dict[str, int]]:
         yield measured
         measured["bytes"] = torch.cuda.max_memory_allocated() - before
         return
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what was freed before would be used again unseen
     samples, done = [_anonymous()], threading.Event()
 
     def watch() -> None:
@@ -318,7 +318,7 @@ def check(found: Any, expected: Any, tolerance: float) -> float:
     if (scores - values).abs().max() > tolerance:
         raise AssertionError(f"scores differ by {(scores - values).abs().max():.2g}")
     overlap = (rows[:, :, None] == indices[:, None, :]).any(-1).float().mean().item()
-    if overlap < 0.999:
+    if overlap < 0.995:  # equal scores, up to rounding, may go to either row
         raise AssertionError(f"only {overlap:.4f} of the rows agree")
     return overlap
 

@@ -28,6 +28,7 @@ SAMPLERS: tuple[Sampler, ...] = ("top_k", "gumbel", "mixed", "uniform")
 _UNIT = 1e-6  # how far from 1 rounding takes the norm of a float32 unit vector
 _CHUNK = {"cpu": 8_192, "cuda": 131_072}
 """Rows at once, where nothing else is asked for: what stays in a CPU's caches; what keeps a GPU busy."""
+_LIBRARIES = 8 << 20  # what the matrix products' own library packs its operands into
 
 
 class Found(NamedTuple):
@@ -98,8 +99,10 @@ class CorrectedSearch:
         rows, dim = min(len(self.cache), self._chunk_size(device)), self.cache.dim
         staged = rows * dim * self.cache.dtype.itemsize * 2 if device != self.cache.device else 0
         return {
-            # As float32, corrected, and what the corrector needs on the way; scores, and a copy where some are masked.
-            f"chunks of {rows:,} rows": staged + rows * 4 * (4 * dim + 3 * batch_size),
+            # As float32, and what the corrector makes of that; scores, and copies where some are masked.
+            f"chunks of {rows:,} rows": staged
+            + 4 * rows * (2 * dim + self.corrector.working_width + 3 * batch_size)
+            + _LIBRARIES,
             "norms": 4 * len(self.cache) if self.normalize else 0,
             f"top {k} of {batch_size} queries": 2 * rows * batch_size + 32 * 8 * batch_size * k,
             **self.overlay.memory(rows_written),

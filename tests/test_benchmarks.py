@@ -78,6 +78,29 @@ def test_the_smoke_preset_runs_resumes_and_is_reported(beir, minilm_path, tmp_pa
     assert (ROOT / "README.md").read_bytes() == readme
 
 
+@pytest.mark.timeout(600)
+def test_the_cost_of_selection_is_measured_resumed_and_reported(beir, tmp_path):
+    results = tmp_path / "results" / "cpu.json"
+    measure = [BENCHMARKS / "selection.py", "--dataset", beir, "--rows", 1500, "--turns", 1, "--results", results]
+    measure += ["--outputs", tmp_path / "outputs"]
+    run(*measure, "--only", "base", "large")
+    figures = json.loads(results.read_text())
+    base = {each["corrector"]: each for each in figures["settings"].values() if each["stored"] == "memory"}
+    assert len(base) == 8 and len(figures["settings"]) == 12
+    for each in base.values():
+        assert each["rows_that_agree"] > 0.995 and 0 < each["extra_bytes"] <= each["planned_bytes"]
+        assert each["ratio_to_floor"] == pytest.approx(each["seconds"]["search"] / each["seconds"][each["floor"]])
+    out = run(*measure, "--only", "base", "indices", "recall")
+    assert "1500, 384" not in out, "what is there is not measured again"
+    figures = json.loads(results.read_text())
+    assert figures["recall"]["float16"] > figures["recall"]["int8"] > 0.9 and len(figures["indices"]) == 7
+    assert 0.3 < figures["indices"][0]["recall_at_k"] <= figures["indices"][2]["recall_at_k"] <= 1
+    run(BENCHMARKS / "selection_report.py", "--results", results.parent)
+    page = (results.parent / "README.md").read_text()
+    assert f"| mlp-512 | {base['mlp-512']['seconds']['search']:.3f} |" in page
+    assert "# On CUDA\n\nNot run yet: `python benchmarks/selection.py" in page
+
+
 def test_every_strategy_of_every_preset_is_a_command_that_the_recipe_understands(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))

@@ -85,6 +85,11 @@ class Corrector(ABC):
         """
         return self.unnormalized(stale) @ queries.T
 
+    @property
+    def working_width(self) -> int:
+        """How many numbers :meth:`scores` holds at once for each target, roughly, beside what it is given."""
+        return 2 * self.dim
+
     def leaves_corpus(self, unit: bool) -> bool:
         """Whether stale vectors (of unit length, if ``unit``) can be scored as they are, by corrected queries.
 

@@ -69,6 +69,10 @@ class KernelRidgeCorrector(TensorState, Corrector):
     def correction(self, stale: Tensor) -> Tensor:
         return self._features(stale) @ self._weight
 
+    @property
+    def working_width(self) -> int:
+        return 3 * self.dim + 2 * self.features
+
     def folded_scores(self, queries: Tensor, stale: Tensor) -> Tensor:
         """``⟨q, z + φ̃(z)W⟩ = ⟨q, z⟩ + ⟨qWᵀ, φ̃(z)⟩``, ``φ̃(z)`` being ``[z, c, φ(z)]``."""
         return (stale @ queries.T).addmm_(self._features(stale), self._weight @ queries.T)

@@ -85,6 +85,10 @@ class MLPCorrector(Corrector):
     def correction(self, stale: Tensor) -> Tensor:
         return self.network(stale)
 
+    @property
+    def working_width(self) -> int:
+        return 2 * self.dim + 2 * self.hidden  # before and after σ
+
     def unnormalized(self, stale: Tensor) -> Tensor:
         return torch.addmm(stale, self._hidden_layers(stale), self._last.weight.T).add_(self._last.bias)
 

@@ -1,0 +1,163 @@
+"""The page on what selection costs: tables and the plot, from the JSON of ``benchmarks/selection.py``.
+
+    python benchmarks/selection_report.py
+
+writes ``benchmarks/results/selection/README.md`` and the plot beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "selection"
+HEAD = (
+    "corrector",
+    "seconds",
+    "of the floor",
+    "of naive",
+    "of FAISS Flat",
+    "extra memory, MB",
+    "planned, MB",
+)
+
+
+def table(head: tuple[str, ...], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def cells(result: dict) -> list[str]:
+    ratios = [number(result[f"ratio_to_{name}"]) for name in ("floor", "naive", "faiss")]
+    memory = [f"{result[name] / 1e6:,.0f}" for name in ("extra_bytes", "planned_bytes")]
+    return [f"{result['seconds']['search']:.3f}", *ratios, *memory]
+
+
+def shape(result: dict) -> tuple:
+    return tuple(result[name] for name in ("rows", "dim", "batch", "k", "dtype", "stored"))
+
+
+def section(title: str, results: list[dict]) -> str:
+    """One table for results that differ in shape as well."""
+    rows = [
+        [
+            f"{r['rows']:,}",
+            str(r["dim"]),
+            str(r["batch"]),
+            str(r["k"]),
+            r["dtype"],
+            r["stored"],
+            r["corrector"],
+            *cells(r),
+        ]
+        for r in results
+    ]
+    return f"## {title}\n\n" + table(("N", "d", "B", "k", "dtype", "stored", *HEAD), rows)
+
+
+def growth(results: list[dict], base: dict, path: Path) -> None:
+    """Seconds against the number of targets, on log axes."""
+    figure, axes = plt.subplots(figsize=(6, 4))
+    comparable = [r for r in results if all(r[name] == base[name] for name in ("dim", "batch", "k", "dtype", "stored"))]
+    for name in dict.fromkeys(r["corrector"] for r in comparable):
+        points = sorted((r["rows"], r["seconds"]["search"]) for r in comparable if r["corrector"] == name)
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="targets", ylabel="seconds a search")
+    axes.set_title(f"B = {base['batch']}, k = {base['k']}, d = {base['dim']}, {base['dtype']}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    for suffix in ("png", "svg"):
+        # Without a date and with fixed ids, so that the same results make the same file.
+        plt.rcParams["svg.hashsalt"] = "st_corrector"
+        metadata = {"Date": None} if suffix == "svg" else None
+        figure.savefig(path.with_suffix(f".{suffix}"), bbox_inches="tight", dpi=120, metadata=metadata)
+    plt.close(figure)
+
+
+def page(done: dict, folder: Path, device: str) -> str:
+    results = list(done["settings"].values())
+    first = next((r for r in results if shape(r) == (1_000_000, 384, 64, 32, "float32", "memory")), results[0])
+    base = [r for r in results if shape(r) == shape(first)]
+    floors = ", ".join(sorted({r["floor"] for r in base if r["floor"]}))
+    machine = ", ".join(f"{k}: {v}" for k, v in done["machine"].items() if k != "versions")
+    versions = ", ".join(f"{name} {value}" for name, value in done["machine"]["versions"].items())
+    parts = [
+        f"# On {device.upper()}\n\n{machine}. {versions}. `{done['command']}`.",
+        f"## {first['rows']:,} targets of {first['dim']} dimensions, {first['batch']} queries, top {first['k']}\n\n"
+        + table(HEAD, [[r["corrector"], *cells(r)] for r in base])
+        + f"\n\nThe floor is the fastest of the ways tried to compute the same products ({floors}).",
+    ]
+    if done["indices"]:
+        rows = [
+            [
+                each["engine"],
+                each["corrector"],
+                f"{each['rows']:,}",
+                f"{each['recall_at_k']:.3f}",
+                f"{each['seconds']['approximate']:.4f}",
+                f"{each['times_faster_than_exact']:.1f}",
+                f"{each['seconds_to_build_or_load']:.0f}",
+            ]
+            for each in done["indices"]
+        ]
+        head = (
+            "engine",
+            "corrector",
+            "N",
+            "recall of the exact top k",
+            "seconds",
+            "times faster than exact",
+            "build, s",
+        )
+        parts.append(f"## Approximate engines\n\n{table(head, rows)}")
+    if done["recall"]:
+        rows = [[name, f"{value:.4f}"] for name, value in done["recall"].items()]
+        parts.append("## Dtypes of the cache\n\n" + table(("dtype", "recall of float32's top k"), rows))
+    if rest := [r for r in results if shape(r) != shape(first)]:
+        growth(results, first, folder / f"growth-{device}")
+        parts.append(f"## Growth\n\n![seconds against targets](growth-{device}.png)")
+        parts.append(section("Other sizes, dtypes and places", rest))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    folder = parser.parse_args().results
+    text = [
+        "# What selecting negatives costs",
+        "Each search corrects, scores and selects over all targets. *Of the floor*: its time over that of the same "
+        "matrix products alone; *of naive*: over correcting everything, one product and `topk`; *of FAISS Flat*: over "
+        "correcting everything, handing it to an `IndexFlatIP` and searching that (where the queries are corrected, "
+        "over its search alone). Medians of ratios within one turn; every result is checked against the naive one "
+        "first. *Extra memory*: what the process had at most beyond what it had before the search; *planned*: what "
+        "`CorrectedSearch.memory` had said. The vectors are passages of Natural Questions through all-MiniLM-L6-v2 "
+        "(beyond 384 dimensions beside the means of its token vectors), repeated with noise.",
+    ]
+    for device in ("cpu", "cuda"):
+        path = folder / f"{device}.json"
+        if path.exists():
+            text.append(page(json.loads(path.read_text()), folder, device))
+        else:
+            command = f"python benchmarks/selection.py --dataset <BEIR folder> --device {device}"
+            text.append(f"# On {device.upper()}\n\nNot run yet: `{command}`.")
+    notes = folder / "notes.md"
+    if notes.exists():
+        text.insert(2, notes.read_text().strip())
+    (folder / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    print(folder / "README.md")
+
+
+if __name__ == "__main__":
+    main()
