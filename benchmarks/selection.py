@@ -44,6 +44,7 @@ from st_corrector import (
     Shortlist,
     ShortlistSearch,
 )
+from st_corrector.cache import Shard
 from st_corrector.correctors import Corrector
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +73,7 @@ class Setting(NamedTuple):
     corrector: str
     dtype: str = "float32"
     stored: str = "memory"  # or "disk", "disk, cold"
+    written: float = 0.0  # the share of the rows that has been written back
 
 
 BASE = Setting(1_000_000, 384, 64, 32, "identity")
@@ -93,6 +95,12 @@ GRID = {
         BASE._replace(rows=rows, corrector=name)
         for rows in (30_000, 100_000, 300_000)
         for name in ("ridge, query side", "ridge", "mlp-128", "mlp-512")
+    ],
+    # What a long run has written back.
+    "written": [
+        BASE._replace(corrector=name, written=share)
+        for share in (0.01, 0.1, 0.5, 1.0)
+        for name in ("ridge, query side", "mlp-128")
     ],
     "large": [
         Setting(10_000_000, 384, 64, 32, name, "int8", stored)
@@ -157,6 +165,19 @@ def clock(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+class CorrectedView:
+    """A cache with what has been written back in its place, for the naive way."""
+
+    def __init__(self, search: CorrectedSearch) -> None:
+        self._vectors = search.stale(torch.arange(len(search.cache)))
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def chunks(self, size: int) -> Iterator[tuple[int, Shard]]:
+        yield 0, Shard(self._vectors)
 
 
 def timed_in_turns(ways: dict[str, Callable[[], Any]], turns: int, device: str) -> dict[str, list[float]]:
@@ -333,6 +354,11 @@ def measure(setting: Setting, cache: EmbeddingCache, vectors: Tensor, queries: T
     search = CorrectedSearch(cache, corrector)
     in_memory = setting.stored == "memory" and setting.dtype == "float32" and args.device == "cpu"
     reference = (naive if in_memory else naive_in_chunks)(cache, corrector, queries, setting.k)
+    if setting.written:
+        rows = torch.randperm(setting.rows)[: int(setting.written * setting.rows)]
+        for some in rows.split(65_536):
+            search.overlay.write(some, F.normalize(cache[some] + 0.5 * vectors[:1], dim=-1))
+        reference = naive(CorrectedView(search), corrector, queries, setting.k)
     agreement = check(search.search(queries, setting.k), reference(), 2e-4)
     with peak_memory(args.device) as memory:
         search.search(queries, setting.k)
@@ -341,10 +367,10 @@ def measure(setting: Setting, cache: EmbeddingCache, vectors: Tensor, queries: T
     # The fastest way found of computing the products counts.
     for chunk in (4_096, 8_192, 16_384, 32_768) if args.device == "cpu" else (131_072, 524_288):
         ways[f"products, {chunk}"] = products(cache, corrector, queries, chunk)
-    if in_memory and corrector.leaves_corpus(unit=True):
+    if in_memory and not setting.written and corrector.leaves_corpus(unit=True):
         ways["products, whole"] = whole_product(cache, queries)
     ways["naive"] = reference
-    if in_memory:
+    if in_memory and not setting.written:
         ways["faiss"] = faiss_flat(cache, corrector, queries, setting.k)
     if setting.stored == "disk, cold":
         folder = args.outputs / f"vectors-{setting.rows}-{setting.dim}-{setting.dtype}"
@@ -390,16 +416,18 @@ def ratio(seconds: dict[str, list[float]], way: str, other: str | None) -> float
 def indices(cache: EmbeddingCache, vectors: Tensor, queries: Tensor, args: Any) -> list[dict[str, Any]]:
     """Approximate engines against the exact one, at the base setting: recall and speed."""
     results = []
-    for name, corrector_name, shortlist in (
-        ("IVF1024,Flat, nprobe 8", "ridge, query side", ("IVF1024,Flat", "nprobe=8", None, None)),
-        ("IVF1024,Flat, nprobe 16", "ridge, query side", ("IVF1024,Flat", "nprobe=16", None, None)),
-        ("IVF1024,Flat, nprobe 32", "ridge, query side", ("IVF1024,Flat", "nprobe=32", None, None)),
-        ("IVF1024,PQ48, nprobe 32, 4 k rescored", "ridge, query side", ("IVF1024,PQ48", "nprobe=32", 128, None)),
-        ("IVF1024,Flat over stale, nprobe 32, 8 k rescored", "mlp-128", ("IVF1024,Flat", "nprobe=32", None, None)),
-        ("copy corrected at this step, 8 k rescored", "mlp-128", ("exact", "", None, 1_000_000)),
-        ("stale vectors, 8 k rescored", "mlp-128", ("exact", "", None, None)),
+    lists = f"IVF{round(len(cache) ** 0.5)}"
+    rescored = 4 * BASE.k
+    for factory, parameters, corrector_name, size, every in (
+        (f"{lists},Flat", "nprobe=4", "ridge, query side", None, None),
+        (f"{lists},Flat", "nprobe=8", "ridge, query side", None, None),
+        (f"{lists},Flat", "nprobe=16", "ridge, query side", None, None),
+        (f"{lists},Flat", "nprobe=32", "ridge, query side", None, None),
+        (f"{lists},PQ48", "nprobe=32", "ridge, query side", rescored, None),
+        (f"{lists},Flat", "nprobe=32", "mlp-128", None, None),
+        ("exact", "", "mlp-128", None, 1_000_000),
+        ("exact", "", "mlp-128", None, None),
     ):
-        factory, parameters, size, every = shortlist
         corrector = trained(corrector_name, vectors)
         index: str | FaissIndex = factory
         start = time.perf_counter()
@@ -419,7 +447,9 @@ def indices(cache: EmbeddingCache, vectors: Tensor, queries: Tensor, args: Any) 
         seconds = timed_in_turns(ways, args.turns, args.device)
         results.append(
             {
-                "engine": name,
+                "engine": " ".join([factory, parameters]).strip(),
+                "searched": "stale vectors" if every is None else "a copy corrected at this step",
+                "rescored": size or (BASE.k if exact.corrects_queries else 8 * BASE.k),
                 "corrector": corrector_name,
                 "rows": len(cache),
                 "recall_at_k": recall,

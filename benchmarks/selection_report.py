@@ -44,7 +44,7 @@ def cells(result: dict) -> list[str]:
 
 
 def shape(result: dict) -> tuple:
-    return tuple(result[name] for name in ("rows", "dim", "batch", "k", "dtype", "stored"))
+    return tuple(result[name] for name in ("rows", "dim", "batch", "k", "dtype", "stored", "written"))
 
 
 def section(title: str, results: list[dict]) -> str:
@@ -57,18 +57,21 @@ def section(title: str, results: list[dict]) -> str:
             str(r["k"]),
             r["dtype"],
             r["stored"],
+            f"{r['written']:.0%}",
             r["corrector"],
             *cells(r),
         ]
         for r in results
     ]
-    return f"## {title}\n\n" + table(("N", "d", "B", "k", "dtype", "stored", *HEAD), rows)
+    return f"## {title}\n\n" + table(("N", "d", "B", "k", "dtype", "stored", "written back", *HEAD), rows)
 
 
 def growth(results: list[dict], base: dict, path: Path) -> None:
     """Seconds against the number of targets, on log axes."""
     figure, axes = plt.subplots(figsize=(6, 4))
-    comparable = [r for r in results if all(r[name] == base[name] for name in ("dim", "batch", "k", "dtype", "stored"))]
+    comparable = [
+        r for r in results if all(r[name] == base[name] for name in ("dim", "batch", "k", "dtype", "stored", "written"))
+    ]
     for name in dict.fromkeys(r["corrector"] for r in comparable):
         points = sorted((r["rows"], r["seconds"]["search"]) for r in comparable if r["corrector"] == name)
         if len(points) > 1:
@@ -87,7 +90,7 @@ def growth(results: list[dict], base: dict, path: Path) -> None:
 
 def page(done: dict, folder: Path, device: str) -> str:
     results = list(done["settings"].values())
-    first = next((r for r in results if shape(r) == (1_000_000, 384, 64, 32, "float32", "memory")), results[0])
+    first = next((r for r in results if shape(r) == (1_000_000, 384, 64, 32, "float32", "memory", 0.0)), results[0])
     base = [r for r in results if shape(r) == shape(first)]
     floors = ", ".join(sorted({r["floor"] for r in base if r["floor"]}))
     machine = ", ".join(f"{k}: {v}" for k, v in done["machine"].items() if k != "versions")
@@ -102,6 +105,8 @@ def page(done: dict, folder: Path, device: str) -> str:
         rows = [
             [
                 each["engine"],
+                each["searched"],
+                str(each["rescored"]),
                 each["corrector"],
                 f"{each['rows']:,}",
                 f"{each['recall_at_k']:.3f}",
@@ -113,6 +118,8 @@ def page(done: dict, folder: Path, device: str) -> str:
         ]
         head = (
             "engine",
+            "over",
+            "rescored",
             "corrector",
             "N",
             "recall of the exact top k",

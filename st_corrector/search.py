@@ -278,7 +278,10 @@ class CorrectedSearch:
             return self._factors[here]
         if not self.normalize:
             return chunk.scales
-        return None if self._factors is None else self._factors.to(values.device)[here]
+        if self._factors is None:
+            return None
+        self._factors = self._factors.to(values.device)
+        return self._factors[here]
 
     def _finish_pass(self) -> None:
         exact = self.cache.dtype == torch.float32
