@@ -64,12 +64,9 @@ class RunningTopK:
                 ``(m, 64)``, −∞ where there is no row.
             first_row: the first block's.
         """
-        kth = None
-        if len(maxima) >= self.k:
-            # What scores_of says of the same row may be rounded otherwise.
-            largest = maxima.nan_to_num(posinf=0.0, neginf=0.0).abs().amax(0)
-            kth = maxima.topk(self.k, dim=0).values[-1] - 1e-5 * largest
-        self._look_into(maxima, scores_of, first_row, BLOCK, kth)
+        # What scores_of says of the same row may be rounded otherwise.
+        slack = 1e-5 * maxima.nan_to_num(posinf=0.0, neginf=0.0).abs().amax(0)
+        self._look_into(maxima, scores_of, first_row, BLOCK, lambda: self._kth(maxima) - slack)
 
     def take(self, scores: Tensor, rows: Tensor) -> None:
         """Take in ``scores`` ``(n, B)`` of ``rows`` ``(n,)``, whatever rows these are; ties may go to either row."""
@@ -86,14 +83,18 @@ class RunningTopK:
         """Take in the scores of consecutive blocks of rows, ``(blocks, rows of each, B)``."""
         count, height, batch_size = blocks.shape
         maxima = blocks.amax(1)
-        if maxima.isnan().any():
-            raise _not_a_number(first_row + int(blocks.isnan().any(2).flatten().nonzero()[0]))
-        kth = None
-        # As many scores as the k largest block maxima reach the smallest of these; where there are fewer blocks, it
-        # takes the scores themselves. Not needed once k good scores are known.
-        if count * height > self.k and (maxima > self._accepts_above).sum() > 2 * batch_size * min(self.k, count):
-            kth = (maxima if count >= self.k else blocks.view(-1, batch_size)).topk(self.k, dim=0).values[-1]
+
+        def kth() -> Tensor:
+            # Where there are too few blocks, it takes the scores themselves.
+            return self._kth(maxima if count >= self.k else blocks.view(-1, batch_size))
+
         self._look_into(maxima, lambda block, query: blocks[block, :, query], first_row, height, kth)
+
+    def _kth(self, scores: Tensor) -> Tensor:
+        """The ``k``-th largest of some scores (or maxima of blocks) for each query, ``(n, B)`` → ``(B,)``; or −∞."""
+        if len(scores) < self.k:
+            return scores.new_full((scores.shape[1],), -math.inf)
+        return scores.topk(self.k, dim=0).values[-1]
 
     def _look_into(
         self,
@@ -101,19 +102,30 @@ class RunningTopK:
         scores_of: Callable[[Tensor, Tensor], Tensor],
         first_row: int,
         height: int,
-        kth: Tensor | None,
+        kth: Callable[[], Tensor],
     ) -> None:
-        """Keep what exceeds the threshold, which is at least the ``kth`` ``(B,)`` of these rows' scores."""
-        if kth is not None:
+        """Keep what exceeds the threshold. As many scores as the ``k`` largest block maxima reach the smallest of
+        these, ``kth()``: it is asked for where the threshold lets too much through.
+        """
+        # Written so that what is not a number is promising, and found.
+        block, query = (~(maxima <= self._accepts_above)).nonzero(as_tuple=True)
+        if len(block) > 2 * self._scores.numel():
+            bound = kth()
             # Just below it, since those that equal it may be needed.
-            bound = torch.nextafter(kth, torch.full_like(kth, -math.inf))
-            self._accepts_above = torch.maximum(self._accepts_above, bound)
-        block, query = (maxima > self._accepts_above).nonzero(as_tuple=True)
+            bound = torch.nextafter(bound, torch.full_like(bound, -math.inf))
+            self._accepts_above = torch.fmax(self._accepts_above, bound)
+            block, query = (~(maxima <= self._accepts_above)).nonzero(as_tuple=True)
         if not len(block):
             return
         inside = scores_of(block, query)
-        hit, offset = (inside > self._accepts_above[query, None]).nonzero(as_tuple=True)
-        self._wait(query[hit], inside[hit, offset], first_row + block[hit] * height + offset)
+        hit, offset = (~(inside <= self._accepts_above[query, None])).nonzero(as_tuple=True)
+        score, row = inside[hit, offset], first_row + block[hit] * height + offset
+        if score.isnan().any():
+            raise InputError(
+                f"The score of row {int(row[score.isnan()].min())} is not a number: the queries, the cache's embedding "
+                "or what the corrector makes of it is not finite."
+            )
+        self._wait(query[hit], score, row)
 
     def _wait(self, query: Tensor, score: Tensor, row: Tensor) -> None:
         self._waiting.append((query, score, row))
@@ -129,23 +141,17 @@ class RunningTopK:
         queries = torch.arange(batch_size, device=found.device)
         kept = (queries[:, None].expand_as(found)[found], self._scores[found], self._rows[found])
         query, score, row = (torch.cat(parts) for parts in zip(kept, *self._waiting, strict=True))
-        # By query, then score, then row, by stable sorts in the opposite order.
-        order = row.argsort(stable=True)
-        order = order[score[order].argsort(descending=True, stable=True)]
-        order = order[query[order].argsort(stable=True)]
+        # By query and row; then one row of a matrix for each query, as wide as the longest, sorted by score: stable, so
+        # that equal scores stay in the order of their rows.
+        order = (query * (1 << 48) + row).argsort()
         query, score, row = query[order], score[order], row[order]
         counts = query.bincount(minlength=batch_size)
-        rank = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
-        query, score, row, rank = (each[rank < self.k] for each in (query, score, row, rank))
-        self._scores.fill_(-math.inf)[query, rank] = score
-        self._rows.fill_(NO_ROW)[query, rank] = row
+        place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+        width = max(self.k, int(counts.max()))
+        scores = self._scores.new_full((batch_size, width), -math.inf).index_put_((query, place), score)
+        rows = self._rows.new_full((batch_size, width), NO_ROW).index_put_((query, place), row)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        self._scores, self._rows = scores[:, : self.k].contiguous(), rows.gather(1, order[:, : self.k])
         # A later row must exceed the k-th best: where it is equal, the earlier row stays.
         self._accepts_above = torch.maximum(self._accepts_above, self._scores[:, -1])
         self._waiting, self._waiting_count = [], 0
-
-
-def _not_a_number(row: int) -> InputError:
-    return InputError(
-        f"The score of row {row} is not a number: the queries, the cache's embedding or what the corrector makes of it "
-        "is not finite."
-    )
