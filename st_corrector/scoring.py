@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .correctors import Corrector
+from .topk import BLOCK
 
 
 class Scorer:
@@ -29,7 +30,7 @@ class Scorer:
             probes, self.offset = corrector.on_query_side(queries)
             self._probes = probes.T.contiguous()
         self._values = queries.new_empty(0, queries.shape[1])
-        self._keys = queries.new_empty(0, len(queries))
+        self._keys = self._maxima = queries.new_empty(0, len(queries))
 
     def as_float(self, values: Tensor) -> Tensor:
         """``values`` in float32; in a buffer of its own where they are not that already."""
@@ -46,14 +47,21 @@ class Scorer:
         owned = values.untyped_storage().data_ptr() == self._values.untyped_storage().data_ptr()
         return values.mul_(factors[:, None]) if owned else values * factors[:, None]
 
-    def score(self, values: Tensor, factors: Tensor | None) -> Tensor:
-        """Scores ``(C, B)`` of ``values`` ``(C, d)`` multiplied by ``factors`` ``(C,)``."""
+    def score(self, values: Tensor, factors: Tensor | None, out: Tensor) -> None:
+        """Put scores of ``values`` ``(C, d)``, multiplied by ``factors`` ``(C,)``, into ``out`` ``(C, B)``."""
         if self._probes is None:
-            return self._corrector.scores(self._queries, self.multiplied(values, factors))
-        if len(self._keys) < len(values):
-            self._keys = self._queries.new_empty(len(values), len(self._queries))
-        keys = torch.mm(values, self._probes, out=self._keys[: len(values)])
-        return keys if factors is None else keys.mul_(factors[:, None])
+            out.copy_(self._corrector.scores(self._queries, self.multiplied(values, factors)))
+            return
+        torch.mm(values, self._probes, out=out)
+        if factors is not None:
+            out.mul_(factors[:, None])
+
+    def room(self, rows: int) -> ChunkScores:
+        """Room for the scores of a chunk, the same for one chunk after another."""
+        if len(self._keys) < rows:
+            self._keys = self._queries.new_empty(rows, len(self._queries))
+            self._maxima = self._queries.new_empty(rows // BLOCK, len(self._queries))
+        return ChunkScores(self._keys[:rows], self._maxima[: rows // BLOCK])
 
     def operands(self, values: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """What :meth:`score` multiplies: vectors ``(C, d)`` of any dtype, probes ``(d, B)``, and factors ``(C,)``."""
@@ -64,7 +72,7 @@ class Scorer:
         return corrected, self._queries.T.contiguous(), None if norms is None else norms.reciprocal_()
 
     def of(self, vectors: Tensor) -> Tensor:
-        """Scores of some vectors, in memory that is not shared with :meth:`score`."""
+        """Scores of some vectors, ``(n, d)`` → ``(n, B)``."""
         return self._corrector.scores(self._queries, vectors) if self._probes is None else vectors @ self._probes
 
 
@@ -86,20 +94,43 @@ class Excluded:
         here = slice(*np.searchsorted(self._row_on_host, [first_row, end]))
         return self._row[here] - first_row, self._query[here]
 
-    def mask(self, keys: Tensor, first_row: int) -> None:
-        """Set the keys ``(C, B)`` of excluded rows to −∞, in place."""
-        row, query = self.between(first_row, first_row + len(keys))
-        if len(row):
-            keys[row, query] = -math.inf
 
+class ChunkScores:
+    """Scores of consecutive rows, beside the largest of each whole block of 64 of them.
 
-def mask_above(keys: Tensor, limit: Tensor) -> Tensor:
-    """Set keys ``(C, B)`` above their query's ``limit`` ``(B,)`` to −∞, in place; returns how many, ``(B,)``."""
-    counts = torch.zeros(keys.shape[1], dtype=torch.int64, device=keys.device)
-    concerned = (keys.amax(0) > limit).nonzero().flatten()
-    if len(concerned):
-        columns = keys[:, concerned]
-        above = columns > limit[concerned]
-        counts[concerned] = above.sum(0)
-        keys[:, concerned] = columns.masked_fill_(above, -math.inf)
-    return counts
+    Args:
+        keys: scores, ``(C, B)``.
+        maxima: ``(C // 64, B)``.
+    """
+
+    def __init__(self, keys: Tensor, maxima: Tensor) -> None:
+        self.keys, self.maxima = keys, maxima
+        self._blocks = keys[: len(maxima) * BLOCK].view(-1, BLOCK, keys.shape[1])
+
+    def update_maxima(self, first: int, end: int) -> None:
+        """Find the maxima of the rows ``first … end − 1``, a multiple of 64 from the start, while they are at hand."""
+        blocks = slice(first // BLOCK, end // BLOCK)
+        torch.amax(self._blocks[blocks], 1, out=self.maxima[blocks])
+
+    def mask(self, rows: Tensor, queries: Tensor) -> None:
+        """Set the scores of some rows ``(m,)`` for some queries ``(m,)`` to −∞."""
+        self.keys[rows, queries] = -math.inf
+        block = rows // BLOCK
+        whole = block < len(self.maxima)
+        block, query = block[whole], queries[whole]
+        self.maxima[block, query] = self._blocks[block, :, query].amax(1)
+
+    def mask_above(self, limit: Tensor) -> Tensor:
+        """Set scores above their query's ``limit`` ``(B,)`` to −∞; returns how many, ``(B,)``."""
+        counts = torch.zeros(self.keys.shape[1], dtype=torch.int64, device=self.keys.device)
+        block, query = (self.maxima > limit).nonzero(as_tuple=True)
+        if len(block):
+            inside = self._blocks[block, :, query]
+            above = inside > limit[query, None]
+            self._blocks[block, :, query] = inside = inside.masked_fill(above, -math.inf)
+            self.maxima[block, query] = inside.amax(1)
+            counts.index_add_(0, query, above.sum(1))
+        rest = self.keys[len(self.maxima) * BLOCK :]
+        above = rest > limit
+        rest.masked_fill_(above, -math.inf)
+        return counts.add_(above.sum(0))

@@ -19,15 +19,17 @@ from .errors import CacheError, InputError
 from .gumbel import gumbel_noise
 from .kernels import BlockScores, usable
 from .overlay import Overlay
-from .scoring import Excluded, Scorer, mask_above
+from .scoring import ChunkScores, Excluded, Scorer
 from .streaming import on_device
 from .topk import NO_ROW, RunningTopK
 
 Sampler = Literal["top_k", "gumbel", "mixed", "uniform"]
 SAMPLERS: tuple[Sampler, ...] = ("top_k", "gumbel", "mixed", "uniform")
 _UNIT = 1e-6  # how far from 1 rounding takes the norm of a float32 unit vector
-_CHUNK = {"cpu": 8_192, "cuda": 131_072}
-"""Rows at once, where nothing else is asked for: what stays in a CPU's caches; what keeps a GPU busy."""
+_SCORES = {"cpu": 1 << 23, "cuda": 1 << 25}
+"""Scores that are held at once, where nothing else is asked for: each time costs some thirty small operations."""
+_STRIP = 2_048
+"""Rows that a CPU corrects and scores at once; a multiple of the blocks of :class:`RunningTopK`."""
 _LIBRARIES = 8 << 20  # what the matrix products' own library packs its operands into
 
 
@@ -96,20 +98,23 @@ class CorrectedSearch:
             rows_written: how many rows will be written back.
         """
         device = torch.device(device)
-        rows, dim = min(len(self.cache), self._chunk_size(device)), self.cache.dim
+        rows, dim = min(len(self.cache), self._chunk_size(batch_size, device)), self.cache.dim
+        strip = min(rows, _STRIP) if device.type == "cpu" else rows
         staged = rows * dim * self.cache.dtype.itemsize * 2 if device != self.cache.device else 0
         return {
-            # As float32, and what the corrector makes of that; scores, and copies where some are masked.
-            f"chunks of {rows:,} rows": staged
-            + 4 * rows * (2 * dim + self.corrector.working_width + 3 * batch_size)
-            + _LIBRARIES,
+            # Scores, and copies where some are masked; vectors in float32, and what the corrector makes of them.
+            f"scores of {rows:,} rows": staged + 12 * rows * batch_size,
+            f"strips of {strip:,} rows": 4 * strip * (2 * dim + self.corrector.working_width) + _LIBRARIES,
             "norms": 4 * len(self.cache) if self.normalize else 0,
             f"top {k} of {batch_size} queries": 2 * rows * batch_size + 32 * 8 * batch_size * k,
             **self.overlay.memory(rows_written),
         }
 
-    def _chunk_size(self, device: torch.device) -> int:
-        return self.chunk_size or _CHUNK.get(device.type, _CHUNK["cpu"])
+    def _chunk_size(self, batch_size: int, device: torch.device) -> int:
+        if self.chunk_size is not None:
+            return self.chunk_size
+        strips = _SCORES.get(device.type, _SCORES["cpu"]) // max(1, batch_size) // _STRIP
+        return _STRIP * min(max(1, strips), 128)
 
     def cached(self, rows: Tensor) -> Tensor:
         """What the cache has of ``rows``, whatever was written over it: float32, ``(n, d)``, on their device."""
@@ -180,26 +185,31 @@ class CorrectedSearch:
         too_similar = torch.zeros(batch_size, dtype=torch.int64, device=device)
         # Where only the largest are wanted, scores need not be stored to find them.
         fused = sampler == "top_k" and limit is None and usable(device)
-        for first_row, chunk in on_device(self.cache.chunks(self._chunk_size(device)), device):
+        # Noise takes more memory than scores do.
+        chunk_size = self._chunk_size(batch_size, device)
+        if drawn:
+            chunk_size = max(1, chunk_size // 8)
+        for first_row, chunk in on_device(self.cache.chunks(chunk_size), device):
             if fused:
                 self._update_fused(largest, scorer, first_row, chunk, excluded)
                 continue
-            keys = self._score_chunk(scorer, first_row, chunk)
+            scores = self._score_chunk(scorer, first_row, chunk)
+            keys = scores.keys
             if excluded is not None:
-                excluded.mask(keys, first_row)
+                scores.mask(*excluded.between(first_row, first_row + len(keys)))
             if limit is not None:
-                too_similar += mask_above(keys, limit)
+                too_similar += scores.mask_above(limit)
             if drawn < k:
-                largest.update(keys, first_row)
+                largest.update(keys, first_row, scores.maxima)
             if drawn and seed is not None:
                 allowed = keys > -math.inf
                 logits = keys.mul_(scale) if sampler != "uniform" else keys.zero_()
                 logits += gumbel_noise(batch_size, first_row, len(keys), seed, device).T
                 sampled.update(logits.masked_fill_(~allowed, -math.inf), first_row)
         self._finish_pass()
-        scores, rows = largest.best
+        best, rows = largest.best
         if not drawn:
-            return Found(scores + scorer.offset[:, None], rows, too_similar)
+            return Found(best + scorer.offset[:, None], rows, too_similar)
         rows = _first_others(rows, sampled.best[1], drawn)
         return Found(self.score(queries, rows), rows, too_similar)
 
@@ -224,26 +234,54 @@ class CorrectedSearch:
             raise InputError(f"Queries {bad[:5].tolist()} of {len(queries)} hold NaN or infinite numbers.")
         return queries.detach().float()
 
-    def _score_chunk(self, scorer: Scorer, first_row: int, chunk: Shard) -> Tensor:
-        """Scores of a chunk's rows, those written back by what was written: ``(C, B)``; they may be overwritten."""
-        values = scorer.as_float(chunk.values)
-        factors = self._factors_of(values, chunk, first_row)
-        written, vectors = self.overlay.between(first_row, first_row + len(values), values.device)
-        # Where much is written it is cheaper to put it in its place than to score the chunk's own rows in vain.
+    def _score_chunk(self, scorer: Scorer, first_row: int, chunk: Shard) -> ChunkScores:
+        """Scores of a chunk's rows, those written back by what was written; they may be overwritten.
+
+        In strips that stay in a CPU's caches from their vectors to the maxima of their scores.
+        """
+        size = chunk.values.shape[0]
+        scores = scorer.room(size)
+        strip = _STRIP if scores.keys.device.type == "cpu" else size
+        starts = range(0, size, strip)
+        written, vectors = self.overlay.between(first_row, first_row + size, scores.keys.device)
+        # Which of the written ones lie in which strip.
+        bounds = torch.arange(0, size + strip, strip, device=written.device)
+        places = torch.searchsorted(written, bounds).tolist() if written.shape[0] else [0] * (len(starts) + 1)
+        factors = self._factors_of(chunk, first_row) if self._passed else None
+        for start, first, last in zip(starts, places, places[1:], strict=False):
+            end = min(start + strip, size)
+            here, keys = slice(start, end), scores.keys[start:end]
+            values = scorer.as_float(chunk.values[here])
+            if self._passed:
+                of_strip = None if factors is None else factors[here]
+            else:
+                of_strip = self._find_factors(values, chunk.at(here), first_row + start)
+            if first == last:
+                scorer.score(values, of_strip, out=keys)
+            else:
+                self._score_with_written(
+                    scorer, values, of_strip, written[first:last] - start, vectors[first:last], keys
+                )
+            scores.update_maxima(start, end)
+        return scores
+
+    def _score_with_written(
+        self, scorer: Scorer, values: Tensor, factors: Tensor | None, written: Tensor, vectors: Tensor, keys: Tensor
+    ) -> None:
+        """Scores of ``values`` into ``keys``, those at ``written`` ``(n,)`` by ``vectors`` ``(n, d)`` instead."""
+        # Where much is written it is cheaper to put it in its place than to score what it replaces in vain.
         if len(written) > len(values) // 4:
-            values = scorer.multiplied(values, factors).index_copy(0, written, vectors)
-            return scorer.score(values, None)
-        keys = scorer.score(values, factors)
-        if len(written):
-            keys[written] = scorer.of(vectors)
-        return keys
+            scorer.score(scorer.multiplied(values, factors).index_copy(0, written, vectors), None, out=keys)
+            return
+        scorer.score(values, factors, out=keys)
+        keys[written] = scorer.of(vectors)
 
     def _update_fused(
         self, best: RunningTopK, scorer: Scorer, first_row: int, chunk: Shard, excluded: Excluded | None
     ) -> None:
         """Let ``best`` take in a chunk, of whose scores only those are stored that it looks at."""
         end = first_row + len(chunk.values)
-        factors = self._factors_of(chunk.values, chunk, first_row)
+        factors = self._factors_of(chunk, first_row)
         written, vectors = self.overlay.between(first_row, end, chunk.values.device)
         left_out = torch.zeros(len(chunk.values), dtype=torch.bool, device=written.device)
         left_out[written] = True
@@ -259,28 +297,32 @@ class CorrectedSearch:
                 keys[place[place >= 0], query[place >= 0]] = -math.inf
             best.take(keys, written + first_row)
 
-    def _factors_of(self, values: Tensor, chunk: Shard, first_row: int) -> Tensor | None:
+    def _factors_of(self, chunk: Shard, first_row: int) -> Tensor | None:
         """What the rows of a chunk are multiplied with before they are corrected, ``(C,)``; None for 1."""
-        here = slice(first_row, first_row + len(values))
         if not self._passed:
-            norms = values.float().norm(dim=-1)
-            if not torch.isfinite(norms).all() and len(bad := chunk.not_finite()):
-                rows = (bad[:5] + first_row).tolist()
-                raise CacheError(
-                    f"The cache's embeddings of {len(bad)} rows, e.g. {rows}, are NaN or infinite: the cache is "
-                    "damaged. Build it again."
-                )
-            if not self.normalize:
-                return chunk.scales
-            if self._factors is None:
-                self._factors = torch.ones(len(self.cache), device=values.device)
-            self._factors[here] = norms.clamp_min_(1e-12).reciprocal_()
-            return self._factors[here]
+            return self._find_factors(chunk.values, chunk, first_row)
         if not self.normalize:
             return chunk.scales
         if self._factors is None:
             return None
-        self._factors = self._factors.to(values.device)
+        self._factors = self._factors.to(chunk.values.device)
+        return self._factors[first_row : first_row + len(chunk.values)]
+
+    def _find_factors(self, values: Tensor, chunk: Shard, first_row: int) -> Tensor | None:
+        """The same in the first pass, which finds them out and looks whether all is finite."""
+        norms = values.float().norm(dim=-1)
+        if not torch.isfinite(norms).all() and len(bad := chunk.not_finite()):
+            rows = (bad[:5] + first_row).tolist()
+            raise CacheError(
+                f"The cache's embeddings of {len(bad)} rows, e.g. {rows}, are NaN or infinite: the cache is damaged. "
+                "Build it again."
+            )
+        if not self.normalize:
+            return chunk.scales
+        if self._factors is None:
+            self._factors = torch.ones(len(self.cache), device=values.device)
+        here = slice(first_row, first_row + len(values))
+        self._factors[here] = norms.clamp_min_(1e-12).reciprocal_()
         return self._factors[here]
 
     def _finish_pass(self) -> None:

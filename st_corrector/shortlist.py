@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cache import EmbeddingCache, Shard
+from .cache import EmbeddingCache
 from .correctors import Corrector, IdentityCorrector
 from .errors import InputError
 from .index import FaissIndex
 from .memory import require_memory
 from .overlay import Overlay
-from .scoring import Excluded, Scorer, mask_above
+from .scoring import ChunkScores, Excluded, Scorer
 from .search import CorrectedSearch, Found, Sampler
 from .staleness import overlap_at_k
-from .topk import NO_ROW, RunningTopK
+from .topk import BLOCK, NO_ROW, RunningTopK
 
 logger = logging.getLogger(__name__)
 _CHECKED_QUERIES = 8
@@ -170,13 +170,15 @@ class ShortlistSearch(CorrectedSearch):
         too_similar = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
         for start in range(0, len(overlay), _WRITTEN_AT_ONCE):
             keys = scorer.of(overlay.vectors[start : start + _WRITTEN_AT_ONCE])
+            scores = ChunkScores(keys, keys.new_empty(len(keys) // BLOCK, len(queries)))
+            scores.update_maxima(0, len(keys))
             if excluded is not None:
-                excluded.mask(keys, start)
-            too_similar += mask_above(keys, limit - scorer.offset)
-            best.update(keys, start)
-        scores, slots = best.best
+                scores.mask(*excluded.between(start, start + len(keys)))
+            too_similar += scores.mask_above(limit - scorer.offset)
+            best.update(keys, start, scores.maxima)
+        found, slots = best.best
         rows = overlay.rows[slots.clamp(min=0)].masked_fill_(slots == NO_ROW, NO_ROW) if len(overlay) else slots
-        return Found(scores + scorer.offset[:, None], rows, too_similar)
+        return Found(found + scorer.offset[:, None], rows, too_similar)
 
     def _candidates(self, queries: Tensor, count: int) -> Tensor:
         """Rows that have not been written back, which the source takes for the best: ``(B, count)``, padded with −1."""
@@ -238,11 +240,11 @@ class _Scan(CorrectedSearch):
     def candidates(self, queries: Tensor, count: int) -> Tensor:
         return self.search(queries, count).rows
 
-    def _score_chunk(self, scorer: Scorer, first_row: int, chunk: Shard) -> Tensor:
-        values = scorer.as_float(chunk.values)
-        keys = scorer.score(values, self._factors_of(values, chunk, first_row))
-        keys[self.overlay.between(first_row, first_row + len(values), keys.device)[0]] = -math.inf
-        return keys
+    def _score_with_written(
+        self, scorer: Scorer, values: Tensor, factors: Tensor | None, written: Tensor, vectors: Tensor, keys: Tensor
+    ) -> None:
+        scorer.score(values, factors, out=keys)
+        keys[written] = -math.inf
 
 
 class _Indexed:

@@ -40,10 +40,11 @@ class RunningTopK:
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._waiting_count = 0
 
-    def update(self, scores: Tensor, first_row: int) -> None:
+    def update(self, scores: Tensor, first_row: int, maxima: Tensor | None = None) -> None:
         """Take in ``scores`` ``(C, B)`` of the rows ``first_row … first_row + C − 1``; −∞ is never selected.
 
-        Earlier rows must come first.
+        Earlier rows must come first. ``maxima`` ``(C // 64, B)`` of the whole blocks need not be found if they are
+        given.
 
         Raises:
             InputError: a score is not a number.
@@ -51,9 +52,11 @@ class RunningTopK:
         rows, batch_size = scores.shape
         whole = rows - rows % BLOCK
         if whole:
-            self._take_blocks(scores[:whole].reshape(-1, BLOCK, batch_size), first_row)
+            blocks = scores[:whole].reshape(-1, BLOCK, batch_size)
+            self._take_blocks(blocks, blocks.amax(1) if maxima is None else maxima, first_row)
         if whole < rows:
-            self._take_blocks(scores[None, whole:], first_row + whole)
+            rest = scores[None, whole:]
+            self._take_blocks(rest, rest.amax(1), first_row + whole)
 
     def update_blocks(self, maxima: Tensor, scores_of: Callable[[Tensor, Tensor], Tensor], first_row: int) -> None:
         """The same for scores that are not there yet, but for the maximum of every 64 of them.
@@ -79,10 +82,9 @@ class RunningTopK:
         self._rank()
         return self._scores, self._rows
 
-    def _take_blocks(self, blocks: Tensor, first_row: int) -> None:
-        """Take in the scores of consecutive blocks of rows, ``(blocks, rows of each, B)``."""
+    def _take_blocks(self, blocks: Tensor, maxima: Tensor, first_row: int) -> None:
+        """Take in the scores of consecutive blocks of rows, ``(blocks, rows of each, B)``, and the blocks' maxima."""
         count, height, batch_size = blocks.shape
-        maxima = blocks.amax(1)
 
         def kth() -> Tensor:
             # Where there are too few blocks, it takes the scores themselves.
