@@ -365,9 +365,10 @@ def measure(setting: Setting, cache: EmbeddingCache, vectors: Tensor, queries: T
 
     ways: dict[str, Callable[[], Any]] = {"search": lambda: search.search(queries, setting.k)}
     # The fastest way found of computing the products counts.
-    for chunk in (4_096, 8_192, 16_384, 32_768) if args.device == "cpu" else (131_072, 524_288):
+    light = corrector.leaves_corpus(unit=True)
+    for chunk in (131_072, 524_288) if args.device == "cuda" else (2_048, 4_096, 16_384) if light else (2_048, 8_192):
         ways[f"products, {chunk}"] = products(cache, corrector, queries, chunk)
-    if in_memory and not setting.written and corrector.leaves_corpus(unit=True):
+    if in_memory and not setting.written and light:
         ways["products, whole"] = whole_product(cache, queries)
     ways["naive"] = reference
     if in_memory and not setting.written:
@@ -479,7 +480,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--only", nargs="+", choices=(*GRID, "indices", "recall"))
     parser.add_argument("--rows", type=int, help="so many rows instead of the grid's: to try it out")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--results", type=Path, help="by default benchmarks/results/selection/<device>.json")
     parser.add_argument("--outputs", type=Path, default=ROOT / "outputs" / "selection")
     args = parser.parse_args()
