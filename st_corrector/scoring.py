@@ -12,6 +12,24 @@ from .correctors import Corrector
 from .topk import BLOCK
 
 
+class Buffers:
+    """Memory that one search after another uses again: fresh memory costs a CPU as much as filling it."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+
+    def get(self, name: str, rows: int, width: int, device: torch.device) -> Tensor:
+        """Uninitialised float32 memory ``(rows, width)``, the same for the same name as long as it is large enough."""
+        tensor = self._tensors.get(name)
+        if tensor is None or tensor.device != device or tensor.numel() < rows * width:
+            tensor = self._tensors[name] = torch.empty(rows * width, device=device)
+        return tensor[: rows * width].view(rows, width)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` lies in this memory."""
+        return any(tensor.data_ptr() == mine.data_ptr() for mine in self._tensors.values())
+
+
 class Scorer:
     """Scores vectors for the queries of one search, in the way that is cheapest for its corrector.
 
@@ -19,33 +37,31 @@ class Scorer:
         corrector: ``h``.
         queries: ``f(x)``, ``(B, d)``.
         corrects_queries: whether the queries are corrected instead of the vectors.
+        buffers: where it keeps scores and converted vectors.
     """
 
-    def __init__(self, corrector: Corrector, queries: Tensor, corrects_queries: bool) -> None:
-        self._corrector, self._queries = corrector, queries
+    def __init__(
+        self, corrector: Corrector, queries: Tensor, corrects_queries: bool, buffers: Buffers | None = None
+    ) -> None:
+        self._corrector, self._queries, self._buffers = corrector, queries, buffers or Buffers()
         self._probes: Tensor | None = None
         self.offset = queries.new_zeros(len(queries))
         """What is missing from each query's scores, the same for all rows, ``(B,)``."""
         if corrects_queries:
             probes, self.offset = corrector.on_query_side(queries)
             self._probes = probes.T.contiguous()
-        self._values = queries.new_empty(0, queries.shape[1])
-        self._keys = self._maxima = queries.new_empty(0, len(queries))
 
     def as_float(self, values: Tensor) -> Tensor:
         """``values`` in float32; in a buffer of its own where they are not that already."""
         if values.dtype == torch.float32:
             return values
-        if len(self._values) < len(values):
-            self._values = self._queries.new_empty(len(values), values.shape[1])
-        return self._values[: len(values)].copy_(values)
+        return self._buffers.get("values", len(values), values.shape[1], values.device).copy_(values)
 
     def multiplied(self, values: Tensor, factors: Tensor | None) -> Tensor:
         """``values`` ``(C, d)`` with each row multiplied by its factor, in place only where that harms nobody."""
         if factors is None:
             return values
-        owned = values.untyped_storage().data_ptr() == self._values.untyped_storage().data_ptr()
-        return values.mul_(factors[:, None]) if owned else values * factors[:, None]
+        return values.mul_(factors[:, None]) if self._buffers.holds(values) else values * factors[:, None]
 
     def score(self, values: Tensor, factors: Tensor | None, out: Tensor) -> None:
         """Put scores of ``values`` ``(C, d)``, multiplied by ``factors`` ``(C,)``, into ``out`` ``(C, B)``."""
@@ -58,10 +74,9 @@ class Scorer:
 
     def room(self, rows: int) -> ChunkScores:
         """Room for the scores of a chunk, the same for one chunk after another."""
-        if len(self._keys) < rows:
-            self._keys = self._queries.new_empty(rows, len(self._queries))
-            self._maxima = self._queries.new_empty(rows // BLOCK, len(self._queries))
-        return ChunkScores(self._keys[:rows], self._maxima[: rows // BLOCK])
+        batch_size, device = len(self._queries), self._queries.device
+        keys = self._buffers.get("keys", rows, batch_size, device)
+        return ChunkScores(keys, self._buffers.get("maxima", rows // BLOCK, batch_size, device))
 
     def operands(self, values: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """What :meth:`score` multiplies: vectors ``(C, d)`` of any dtype, probes ``(d, B)``, and factors ``(C,)``."""

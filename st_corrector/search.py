@@ -19,7 +19,7 @@ from .errors import CacheError, InputError
 from .gumbel import gumbel_noise
 from .kernels import BlockScores, usable
 from .overlay import Overlay
-from .scoring import ChunkScores, Excluded, Scorer
+from .scoring import Buffers, ChunkScores, Excluded, Scorer
 from .streaming import on_device
 from .topk import NO_ROW, RunningTopK
 
@@ -80,6 +80,7 @@ class CorrectedSearch:
         # where that is 1, as in most caches.
         self._factors: Tensor | None = None
         self._passed = False
+        self._buffers = Buffers()
         self.steps = 0
         """Steps of the loss since the cache was built, as far as this search has seen them."""
 
@@ -176,7 +177,7 @@ class CorrectedSearch:
         queries = self._check(queries, k, sampler, seed)
         device, batch_size = queries.device, len(queries)
         self.corrector.to(device)
-        scorer = Scorer(self.corrector, queries, self.corrects_queries)
+        scorer = Scorer(self.corrector, queries, self.corrects_queries, self._buffers)
         excluded = None if exclude is None else Excluded(exclude.to(device).expand(batch_size, -1))
         limit = None if ceiling is None or (ceiling == math.inf).all() else ceiling - scorer.offset
         drawn = {"top_k": 0, "gumbel": k, "mixed": k // 2, "uniform": k}[sampler]
