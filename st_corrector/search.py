@@ -29,7 +29,7 @@ _UNIT = 1e-6  # how far from 1 rounding takes the norm of a float32 unit vector
 _SCORES = {"cpu": 1 << 23, "cuda": 1 << 25}
 """Scores that are held at once, where nothing else is asked for: each time costs some thirty small operations."""
 _STRIP = 2_048
-"""Rows that a CPU corrects and scores at once; a multiple of the blocks of :class:`RunningTopK`."""
+"""Rows that a CPU scores at once, and twice as many as it corrects; a multiple of :class:`RunningTopK`'s blocks."""
 _LIBRARIES = 8 << 20  # what the matrix products' own library packs its operands into
 
 
@@ -242,7 +242,9 @@ class CorrectedSearch:
         """
         size = chunk.values.shape[0]
         scores = scorer.room(size)
-        strip = _STRIP if scores.keys.device.type == "cpu" else size
+        strip = size
+        if scores.keys.device.type == "cpu":
+            strip = _STRIP if self.corrects_queries else _STRIP // 2
         starts = range(0, size, strip)
         written, vectors = self.overlay.between(first_row, first_row + size, scores.keys.device)
         # Which of the written ones lie in which strip.
