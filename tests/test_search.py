@@ -314,7 +314,10 @@ from st_corrector import CorrectedSearch, EmbeddingCache, IdentityCorrector, MLP
 torch.set_num_threads(2)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def search(rows, measured):
-    cache = EmbeddingCache.from_tensor(torch.randn(rows, 64, dtype=torch.bfloat16))
+    vectors = torch.empty(rows, 64, dtype=torch.bfloat16)
+    for some in vectors.split(16384):  # making it must not take more than searching it
+        some.copy_(torch.randn(some.shape))
+    cache = EmbeddingCache.from_tensor(vectors)
     searching = CorrectedSearch(cache, {made})
     queries = torch.randn(128, 64)
     before = peak()

@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_refused_before_training(corpus, static_model, tmp_
     with monkeypatch.context() as patch:
         patch.setattr("st_corrector.memory.available_memory", lambda device: 100_000)
         with pytest.raises(
-            InputError, match=r"(?s)does not fit.*chunks of 200 rows.*top 4 of .*available .*dtype='int8'"
+            InputError, match=r"(?s)does not fit.*scores of 200 rows.*top 4 of .*available .*dtype='int8'"
         ):
             trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in static_model.state_dict().items())
