@@ -13,7 +13,7 @@ from .topk import BLOCK
 
 
 class Buffers:
-    """Memory that one search after another uses again: fresh memory costs a CPU as much as filling it."""
+    """Memory that one search after another uses again: fresh memory has to be mapped, page by page."""
 
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
