@@ -90,7 +90,8 @@ def block_maxima(values: Tensor, probes: Tensor, factors: Tensor | None, left_ou
 
     Scores are ``factors · values @ probes``. On tensor cores, with float32 accumulation: bfloat16 and float16 values
     are exact there, and the queries are given as the sum of two or three numbers of that type; float32 values are
-    multiplied by three TF32 products. What comes out is as near to a float32 product as another order of summation.
+    multiplied by three TF32 products. What comes out is meant to be as near to a float32
+    product as another order of summation.
 
     Args:
         values: ``(C, d)``, float32, bfloat16, float16 or int8.

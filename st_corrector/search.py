@@ -279,6 +279,10 @@ class CorrectedSearch:
         scorer.score(values, factors, out=keys)
         keys[written] = scorer.of(vectors)
 
+    def _of_written(self, scorer: Scorer, vectors: Tensor) -> Tensor:
+        """Scores of vectors that were written back, ``(n, d)`` → ``(n, B)``."""
+        return scorer.of(vectors)
+
     def _update_fused(
         self, best: RunningTopK, scorer: Scorer, first_row: int, chunk: Shard, excluded: Excluded | None
     ) -> None:
@@ -292,7 +296,7 @@ class CorrectedSearch:
         scores = BlockScores(*scorer.operands(chunk.values, factors), left_out, pairs)
         best.update_blocks(scores.maxima, scores.of, first_row)
         if len(written):
-            keys = scorer.of(vectors)
+            keys = self._of_written(scorer, vectors)
             if pairs is not None:
                 slot = torch.full_like(left_out, -1, dtype=torch.int64)
                 slot[written] = torch.arange(len(written), device=written.device)

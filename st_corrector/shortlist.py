@@ -246,6 +246,9 @@ class _Scan(CorrectedSearch):
         scorer.score(values, factors, out=keys)
         keys[written] = -math.inf
 
+    def _of_written(self, scorer: Scorer, vectors: Tensor) -> Tensor:
+        return torch.full_like(scorer.of(vectors), -math.inf)
+
 
 class _Indexed:
     """Candidates from a FAISS index, without the rows that have been written back."""
