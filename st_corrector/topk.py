@@ -72,8 +72,12 @@ class RunningTopK:
         self._look_into(maxima, scores_of, first_row, BLOCK, lambda: self._kth(maxima) - slack)
 
     def take(self, scores: Tensor, rows: Tensor) -> None:
-        """Take in ``scores`` ``(n, B)`` of ``rows`` ``(n,)``, whatever rows these are; ties may go to either row."""
-        place, query = (scores > self._accepts_above).nonzero(as_tuple=True)
+        """Take in ``scores`` ``(n, B)`` of ``rows`` ``(n,)``, whatever rows these are; ties may go to either row.
+
+        Raises:
+            InputError: a score is not a number.
+        """
+        place, query = (~(scores <= self._accepts_above)).nonzero(as_tuple=True)
         self._wait(query, scores[place, query], rows[place])
 
     @property
@@ -121,15 +125,14 @@ class RunningTopK:
             return
         inside = scores_of(block, query)
         hit, offset = (~(inside <= self._accepts_above[query, None])).nonzero(as_tuple=True)
-        score, row = inside[hit, offset], first_row + block[hit] * height + offset
+        self._wait(query[hit], inside[hit, offset], first_row + block[hit] * height + offset)
+
+    def _wait(self, query: Tensor, score: Tensor, row: Tensor) -> None:
         if score.isnan().any():
             raise InputError(
                 f"The score of row {int(row[score.isnan()].min())} is not a number: the queries, the cache's embedding "
                 "or what the corrector makes of it is not finite."
             )
-        self._wait(query[hit], score, row)
-
-    def _wait(self, query: Tensor, score: Tensor, row: Tensor) -> None:
         self._waiting.append((query, score, row))
         self._waiting_count += len(query)
         if self._waiting_count > 2 * self._scores.numel():

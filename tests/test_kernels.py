@@ -11,6 +11,7 @@ SCRIPT = """
 import itertools, torch, torch.nn.functional as F
 import st_corrector.search as searching
 from st_corrector import CorrectedSearch, EmbeddingCache, IdentityCorrector, InputError, MLPCorrector, RidgeCorrector
+from st_corrector import Shortlist, ShortlistSearch
 from st_corrector.kernels import block_maxima
 from test_search import trained
 
@@ -59,14 +60,36 @@ for make, dtype, normalize in itertools.product(
     assert fused == 9, fused  # three searches of three chunks
     fused = 0
 
-searching.usable = lambda device: True
+# A shortlist offers no row that has been written back: its own scores of these are −∞, fused or not.
+searches = []
+for usable in (False, True):
+    searching.usable = lambda device: usable
+    corrector, shortlist = trained(MLPCorrector(24, hidden=8), 24), Shortlist(size=50)
+    search = ShortlistSearch(EmbeddingCache.from_tensor(vectors), corrector, shortlist, chunk_size=900)
+    torch.manual_seed(1)
+    written = torch.randperm(2_000)[:300]
+    search.write_back(written, F.normalize(torch.randn(300, 24), dim=-1))
+    offered = search._candidates(queries, 50)
+    assert (offered >= 0).all() and not torch.isin(offered, written).any()
+    searches.append((offered, search.search(queries, 10).rows))
+assert fused == 9, fused  # two shortlists and the exact search that measures recall, of three chunks each
+for plain, with_kernel in zip(*searches):
+    assert (plain == with_kernel).float().mean() > 0.99
+
+def refuses(search, message):
+    try:
+        search.search(queries, 3)
+    except InputError as error:
+        assert message in str(error), error
+    else:
+        raise SystemExit("scores that are not numbers were not refused")
+
+search = CorrectedSearch(EmbeddingCache.from_tensor(vectors), MLPCorrector(24), chunk_size=900)
+search.overlay.write(torch.tensor([1_234]), torch.full((1, 24), torch.nan))
+refuses(search, "row 1234 is not a number")
 search = CorrectedSearch(EmbeddingCache.from_tensor(vectors), MLPCorrector(24), chunk_size=900)
 search.corrector.network[0].weight.data[0] = torch.nan
-try:
-    search.search(queries, 3)
-    raise SystemExit("scores that are not numbers were not refused")
-except InputError as error:
-    assert "not numbers" in str(error)
+refuses(search, "not numbers")
 print("as plain torch")
 """
 
