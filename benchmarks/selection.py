@@ -248,7 +248,7 @@ def products(cache: EmbeddingCache, corrector: Corrector, queries: Tensor, chunk
     elif isinstance(corrector, MLPCorrector):
         widths = [dim, corrector.hidden, len(queries)]
     else:
-        widths = [dim, corrector.config["features"], dim, len(queries)]
+        widths = [dim, corrector.config["num_features"], dim, len(queries)]
     matrices = [torch.randn(a, b, device=device) for a, b in itertools.pairwise(widths)]
     extra = []
     if not corrector.normalize and not corrector.leaves_corpus(unit=True):
@@ -319,7 +319,7 @@ def faiss_flat(cache: EmbeddingCache, corrector: Corrector, queries: Tensor, k: 
     if corrector.leaves_corpus(unit=True):  # its vectors never change: that much is done once
         for _, chunk in cache.chunks(at_once):
             index.add(chunk.float().numpy())
-        probes = corrector.on_query_side(queries)[0].numpy()
+        probes = corrector.on_query_side(queries).probes.numpy()
         return lambda: index.search(probes, k)
 
     def run() -> Any:
@@ -366,7 +366,9 @@ def measure(setting: Setting, cache: EmbeddingCache, vectors: Tensor, queries: T
     ways: dict[str, Callable[[], Any]] = {"search": lambda: search.search(queries, setting.k)}
     # The fastest way found of computing the products counts.
     light = corrector.leaves_corpus(unit=True)
-    for chunk in (131_072, 524_288) if args.device == "cuda" else (2_048, 4_096, 16_384) if light else (2_048, 8_192):
+    for chunk in (
+        (131_072, 524_288) if args.device == "cuda" else (2_048, 4_096, 16_384) if light else (1_024, 2_048, 8_192)
+    ):
         ways[f"products, {chunk}"] = products(cache, corrector, queries, chunk)
     if in_memory and not setting.written and light:
         ways["products, whole"] = whole_product(cache, queries)
@@ -386,7 +388,7 @@ def measure(setting: Setting, cache: EmbeddingCache, vectors: Tensor, queries: T
     seconds = timed_in_turns(ways, turns, args.device)
     if "faiss" in ways:
         found = ways["faiss"]()
-        offset = corrector.on_query_side(queries)[1] if corrector.leaves_corpus(unit=True) else queries.new_zeros(1)
+        offset = corrector.on_query_side(queries).offset if corrector.leaves_corpus(unit=True) else queries.new_zeros(1)
         scores = torch.as_tensor(found[0]) + (offset[:, None] if len(offset) > 1 else 0)
         check((scores, torch.as_tensor(found[1])), reference(), 2e-4)
     floors = {name: statistics.median(each) for name, each in seconds.items() if name.startswith("products")}

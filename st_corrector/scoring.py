@@ -33,6 +33,10 @@ class Buffers:
 class Scorer:
     """Scores vectors for the queries of one search, in the way that is cheapest for its corrector.
 
+    Without normalisation by queries into which the end of the correction is folded, if there are fewer of them than
+    dimensions, or if nothing of the vectors needs to be corrected then; otherwise by corrected vectors. It is the
+    scores that are divided by the norms: there are fewer of them than of the vectors' coordinates.
+
     Args:
         corrector: ``h``.
         queries: ``f(x)``, ``(B, d)``.
@@ -43,13 +47,17 @@ class Scorer:
     def __init__(
         self, corrector: Corrector, queries: Tensor, corrects_queries: bool, buffers: Buffers | None = None
     ) -> None:
-        self._corrector, self._queries, self._buffers = corrector, queries, buffers or Buffers()
-        self._probes: Tensor | None = None
+        self._corrector, self._buffers = corrector, buffers or Buffers()
         self.offset = queries.new_zeros(len(queries))
         """What is missing from each query's scores, the same for all rows, ``(B,)``."""
-        if corrects_queries:
-            probes, self.offset = corrector.on_query_side(queries)
-            self._probes = probes.T.contiguous()
+        side = None
+        if corrects_queries or (not corrector.normalize and len(queries) < corrector.dim):
+            side = corrector.on_query_side(queries)
+        self._probes, self._of_features = queries.T.contiguous(), None
+        self._corrects_vectors = side is None
+        if side is not None:
+            self._probes, self.offset = side.probes.T.contiguous(), side.offset
+            self._of_features = None if side.of_features is None else side.of_features.T.contiguous()
 
     def as_float(self, values: Tensor) -> Tensor:
         """``values`` in float32; in a buffer of its own where they are not that already."""
@@ -65,30 +73,43 @@ class Scorer:
 
     def score(self, values: Tensor, factors: Tensor | None, out: Tensor) -> None:
         """Put scores of ``values`` ``(C, d)``, multiplied by ``factors`` ``(C,)``, into ``out`` ``(C, B)``."""
-        if self._probes is None:
-            out.copy_(self._corrector.scores(self._queries, self.multiplied(values, factors)))
-            return
-        torch.mm(values, self._probes, out=out)
-        if factors is not None:
-            out.mul_(factors[:, None])
+        if self._corrects_vectors:
+            corrected = self._corrector.unnormalized(self.multiplied(values, factors))
+            torch.mm(corrected, self._probes, out=out)
+            if self._corrector.normalize:
+                out.div_(torch.linalg.vector_norm(corrected, dim=-1, keepdim=True).clamp_min_(1e-12))
+        elif self._of_features is not None:
+            values = self.multiplied(values, factors)
+            torch.mm(values, self._probes, out=out)
+            out.addmm_(self._corrector.features(values), self._of_features)
+        else:
+            torch.mm(values, self._probes, out=out)
+            if factors is not None:
+                out.mul_(factors[:, None])
 
     def room(self, rows: int) -> ChunkScores:
         """Room for the scores of a chunk, the same for one chunk after another."""
-        batch_size, device = len(self._queries), self._queries.device
+        batch_size, device = len(self.offset), self.offset.device
         keys = self._buffers.get("keys", rows, batch_size, device)
         return ChunkScores(keys, self._buffers.get("maxima", rows // BLOCK, batch_size, device))
 
     def operands(self, values: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """What :meth:`score` multiplies: vectors ``(C, d)`` of any dtype, probes ``(d, B)``, and factors ``(C,)``."""
-        if self._probes is not None:
-            return values, self._probes, factors
-        corrected = self._corrector.unnormalized(self.multiplied(self.as_float(values), factors))
-        norms = corrected.norm(dim=-1).clamp_min_(1e-12) if self._corrector.normalize else None
-        return corrected, self._queries.T.contiguous(), None if norms is None else norms.reciprocal_()
+        if self._corrects_vectors:
+            corrected = self._corrector.unnormalized(self.multiplied(self.as_float(values), factors))
+            norms = corrected.norm(dim=-1).clamp_min_(1e-12) if self._corrector.normalize else None
+            return corrected, self._probes, None if norms is None else norms.reciprocal_()
+        if self._of_features is not None:
+            values = self.multiplied(self.as_float(values), factors)
+            both = torch.cat([values, self._corrector.features(values)], dim=1)
+            return both, torch.cat([self._probes, self._of_features]), None
+        return values, self._probes, factors
 
     def of(self, vectors: Tensor) -> Tensor:
         """Scores of some vectors, ``(n, d)`` → ``(n, B)``."""
-        return self._corrector.scores(self._queries, vectors) if self._probes is None else vectors @ self._probes
+        scores = vectors.new_empty(len(vectors), len(self.offset))
+        self.score(vectors, None, scores)
+        return scores
 
 
 class Excluded:

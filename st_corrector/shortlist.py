@@ -186,8 +186,8 @@ class ShortlistSearch(CorrectedSearch):
         if every is not None and (self._copied_at is None or self.steps - self._copied_at >= every):
             self._source = self._make_source(self._corrected_copy(queries.device), normalize=False)
             self._copied_at = self.steps
-        if every is None and self.corrects_queries:
-            queries = self.corrector.on_query_side(queries)[0]
+        if every is None and self.corrects_queries and (side := self.corrector.on_query_side(queries)) is not None:
+            queries = side.probes
         return self._source.candidates(queries, min(count, len(self.cache)))
 
     def _make_source(self, cache: EmbeddingCache, normalize: bool) -> _Scan | _Indexed:

@@ -52,7 +52,7 @@ def test_before_its_first_step_every_corrector_is_the_stale_baseline(name, norma
         MLPCorrector(DIM, hidden=64, steps=3),
         MLPCorrector(DIM, hidden=64, depth=3, activation="silu"),
         RidgeCorrector(DIM),
-        KernelRidgeCorrector(DIM, features=64),
+        KernelRidgeCorrector(DIM, num_features=64),
         RidgeMLPCorrector(DIM, hidden=32),
     ],
     ids=repr,
@@ -278,6 +278,7 @@ def test_correcting_the_queries_is_correcting_the_corpus():
     corrector = RidgeCorrector(DIM, normalize=False)
     fit(corrector, 10)
     queries, stale = unit(7, DIM, seed=1), unit(30, DIM, seed=2)
-    transformed, offset = corrector.on_query_side(queries)
+    transformed, offset, of_features = corrector.on_query_side(queries)
+    assert of_features is None
     torch.testing.assert_close(transformed @ stale.T + offset[:, None], queries @ corrector(stale).T)
     assert (transformed - queries).abs().max() > 0.02 and offset.abs().max() > 0.01

@@ -80,7 +80,7 @@ CORRECTORS = {
     "ridge": lambda d: RidgeCorrector(d),
     "ridge, on the query side": lambda d: RidgeCorrector(d, normalize=False),
     "ridge and mlp, not normalising": lambda d: RidgeMLPCorrector(d, hidden=20, learning_rate=1e-2, normalize=False),
-    "kernel ridge, not normalising": lambda d: KernelRidgeCorrector(d, features=30, normalize=False),
+    "kernel ridge, not normalising": lambda d: KernelRidgeCorrector(d, num_features=30, normalize=False),
 }
 
 

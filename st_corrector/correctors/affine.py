@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Corrector, PullBack
+from .base import Corrector, PullBack, QuerySide
 from .state import TensorState
 
 
@@ -26,7 +26,7 @@ class AffineCorrector(TensorState, Corrector):
         return torch.addmm(self.shift, stale, self.weight)
 
     def unnormalized(self, stale: Tensor) -> Tensor:
-        return torch.addmm(self.shift, stale, self.matrix)
+        return (stale + self.shift).addmm_(stale, self.weight)
 
     @property
     def matrix(self) -> Tensor:
@@ -36,9 +36,9 @@ class AffineCorrector(TensorState, Corrector):
     def leaves_corpus(self, unit: bool) -> bool:
         return not self.normalize
 
-    def on_query_side(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def on_query_side(self, queries: Tensor) -> QuerySide:
         """``q' = f(x)Mᵀ`` and ``a = ⟨f(x), b⟩``, which is the same for all of a query's targets."""
-        return torch.addmm(queries, queries, self.weight.T), queries @ self.shift
+        return QuerySide(torch.addmm(queries, queries, self.weight.T), queries @ self.shift)
 
     @torch.no_grad()
     def pull_back(self, fresh: Tensor) -> PullBack:

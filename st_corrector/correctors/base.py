@@ -27,6 +27,20 @@ class PullBack(NamedTuple):
     damped: bool
 
 
+class QuerySide(NamedTuple):
+    """Queries that score stale embeddings as they are: ``⟨f(x), z + c(z)⟩ = ⟨q', z⟩ + ⟨q'', φ(z)⟩ + a`` for all ``z``.
+
+    Args:
+        probes: ``q'``, ``(B, d)``.
+        offset: ``a``, ``(B,)``.
+        of_features: ``q''``, ``(B, m)``, where ``c`` has features ``φ`` (:meth:`Corrector.features`); else None.
+    """
+
+    probes: Tensor
+    offset: Tensor
+    of_features: Tensor | None = None
+
+
 class Corrector(ABC):
     """The target corrector network ``h(·; Ψ)``, with ``h(g'(y)) ≈ g(y)``.
 
@@ -36,7 +50,8 @@ class Corrector(ABC):
     the correction loss never reaches the encoder.
 
     Subclasses say what they add in :meth:`correction` (or, where that is cheaper, what comes out in
-    :meth:`unnormalized`); the search scores by these and never calls :meth:`forward`. They take every setting as a
+    :meth:`unnormalized`), and where that ends in a matrix, what this makes of the queries in :meth:`on_query_side`; the
+    search scores by these and never calls :meth:`forward`. They take every setting as a
     constructor argument of the same name as the attribute that holds it, which makes :attr:`config` follow by itself.
 
     Args:
@@ -66,42 +81,28 @@ class Corrector(ABC):
         corrected = self.unnormalized(stale)
         return F.normalize(corrected, dim=-1) if self.normalize else corrected
 
-    @torch.no_grad()
-    def scores(self, queries: Tensor, stale: Tensor) -> Tensor:
-        """``⟨f(x), h(z)⟩`` of queries ``(B, d)`` and stale embeddings ``(n, d)``: ``(n, B)``.
-
-        It is the scores that are divided by the norms: there are fewer of them than of the embeddings' coordinates.
-        """
-        if not self.normalize and len(queries) < self.dim:
-            return self.folded_scores(queries, stale)
-        corrected = self.unnormalized(stale)
-        scores = corrected @ queries.T
-        return scores.div_(corrected.norm(dim=-1, keepdim=True).clamp_min_(1e-12)) if self.normalize else scores
-
-    def folded_scores(self, queries: Tensor, stale: Tensor) -> Tensor:
-        """``⟨f(x), z + c(z)⟩`` ``(n, B)``, for fewer queries than dimensions.
-
-        Where ``c`` ends in a matrix, folding that into the queries saves its product with every target.
-        """
-        return self.unnormalized(stale) @ queries.T
-
     @property
     def working_width(self) -> int:
-        """How many numbers :meth:`scores` holds at once for each target, roughly, beside what it is given."""
+        """How many numbers scoring holds at once for each target, roughly, beside what it is given."""
         return 2 * self.dim
 
     def leaves_corpus(self, unit: bool) -> bool:
-        """Whether stale vectors (of unit length, if ``unit``) can be scored as they are, by corrected queries.
-
-        If so, :meth:`on_query_side` has these.
+        """Whether ``⟨f(x), h(z)⟩ = ⟨q', z⟩ + a`` for stale vectors ``z`` (of unit length, if ``unit``): then they are
+        scored as they are, by the queries of :meth:`on_query_side`.
         """
         return False
 
-    def on_query_side(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries ``q'`` and constants ``a`` with ``⟨f(x), h(z)⟩ = ⟨q', z⟩ + a`` for every ``z``: ``(B, d)``, ``(B,)``.
+    def on_query_side(self, queries: Tensor) -> QuerySide | None:
+        """The queries ``(B, d)`` with all that ``c`` multiplies at the end folded into them; None if there is no such.
 
-        Only where :meth:`leaves_corpus`.
+        It saves the product of that matrix with every target, ``m·d`` of ``m`` features, for one with the queries,
+        ``m·B``. Of use where ``h`` does not normalise: norms need ``z + c(z)`` itself (their Gram matrix would take
+        another product of ``m²`` beside those of ``φ(z)`` and ``z`` with ``W``, always more than it saves).
         """
+        return None
+
+    def features(self, stale: Tensor) -> Tensor:
+        """``φ(z)``, ``(n, d) → (n, m)``: what :attr:`QuerySide.of_features` is multiplied with."""
         raise NotImplementedError
 
     def unnormalized(self, stale: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Corrector, PullBack
+from .base import Corrector, PullBack, QuerySide
 
 
 class IdentityCorrector(Corrector):
@@ -22,9 +22,9 @@ class IdentityCorrector(Corrector):
     def leaves_corpus(self, unit: bool) -> bool:
         return unit or not self.normalize
 
-    def on_query_side(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def on_query_side(self, queries: Tensor) -> QuerySide:
         """The queries themselves."""
-        return queries, queries.new_zeros(len(queries))
+        return QuerySide(queries, queries.new_zeros(len(queries)))
 
     def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
         return {}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .base import Corrector
+from .base import Corrector, QuerySide
 from .regression import StreamingRidge
 from .state import TensorState
 
@@ -25,7 +25,7 @@ class KernelRidgeCorrector(TensorState, Corrector):
 
     Args:
         dim: dimension ``d`` of the embeddings.
-        features: ``m``.
+        num_features: ``m``.
         bandwidth: ``σ``, in units of the embeddings (unit vectors are 0 to 2 apart).
         regularization: λ.
         forgetting: ρ, the weight that is left of a pair after one more step, in ``(0, 1]``.
@@ -43,7 +43,7 @@ class KernelRidgeCorrector(TensorState, Corrector):
         self,
         dim: int,
         *,
-        features: int = 512,
+        num_features: int = 512,
         bandwidth: float = 1.0,
         regularization: float = 1.0,
         forgetting: float = 0.97,
@@ -52,33 +52,41 @@ class KernelRidgeCorrector(TensorState, Corrector):
         normalize: bool = True,
     ) -> None:
         super().__init__(dim, normalize=normalize)
-        if features < 1 or not bandwidth > 0:
-            raise InputError(f"features must be at least 1 and bandwidth positive, got {features} and {bandwidth}.")
-        self.features, self.bandwidth, self.seed = features, bandwidth, seed
+        if num_features < 1 or not bandwidth > 0:
+            raise InputError(
+                f"num_features must be at least 1 and bandwidth positive, got {num_features} and {bandwidth}."
+            )
+        self.num_features, self.bandwidth, self.seed = num_features, bandwidth, seed
         self.regularization, self.forgetting, self.bias = regularization, forgetting, bias
         generator = torch.Generator().manual_seed(seed)
-        self._frequencies = torch.randn(dim, features, generator=generator) / bandwidth
-        self._phases = torch.rand(features, generator=generator) * 2 * math.pi
-        self._regression = StreamingRidge(dim + 1 + features, dim, regularization, forgetting)
-        self._weight = torch.zeros(dim + 1 + features, dim)
+        self._frequencies = torch.randn(dim, num_features, generator=generator) / bandwidth
+        self._phases = torch.rand(num_features, generator=generator) * 2 * math.pi
+        self._regression = StreamingRidge(dim + 1 + num_features, dim, regularization, forgetting)
+        self._weight = torch.zeros(dim + 1 + num_features, dim)
 
-    def _features(self, stale: Tensor) -> Tensor:
-        waves = torch.addmm(self._phases, stale, self._frequencies).cos_().mul_((2 / self.features) ** 0.5)
-        return torch.cat([stale, stale.new_full((len(stale), 1), self.bias), waves], dim=1)
+    def features(self, stale: Tensor) -> Tensor:
+        """``φ(z)``, ``(n, d) → (n, m)``."""
+        return torch.addmm(self._phases, stale, self._frequencies).cos_().mul_((2 / self.num_features) ** 0.5)
+
+    def _inputs(self, stale: Tensor) -> Tensor:
+        """``[z, c, φ(z)]``."""
+        return torch.cat([stale, stale.new_full((len(stale), 1), self.bias), self.features(stale)], dim=1)
 
     def correction(self, stale: Tensor) -> Tensor:
-        return self._features(stale) @ self._weight
+        return self._inputs(stale) @ self._weight
 
     @property
     def working_width(self) -> int:
-        return 3 * self.dim + 2 * self.features
+        return 3 * self.dim + 2 * self.num_features
 
-    def folded_scores(self, queries: Tensor, stale: Tensor) -> Tensor:
-        """``⟨q, z + φ̃(z)W⟩ = ⟨q, z⟩ + ⟨qWᵀ, φ̃(z)⟩``, ``φ̃(z)`` being ``[z, c, φ(z)]``."""
-        return (stale @ queries.T).addmm_(self._features(stale), self._weight @ queries.T)
+    def on_query_side(self, queries: Tensor) -> QuerySide:
+        """``⟨q, z + [z, c, φ(z)]W⟩ = ⟨q + qW_zᵀ, z⟩ + ⟨qW_φᵀ, φ(z)⟩ + c·⟨q, W_c⟩``."""
+        of_stale, of_constant, of_features = self._weight.split([self.dim, 1, self.num_features])
+        probes = torch.addmm(queries, queries, of_stale.T)
+        return QuerySide(probes, self.bias * (queries @ of_constant[0]), queries @ of_features.T)
 
     @torch.no_grad()
     def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
         error = self._require_finite((fresh - self(stale)).square().sum(-1).mean())
-        self._weight = self._regression.update(self._features(stale), fresh - stale)
+        self._weight = self._regression.update(self._inputs(stale), fresh - stale)
         return {"correction_loss": error}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..errors import InputError
-from .base import Corrector
+from .base import Corrector, QuerySide
 
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
@@ -90,14 +90,15 @@ class MLPCorrector(Corrector):
         return 2 * self.dim + 2 * self.hidden  # before and after σ
 
     def unnormalized(self, stale: Tensor) -> Tensor:
-        return torch.addmm(stale, self._hidden_layers(stale), self._last.weight.T).add_(self._last.bias)
+        return (stale + self._last.bias).addmm_(self.features(stale), self._last.weight.T)
 
-    def folded_scores(self, queries: Tensor, stale: Tensor) -> Tensor:
-        """``⟨q, z + W₂a + b₂⟩ = ⟨q, z⟩ + ⟨W₂ᵀq, a⟩ + ⟨q, b₂⟩``, ``a`` being the last hidden layer: its product with
-        ``W₂``, ``hidden·d`` a target, becomes one of ``hidden·B``.
-        """
-        scores = torch.addmm(queries @ self._last.bias, stale, queries.T)
-        return scores.addmm_(self._hidden_layers(stale), self._last.weight.T @ queries.T)
+    def on_query_side(self, queries: Tensor) -> QuerySide:
+        """``⟨q, z + W₂φ + b₂⟩ = ⟨q, z⟩ + ⟨W₂ᵀq, φ⟩ + ⟨q, b₂⟩``, ``φ`` being the last hidden layer."""
+        return QuerySide(queries, queries @ self._last.bias, queries @ self._last.weight)
+
+    def features(self, stale: Tensor) -> Tensor:
+        """The last hidden layer, ``(n, d) → (n, hidden)``."""
+        return self._hidden_layers(stale)
 
     def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
         stale, fresh, queries = stale.detach(), fresh.detach(), queries.detach()

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .base import QuerySide
 from .mlp import MLPCorrector
 from .ridge import RidgeCorrector
 
@@ -61,9 +62,9 @@ class RidgeMLPCorrector(MLPCorrector):
     def unnormalized(self, stale: Tensor) -> Tensor:
         return super().unnormalized(stale) + self.ridge.correction(stale)
 
-    def folded_scores(self, queries: Tensor, stale: Tensor) -> Tensor:
-        of_ridge = queries @ self.ridge.weight.T
-        return super().folded_scores(queries, stale).addmm_(stale, of_ridge.T).add_(queries @ self.ridge.shift)
+    def on_query_side(self, queries: Tensor) -> QuerySide:
+        by_ridge, rest = self.ridge.on_query_side(queries), super().on_query_side(queries)
+        return QuerySide(by_ridge.probes, by_ridge.offset + rest.offset, rest.of_features)
 
     def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
         self.ridge.fit_step(stale, fresh, queries, scale)
