@@ -46,6 +46,7 @@ from st_corrector import (
 )
 from st_corrector.cache import Shard
 from st_corrector.correctors import Corrector
+from st_corrector.scoring import Scorer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -112,6 +113,9 @@ GRID = {
         Setting(21_000_000, 768, 128, 64, name, "bfloat16") for name in ("identity", "ridge", "mlp-128", "mlp-512")
     ],
 }
+
+
+OTHERS = ("recall", "compile", "indices", "indices-10M")
 
 
 # ---------------------------------------------------------------------- vectors
@@ -385,6 +389,8 @@ def measure(setting: Setting, cache: EmbeddingCache, vectors: Tensor, queries: T
 
         ways = {"search": cold}
     turns = args.turns if setting.rows < 10_000_000 else 1
+    if light and turns > 1:
+        turns = 3 * turns  # a tenth of a second is easily disturbed
     seconds = timed_in_turns(ways, turns, args.device)
     if "faiss" in ways:
         found = ways["faiss"]()
@@ -416,26 +422,31 @@ def ratio(seconds: dict[str, list[float]], way: str, other: str | None) -> float
     return statistics.median(a / b for a, b in zip(seconds[way], seconds[other], strict=True))
 
 
+def engines(rows: int) -> Iterator[tuple[str, str, str, int | None, int | None]]:
+    """What is tried at a size: index, its parameters, corrector, candidates that are rescored, steps between copies."""
+    lists, rescored = f"IVF{round(rows**0.5)}", 4 * BASE.k
+    if rows >= 10_000_000:  # vectors in 8 bits, as the cache's: in float32 they would not fit into memory beside it
+        for probes in (4, 16, 64):
+            yield f"{lists},SQ8", f"nprobe={probes}", "ridge, query side", rescored, None
+        yield f"{lists},SQ8", "nprobe=64", "mlp-128", None, None
+        return
+    for probes in (4, 8, 16, 32):
+        yield f"{lists},Flat", f"nprobe={probes}", "ridge, query side", None, None
+    yield f"{lists},PQ48", "nprobe=32", "ridge, query side", rescored, None
+    yield f"{lists},Flat", "nprobe=32", "mlp-128", None, None
+    yield "exact", "", "mlp-128", None, 1_000_000
+    yield "exact", "", "mlp-128", None, None
+
+
 def indices(cache: EmbeddingCache, vectors: Tensor, queries: Tensor, args: Any) -> list[dict[str, Any]]:
     """Approximate engines against the exact one, at the base setting: recall and speed."""
     results = []
-    lists = f"IVF{round(len(cache) ** 0.5)}"
-    rescored = 4 * BASE.k
-    for factory, parameters, corrector_name, size, every in (
-        (f"{lists},Flat", "nprobe=4", "ridge, query side", None, None),
-        (f"{lists},Flat", "nprobe=8", "ridge, query side", None, None),
-        (f"{lists},Flat", "nprobe=16", "ridge, query side", None, None),
-        (f"{lists},Flat", "nprobe=32", "ridge, query side", None, None),
-        (f"{lists},PQ48", "nprobe=32", "ridge, query side", rescored, None),
-        (f"{lists},Flat", "nprobe=32", "mlp-128", None, None),
-        ("exact", "", "mlp-128", None, 1_000_000),
-        ("exact", "", "mlp-128", None, None),
-    ):
+    for factory, parameters, corrector_name, size, every in engines(len(cache)):
         corrector = trained(corrector_name, vectors)
         index: str | FaissIndex = factory
+        slug = f"index-{len(cache)}-{factory.replace(',', '-')}"
         start = time.perf_counter()
         if factory != "exact":
-            slug = f"index-{len(cache)}-{factory.replace(',', '-')}"
             index = FaissIndex.build(cache, factory, args.outputs / slug, parameters=parameters)
         built = time.perf_counter() - start
         settings = Shortlist(index, size=size, every=every, check_every=10**9, min_recall=0)
@@ -447,7 +458,7 @@ def indices(cache: EmbeddingCache, vectors: Tensor, queries: Tensor, args: Any) 
             "approximate": lambda approximate=approximate: approximate.search(queries[: BASE.batch], BASE.k),
             "exact": lambda exact=exact: exact.search(queries[: BASE.batch], BASE.k),
         }
-        seconds = timed_in_turns(ways, args.turns, args.device)
+        seconds = timed_in_turns(ways, args.turns if len(cache) < 10_000_000 else 1, args.device)
         results.append(
             {
                 "engine": " ".join([factory, parameters]).strip(),
@@ -459,10 +470,49 @@ def indices(cache: EmbeddingCache, vectors: Tensor, queries: Tensor, args: Any) 
                 "seconds": {way: statistics.median(each) for way, each in seconds.items()},
                 "times_faster_than_exact": ratio(seconds, "exact", "approximate"),
                 "seconds_to_build_or_load": built,
+                "bytes_of_index": size_of(args.outputs / slug) if factory != "exact" else 0,
             }
         )
         print(json.dumps(results[-1]), flush=True)
     return results
+
+
+def compiled(cache: EmbeddingCache, vectors: Tensor, queries: Tensor, args: Any) -> dict[str, Any]:
+    """The scores of an MLP corrector, block by block, as the search computes them and through ``torch.compile``."""
+    corrector = trained("mlp-128", vectors)
+    queries = queries[: BASE.batch].to(args.device)
+    corrector.to(args.device)
+    scorer, probes = Scorer(corrector, queries, corrects_queries=False), queries.T.contiguous()
+    block = 1_024 if args.device == "cpu" else 131_072
+    out = torch.empty(block, len(queries), device=args.device)
+    blocks = [chunk.float() for _, chunk in cache.chunks(block) if len(chunk.values) == block]
+
+    @torch.compile(dynamic=False)
+    def compiled_scores(stale: Tensor) -> Tensor:
+        corrected = corrector.unnormalized(stale)
+        return (corrected @ probes) / torch.linalg.vector_norm(corrected, dim=-1, keepdim=True).clamp_min(1e-12)
+
+    def through(score: Callable[[Tensor], Any]) -> Callable[[], None]:
+        def run() -> None:
+            with torch.no_grad():
+                for each in blocks:
+                    score(each)
+
+        return run
+
+    with torch.no_grad():
+        start = time.perf_counter()
+        torch.testing.assert_close(compiled_scores(blocks[0]), scorer.of(blocks[0]), atol=1e-4, rtol=1e-4)
+        seconds_to_compile = time.perf_counter() - start
+    ways = {"eager": through(lambda each: scorer.score(each, None, out)), "compiled": through(compiled_scores)}
+    seconds = timed_in_turns(ways, args.turns, args.device)
+    return {
+        "corrector": "mlp-128",
+        "rows": len(blocks) * block,
+        "seconds": {way: statistics.median(each) for way, each in seconds.items()},
+        "compiled_over_eager": ratio(seconds, "compiled", "eager"),
+        "seconds_to_compile": seconds_to_compile,
+    }
 
 
 def recall_of_dtypes(cache: EmbeddingCache, queries: Tensor) -> dict[str, float]:
@@ -480,17 +530,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="a BEIR folder")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--only", nargs="+", choices=(*GRID, "indices", "recall"))
+    parser.add_argument("--only", nargs="+", choices=(*GRID, *OTHERS))
     parser.add_argument("--rows", type=int, help="so many rows instead of the grid's: to try it out")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--results", type=Path, help="by default benchmarks/results/selection/<device>.json")
     parser.add_argument("--outputs", type=Path, default=ROOT / "outputs" / "selection")
     args = parser.parse_args()
-    parts = args.only or ([name for name in (*GRID, "indices", "recall") if name != "gpu"])
+    parts = args.only or ([name for name in (*GRID, *OTHERS) if name != "gpu"])
     if args.device == "cuda" and not args.only:
-        parts = ["base", "dtypes", "growth", "gpu"]
+        parts = ["base", "dtypes", "growth", "compile", "gpu"]
     path = args.results or ROOT / "benchmarks" / "results" / "selection" / f"{args.device}.json"
-    done = json.loads(path.read_text()) if path.exists() else {"settings": {}, "indices": [], "recall": {}}
+    done = json.loads(path.read_text()) if path.exists() else {"settings": {}}
     vectors, questions = passages(args.dataset, args.outputs)
     done["machine"] = machine(args.device)
     done["command"] = " ".join(["python", *sys.argv])
@@ -526,18 +576,21 @@ def main() -> None:
             flush=True,
         )
         keep()
-    if "indices" in parts or "recall" in parts:
-        made = None
-        some = F.normalize(vectors[:, : BASE.dim], dim=-1)
-        queries = F.normalize(questions[:, : BASE.dim], dim=-1)
-        cache = make_cache(BASE._replace(rows=args.rows or BASE.rows), some, args)
-        if "recall" in parts:
-            done["recall"] = recall_of_dtypes(cache, queries[:256])
-            print(done["recall"], flush=True)
-            keep()
-        if "indices" in parts:
-            done["indices"] = indices(cache, some, queries, args)
-            keep()
+    made = None
+    some, queries = (F.normalize(each[:, : BASE.dim], dim=-1) for each in (vectors, questions))
+    for part in OTHERS:
+        if part not in parts or part in done:
+            continue
+        setting = BASE._replace(rows=args.rows or BASE.rows)
+        if part == "indices-10M":
+            setting = BASE._replace(rows=10_000_000, dtype="int8", stored="disk")
+        cache = make_cache(setting, some, args)
+        if part == "recall":
+            done[part] = recall_of_dtypes(cache, queries[:256])
+        else:
+            done[part] = (compiled if part == "compile" else indices)(cache, some, queries, args)
+        print(part, done[part], flush=True)
+        keep()
 
 
 def make_cache(setting: Setting, vectors: Tensor, args: Any) -> EmbeddingCache:
@@ -548,6 +601,10 @@ def make_cache(setting: Setting, vectors: Tensor, args: Any) -> EmbeddingCache:
             EmbeddingCache.from_blocks(tiled(vectors, setting.rows, dtype), dtype).save(folder)
         return EmbeddingCache.load(folder)
     return EmbeddingCache.from_blocks(tiled(vectors, setting.rows, dtype), dtype).to(args.device)
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def page(done: dict, folder: Path, device: str) -> str:
         + table(HEAD, [[r["corrector"], *cells(r)] for r in base])
         + f"\n\nThe floor is the fastest of the ways tried to compute the same products ({floors}).",
     ]
-    if done["indices"]:
+    if engines := [*done.get("indices", []), *done.get("indices-10M", [])]:
         rows = [
             [
                 each["engine"],
@@ -113,8 +113,9 @@ def page(done: dict, folder: Path, device: str) -> str:
                 f"{each['seconds']['approximate']:.4f}",
                 f"{each['times_faster_than_exact']:.1f}",
                 f"{each['seconds_to_build_or_load']:.0f}",
+                f"{each['bytes_of_index'] / 1e6:,.0f}",
             ]
-            for each in done["indices"]
+            for each in engines
         ]
         head = (
             "engine",
@@ -125,12 +126,20 @@ def page(done: dict, folder: Path, device: str) -> str:
             "recall of the exact top k",
             "seconds",
             "times faster than exact",
-            "build, s",
+            "build (or load), s",
+            "index, MB",
         )
         parts.append(f"## Approximate engines\n\n{table(head, rows)}")
-    if done["recall"]:
+    if "recall" in done:
         rows = [[name, f"{value:.4f}"] for name, value in done["recall"].items()]
         parts.append("## Dtypes of the cache\n\n" + table(("dtype", "recall of float32's top k"), rows))
+    if "compile" in done:
+        each = done["compile"]
+        parts.append(
+            f"## torch.compile\n\nScoring {each['rows']:,} targets by {each['corrector']} in blocks takes "
+            f"{each['seconds']['eager']:.3f} s as the search does it, and {each['compiled_over_eager']:.2f} times as "
+            f"long compiled, apart from {each['seconds_to_compile']:.0f} s to compile it."
+        )
     if rest := [r for r in results if shape(r) != shape(first)]:
         growth(results, first, folder / f"growth-{device}")
         parts.append(f"## Growth\n\n![seconds against targets](growth-{device}.png)")
