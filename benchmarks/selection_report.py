@@ -155,9 +155,9 @@ def main() -> None:
     text = [
         "# What selecting negatives costs",
         "Each search corrects, scores and selects over all targets. *Of the floor*: its time over that of the same "
-        "matrix products alone, *best of best*: the same for the fastest turn of each, which is what is left when nobody "
-        "else uses the machine; *of naive*: over correcting everything, one product and `topk`; *of FAISS Flat*: over "
-        "correcting everything, handing it to an `IndexFlatIP` and searching that (where the queries are corrected, "
+        "matrix products alone; *best of best*: the same for the fastest turn of each, which is what is left when "
+        "nobody else uses the machine; *of naive*: over correcting everything, one product and `topk`; *of FAISS "
+        "Flat*: over correcting everything, handing it to an `IndexFlatIP` and searching that (with corrected queries, "
         "over its search alone). Medians of ratios within one turn; every result is checked against the naive one "
         "first. *Extra memory*: what the process had at most beyond what it had before the search; *planned*: what "
         "`CorrectedSearch.memory` had said. The vectors are passages of Natural Questions through all-MiniLM-L6-v2 "

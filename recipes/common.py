@@ -19,7 +19,6 @@ from datasets import Dataset
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -33,11 +32,13 @@ from st_corrector import (
     CorpusRetrievalEvaluator,
     CorrectedMultipleNegativesLoss,
     CorrectorTrainer,
+    CorrectorTrainingArguments,
     EmbeddingCache,
     FidelityCallback,
     RefreshCallback,
 )
 from st_corrector.correctors import Corrector, make_corrector
+from st_corrector.distributed import Processes
 from st_corrector.encoding import DocumentEncoder
 from st_corrector.fingerprint import digest_json
 from st_corrector.tokens import TokenizedCorpus
@@ -101,12 +102,9 @@ class Strategy(NamedTuple):
 def train(
     model: SentenceTransformer,
     corpus: Corpus,
-    args: SentenceTransformerTrainingArguments,
+    args: CorrectorTrainingArguments,
     strategy: str,
     cache_path: str | os.PathLike,
-    corrector: str = "mlp",
-    corrector_settings: dict[str, Any] | None = None,
-    probe_every: int = 0,
     probe_targets: int | None = 4096,
     evaluator: Callable[[SentenceTransformer], dict[str, float]] | None = None,
     before: dict[str, float] | None = None,
@@ -118,8 +116,8 @@ def train(
     thing.
 
     Args:
-        probe_every: measure the selection's fidelity every so many steps; 0 for never.
-        probe_targets: among so many targets; None for all.
+        probe_targets: among how many targets the selection's fidelity is measured, every ``args.probe_every`` steps;
+            None for all.
         before: the untrained model's metrics, where they are known already.
         loss_settings: further settings of :class:`CorrectedMultipleNegativesLoss`.
     """
@@ -138,17 +136,20 @@ def train(
         if chosen.chooses:
             # A folder for each model and corpus, so that another run in the same place finds its own or none.
             fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
-            cache = EmbeddingCache.build(model, corpus, Path(cache_path) / digest_json(fingerprint)[:12])
+            folder = Path(cache_path) / digest_json(fingerprint)[:12]
+            cache = EmbeddingCache.build(model, corpus, folder, args.cache_batch_size, args.cache_dtype)
+            if args.cache_on_device:
+                cache = cache.part(Processes.current().share(len(corpus))).to(args.device)
         else:
             loss_settings |= {"num_negatives": 0, "candidates": None}
         using: str | Corrector = "identity"
         if cache is not None and chosen.name == "corrected":
-            using = make_corrector(corrector, cache.dim, **(corrector_settings or {}))
+            using = make_corrector(args.corrector, cache.dim, **args.corrector_settings)
         loss = CorrectedMultipleNegativesLoss(model, corpus, cache, corrector=using, **loss_settings)
         if chosen.every is not None:
             callbacks.append(RefreshCallback(loss, chosen.every, chosen.unit))
-        if probe_every and chosen.chooses:
-            probe = FidelityCallback(loss, probe_every, targets=probe_targets)
+        if args.probe_every and chosen.chooses:
+            probe = FidelityCallback(loss, args.probe_every, targets=probe_targets)
             callbacks.append(probe)
     prepared = time.perf_counter()
     trainer = CorrectorTrainer(model=model, args=args, train_dataset=dataset, loss=loss, callbacks=callbacks)

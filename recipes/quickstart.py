@@ -28,12 +28,19 @@ from typing import NamedTuple
 
 import torch
 from common import default_model, static_encoder, table, train
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from st_corrector import Corpus, CorpusRetrievalEvaluator, CorrectedSearch, EmbeddingCache, IdentityCorrector
+from st_corrector import (
+    Corpus,
+    CorpusRetrievalEvaluator,
+    CorrectedSearch,
+    CorrectorTrainingArguments,
+    EmbeddingCache,
+    IdentityCorrector,
+)
 
 QUESTIONS = (
     "compute the cosine similarity between two sets of vectors",
@@ -182,13 +189,16 @@ def main() -> None:
         for strategy in ("in-batch", "corrected"):
             set_seed(args.seed)
             model = static_encoder(args.model or default_model(), args.seed)
-            training = SentenceTransformerTrainingArguments(
+            training = CorrectorTrainingArguments(
                 output_dir=str(Path(folder) / strategy),
                 max_steps=args.steps,
                 per_device_train_batch_size=args.batch_size,
                 learning_rate=args.learning_rate,
                 warmup_steps=0.1,
                 batch_sampler=BatchSamplers.NO_DUPLICATES,
+                corrector=args.corrector,
+                num_negatives=args.num_negatives,
+                write_back=strategy == "corrected",
                 seed=args.seed,
                 logging_steps=50,
                 save_strategy="no",
@@ -203,10 +213,9 @@ def main() -> None:
                 training,
                 strategy,
                 Path(folder) / "cache",
-                corrector=args.corrector,
-                num_negatives=args.num_negatives,
                 evaluator=evaluator,
                 before=before,
+                **training.loss_settings,
             )
             before = results["before"]
             rows |= {"before": before, f"after, {strategy} negatives": results["after"]}

@@ -4,7 +4,8 @@
     python recipes/train_nq.py --dataset data/nq --encoder static        # a BEIR folder, minutes on a CPU
     python recipes/train_nq.py --dataset data/nq --strategy exhaustive   # the dear baseline
 
-All of sentence-transformers' training arguments are understood; those of this recipe come first in --help.
+All of CorrectorTrainingArguments are understood, sentence-transformers' among them; those of this recipe come first in
+--help.
 """
 
 from __future__ import annotations
@@ -25,8 +26,14 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraini
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from transformers import HfArgumentParser, set_seed
 
-from st_corrector import AnswerCheck, Corpus, CorpusRetrievalEvaluator, FalseNegativeFilter, StCorrectorError
-from st_corrector.correctors import CORRECTORS
+from st_corrector import (
+    AnswerCheck,
+    Corpus,
+    CorpusRetrievalEvaluator,
+    CorrectorTrainingArguments,
+    InputError,
+    StCorrectorError,
+)
 
 METRICS = ("mrr@10", "ndcg@10", "recall@1", "recall@5", "recall@20", "recall@100", "answer_recall@20")
 # What suits each kind of encoder; everything can be given on the command line.
@@ -36,11 +43,12 @@ DEFAULTS = {
 }
 
 
-# What only strategies that choose negatives while training look at.
-SELECTION_OPTIONS = {
-    *("write_back", "sampler", "budget", "share_negatives", "candidates", "background_targets", "probe_every"),
-    *("max_score", "absolute_margin", "relative_margin", "range_min", "range_max", "answer_check"),
-}
+INHERITED = {option.name for option in dataclasses.fields(SentenceTransformerTrainingArguments)}
+# How negatives are chosen; and what of that every strategy looks at.
+OPTIONS = [option for option in dataclasses.fields(CorrectorTrainingArguments) if option.name not in INHERITED]
+FOR_ALL = {"num_negatives", "scale", "corrector", "corrector_settings", "train_split"}
+# The strategy decides over these.
+NOT_HERE = ("refresh_every", "cache_path", "train_split")
 
 
 @dataclass
@@ -65,51 +73,12 @@ class RecipeArguments:
         default=None, metadata={"help": "Keep only the first layers of a BERT: a smaller model, with more to learn."}
     )
     strategy: str = field(default="corrected", metadata={"help": f"{STRATEGIES}."})
-    corrector: str = field(default="mlp", metadata={"help": f"With --strategy corrected: {', '.join(CORRECTORS)}."})
-    corrector_settings: str = field(
-        default="{}", metadata={"help": "The corrector's settings as JSON, e.g. '{\"hidden\": 128}'."}
-    )
-    write_back: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Let freshly encoded targets stand for their stale embeddings from then on; by default only with "
-            "--strategy corrected."
-        },
-    )
-    num_negatives: int = field(default=16, metadata={"help": "Targets that each query takes as negatives."})
-    sampler: Literal["top_k", "gumbel", "mixed", "uniform"] = field(
-        default="top_k",
-        metadata={"help": "The hardest, a sample from the corrected softmax, half and half, or from all alike."},
-    )
-    budget: Literal["query", "batch"] = field(
-        default="query", metadata={"help": "Whether num_negatives are every query's, or the batch's to share out."}
-    )
-    share_negatives: bool = field(
-        default=True, metadata={"help": "Whether every query sees the targets taken by the others of its batch."}
-    )
-    candidates: int | None = field(
-        default=None, metadata={"help": "Verify so many targets for each query by encoding them, and keep the hardest."}
-    )
-    max_score: float | None = field(default=None, metadata={"help": "No negative may score higher."})
-    absolute_margin: float | None = field(
-        default=None, metadata={"help": "Negatives score at least so much less than the positive."}
-    )
-    relative_margin: float | None = field(
-        default=None, metadata={"help": "Negatives score at most (1 - relative_margin) times what the positive does."}
-    )
-    range_min: int = field(default=0, metadata={"help": "Leave out so many of the hardest targets."})
-    range_max: int | None = field(default=None, metadata={"help": "Take negatives from so many of the hardest."})
     answer_check: bool = field(
         default=False, metadata={"help": "No target that contains one of the question's answers is a negative."}
     )
-    background_targets: int = field(
-        default=0, metadata={"help": "Random targets encoded at each step for the corrector alone."}
-    )
-    probe_every: int = field(default=0, metadata={"help": "Measure the selection's fidelity every so many steps."})
     probe_targets: int | None = field(
         default=4096, metadata={"help": "Targets of the corpus among which fidelity is measured."}
     )
-    scale: float = field(default=20.0, metadata={"help": "Inverse temperature of the softmax."})
     max_targets: int | None = field(
         default=None, metadata={"help": "Keep the first so many passages of a BEIR folder."}
     )
@@ -151,17 +120,18 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     """The description as it stands above, and every default."""
 
 
-def parse_arguments() -> tuple[RecipeArguments, SentenceTransformerTrainingArguments]:
+def parse_arguments() -> tuple[RecipeArguments, CorrectorTrainingArguments]:
     parser = HfArgumentParser(
-        [RecipeArguments, SentenceTransformerTrainingArguments],
+        [RecipeArguments, CorrectorTrainingArguments],
         description=__doc__,
         formatter_class=_Help,
         usage="train_nq.py [options]",
     )
-    # Which encoder it is decides over defaults, those in --help too.
+    # Which encoder and strategy it is decides over defaults, those in --help too.
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--encoder", default=RecipeArguments.encoder)
-    encoder = first.parse_known_args()[0].encoder
+    first.add_argument("--strategy", default=RecipeArguments.strategy)
+    early = first.parse_known_args()[0]
     parser.set_defaults(
         batch_sampler=BatchSamplers.NO_DUPLICATES,
         save_strategy="no",
@@ -170,36 +140,35 @@ def parse_arguments() -> tuple[RecipeArguments, SentenceTransformerTrainingArgum
         warmup_steps=0.1,
         num_train_epochs=1,
         dataloader_pin_memory=torch.cuda.is_available(),
-        **DEFAULTS.get(encoder, {}),
+        write_back=early.strategy == "corrected",
+        **DEFAULTS.get(early.encoder, {}),
     )
-    recipe, training = parser.parse_args_into_dataclasses()
     try:
+        recipe, training = parser.parse_args_into_dataclasses()
         strategy = Strategy.parse(recipe.strategy)
-        json.loads(recipe.corrector_settings)
-    except (argparse.ArgumentTypeError, ValueError) as error:
+    except (argparse.ArgumentTypeError, InputError) as error:
         parser.error(str(error))
-    if recipe.corrector not in CORRECTORS:
-        parser.error(f"--corrector {recipe.corrector!r} is not one of {', '.join(CORRECTORS)}")
     if recipe.from_scratch and recipe.encoder == "static":
         parser.error("--from_scratch is for transformers: the static encoder is made of pretrained token vectors")
     if recipe.num_layers is not None and (recipe.encoder == "static" or recipe.num_layers < 1):
         parser.error("--num_layers is how many layers of a transformer are kept: at least 1, and not with static")
     if not strategy.chooses:
-        unused = [field for field in dataclasses.fields(recipe) if field.name in SELECTION_OPTIONS]
-        given = [f"--{field.name}" for field in unused if getattr(recipe, field.name) != field.default]
+        options = {option.name: getattr(training, option.name) for option in OPTIONS if option.name not in FOR_ALL}
+        given = [f"--{name}" for name, value in options.items() if value != parser.get_default(name)]
+        given += ["--answer_check"] * recipe.answer_check
         if given:
             parser.error(
                 f"--strategy {recipe.strategy} chooses nothing from the corpus while training: leave out "
                 f"{', '.join(given)}"
             )
-    if training.world_size > 1 and strategy.chooses:
-        parser.error(f"{training.world_size} processes are not supported yet: accelerate launch --num_processes 1")
+    if misplaced := [name for name in NOT_HERE if getattr(training, name) != parser.get_default(name)]:
+        parser.error(f"--{misplaced[0]} is for CorrectorTrainer: here --strategy, --caches and the data set say it")
     if recipe.dataset.startswith((".", "/")) and not Path(recipe.dataset).is_dir():
         parser.error(f"--dataset {recipe.dataset}: there is no such folder")
     if training.output_dir in (None, "trainer_output"):  # transformers' own default
-        parts = [recipe.strategy.replace(":", "-"), recipe.corrector if strategy.name == "corrected" else None]
-        if recipe.write_back is not None:
-            parts.append("write-back" if recipe.write_back else "no-write-back")
+        parts = [recipe.strategy.replace(":", "-"), training.corrector if strategy.name == "corrected" else None]
+        if training.write_back != parser.get_default("write_back"):
+            parts.append("write-back" if training.write_back else "no-write-back")
         training.output_dir = str(Path("outputs/train_nq") / "-".join(part for part in parts if part))
     return recipe, training
 
@@ -211,44 +180,30 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from error
 
 
-def run(recipe: RecipeArguments, training: SentenceTransformerTrainingArguments) -> None:
+def run(recipe: RecipeArguments, training: CorrectorTrainingArguments) -> None:
     set_seed(training.seed)
-    strategy = Strategy.parse(recipe.strategy)
     corpus = load_corpus(recipe)
     model = load_model(recipe, training.seed)
     print(corpus)
     output = Path(training.output_dir)
+    settings = training.loss_settings
+    if recipe.answer_check:
+        check = AnswerCheck(corpus, training.train_split)
+        settings["false_negatives"] = dataclasses.replace(settings["false_negatives"], checks=(check,))
     results = train(
         model,
         corpus,
         training,
         recipe.strategy,
         recipe.caches,
-        corrector=recipe.corrector,
-        corrector_settings=json.loads(recipe.corrector_settings),
-        write_back=strategy.name == "corrected" if recipe.write_back is None else recipe.write_back,
-        num_negatives=recipe.num_negatives,
-        sampler=recipe.sampler,
-        budget=recipe.budget,
-        share_negatives=recipe.share_negatives,
-        candidates=recipe.candidates,
-        background_targets=recipe.background_targets,
-        false_negatives=FalseNegativeFilter(
-            recipe.max_score,
-            recipe.absolute_margin,
-            recipe.relative_margin,
-            recipe.range_min,
-            recipe.range_max,
-            (AnswerCheck(corpus, "train"),) if recipe.answer_check else (),
-        ),
-        probe_every=recipe.probe_every,
         probe_targets=recipe.probe_targets,
-        scale=recipe.scale,
         evaluator=CorpusRetrievalEvaluator(corpus, "dev", show_progress_bar=not training.disable_tqdm),
+        **settings,
     )
-    results["args"] = dataclasses.asdict(recipe) | {
-        name: getattr(training, name) for name in ("max_steps", "learning_rate", "per_device_train_batch_size", "seed")
-    }
+    if not training.should_save:  # one process writes
+        return
+    named = [*(option.name for option in OPTIONS), "max_steps", "learning_rate", "per_device_train_batch_size", "seed"]
+    results["args"] = dataclasses.asdict(recipe) | {name: getattr(training, name) for name in named}
     results["command"] = shlex.join(["python", *sys.argv])
     print(table({"before": results["before"], f"after ({recipe.strategy})": results["after"]}, METRICS))
     model.save_pretrained(str(output / "final"))

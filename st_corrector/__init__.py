@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .cache import EmbeddingCache
+from .cached_loss import CachedCorrectedMultipleNegativesLoss
 from .callbacks import FidelityCallback, RefreshCallback
 from .corpus import Corpus
 from .correctors import (
@@ -23,11 +24,13 @@ from .loss import CorrectedMultipleNegativesLoss
 from .search import CorrectedSearch
 from .shortlist import Shortlist, ShortlistSearch
 from .trainer import CorrectorTrainer
+from .training_args import CorrectorTrainingArguments
 
 __all__ = [
     "AffineCorrector",
     "AnswerCheck",
     "CacheError",
+    "CachedCorrectedMultipleNegativesLoss",
     "Check",
     "Corpus",
     "CorpusError",
@@ -36,6 +39,7 @@ __all__ = [
     "CorrectedSearch",
     "Corrector",
     "CorrectorTrainer",
+    "CorrectorTrainingArguments",
     "CrossEncoderCheck",
     "EmbeddingCache",
     "FaissIndex",

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .corpus import Corpus
+from .distributed import Processes
 from .encoding import DocumentEncoder
 from .errors import CacheError
 from .fingerprint import differences
@@ -82,12 +83,24 @@ class EmbeddingCache:
     Args:
         shards: of consecutive rows, all of one dtype.
         fingerprint: what the embeddings depend on, by component; empty where that is not known.
+        first_row: the corpus row of the first embedding, where it is a :meth:`part` of a cache.
+        corpus_size: rows of the whole cache, of which it is a part.
     """
 
-    def __init__(self, shards: Sequence[Shard], fingerprint: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        fingerprint: Mapping[str, Any] | None = None,
+        first_row: int = 0,
+        corpus_size: int | None = None,
+    ) -> None:
         self._shards = list(shards)
-        self._starts = np.cumsum([0] + [len(shard.values) for shard in self._shards])
+        self._starts = first_row + np.cumsum([0] + [len(shard.values) for shard in self._shards])
         self.fingerprint = dict(fingerprint or {})
+        self.first_row = first_row
+        """The first corpus row that it holds; rows are always counted in the corpus, in a part too."""
+        self.corpus_size = len(self) if corpus_size is None else corpus_size
+        """Rows of the whole corpus."""
 
     # ------------------------------------------------------------------ constructors
 
@@ -113,19 +126,26 @@ class EmbeddingCache:
         return cache
 
     @classmethod
-    def from_blocks(cls, blocks: Iterable[Tensor], dtype: torch.dtype) -> EmbeddingCache:
+    def from_blocks(
+        cls, blocks: Iterable[Tensor], dtype: torch.dtype, first_row: int = 0, corpus_size: int | None = None
+    ) -> EmbeddingCache:
         """A cache in memory of floating-point blocks of consecutive rows, ``(n, d)`` each, stored in ``dtype``.
+
+        Args:
+            blocks: ``(n, d)`` each.
+            dtype: one of :data:`DTYPES`.
+            first_row, corpus_size: of a part; see :class:`EmbeddingCache`.
 
         Raises:
             CacheError: an embedding is not finite in that dtype.
         """
         shards: list[Shard] = []
-        rows = 0
+        row = first_row
         for block in blocks:
             shards.append(Shard.store(block.detach(), dtype))
-            _require_finite(shards[-1], rows)
-            rows += len(block)
-        return cls(shards)
+            _require_finite(shards[-1], row)
+            row += len(block)
+        return cls(shards, first_row=first_row, corpus_size=corpus_size)
 
     @classmethod
     def build(
@@ -141,7 +161,8 @@ class EmbeddingCache:
         """Encode every target of ``corpus`` with ``model`` into the folder ``path``.
 
         Killed half-way, the same call goes on behind the last finished shard; called on a finished cache, it
-        loads it.
+        loads it. Where several processes train together, all call it and each encodes its share of the shards; the
+        folder must be one that all of them see.
 
         Args:
             path: a new folder, or one that an earlier call with the same model and corpus began.
@@ -152,12 +173,13 @@ class EmbeddingCache:
 
         Raises:
             CacheError: ``path`` holds a cache of another model, corpus, prompt or dtype (it says which),
-                an unknown dtype is asked for, or an embedding is not finite.
+                an unknown dtype is asked for, an embedding is not finite, or another process's files are not seen.
         """
         if dtype not in DTYPES:
             raise CacheError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
         if batch_size < 1 or shard_size < 1:
             raise CacheError(f"batch_size and shard_size must be at least 1, got {batch_size} and {shard_size}.")
+        processes = Processes.current()
         encoder = DocumentEncoder(model, corpus, progress=progress)
         folder = Path(path)
         manifest = {
@@ -167,6 +189,13 @@ class EmbeddingCache:
             "dtype": dtype,
             "fingerprint": encoder.fingerprint(model),
         }
+        if processes.rank:  # the first one makes the folder
+            processes.wait()
+            if not (folder / _MANIFEST).exists():
+                raise CacheError(
+                    f"Process {processes.rank} does not see the cache that process 0 has begun in {folder}: choose a "
+                    "folder on a file system that all nodes share."
+                )
         if (folder / _MANIFEST).exists():
             found = _read_manifest(folder)
             # A build that was begun with shards of another size goes on with those.
@@ -181,14 +210,17 @@ class EmbeddingCache:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             _write_atomically(folder / _MANIFEST, json.dumps({**manifest, "shard_size": shard_size}, indent=2).encode())
-
+        if processes.rank == 0:
+            processes.wait()
+        numbers = range(-(-len(corpus) // shard_size))
+        missing = [number for number in numbers if not _shard_path(folder, number).exists()]
+        processes.wait()  # all have looked before anybody writes
+        progress = progress and processes.rank == 0
         with tqdm(total=len(corpus), desc="Building the cache", unit=" targets", disable=not progress) as bar:
-            for number, start in enumerate(range(0, len(corpus), shard_size)):
-                rows = np.arange(start, min(start + shard_size, len(corpus)))
+            bar.update(len(corpus) - sum(len(_rows_of(number, shard_size, len(corpus))) for number in missing))
+            for number in missing[processes.rank :: processes.size]:
+                rows = _rows_of(number, shard_size, len(corpus))
                 shard = _shard_path(folder, number)
-                if shard.exists():
-                    bar.update(len(rows))
-                    continue
                 # Checked in the stored dtype: float16 overflows at 65,504.
                 embeddings = encoder.encode(model, rows, batch_size=batch_size, bar=bar)
                 stored = Shard.store(embeddings.cpu(), DTYPES[dtype])
@@ -198,14 +230,18 @@ class EmbeddingCache:
                         f"(ids {corpus.ids(bad[:3])}), in {dtype}: check the model's weights, or choose another dtype."
                     )
                 _write_shard(shard, stored)
+            processes.wait()
+            bar.update(len(corpus) - bar.n)  # what the others have done
         return cls.load(folder)
 
     def save(self, path: str | os.PathLike) -> EmbeddingCache:
         """Write it into the new folder ``path``, as :meth:`build` would have; returns it memory-mapped from there.
 
         Raises:
-            CacheError: there is something in ``path``.
+            CacheError: there is something in ``path``, or this is only a part of a cache.
         """
+        if len(self) != self.corpus_size:
+            raise CacheError(f"{self!r} is a part of a cache: save the whole one.")
         folder = Path(path)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CacheError(f"{folder} is not empty: choose a new folder to save the cache in.")
@@ -266,6 +302,12 @@ class EmbeddingCache:
     # ------------------------------------------------------------------ reading
 
     def __len__(self) -> int:
+        """How many rows it holds."""
+        return self.end - self.first_row
+
+    @property
+    def end(self) -> int:
+        """One beyond the last corpus row that it holds."""
         return int(self._starts[-1])
 
     @property
@@ -289,18 +331,37 @@ class EmbeddingCache:
         return sum(each.nbytes for shard in self._shards for each in shard if each is not None)
 
     def __repr__(self) -> str:
-        return f"EmbeddingCache({len(self):,} × {self.dim}, {str(self.dtype).removeprefix('torch.')})"
+        part = "" if len(self) == self.corpus_size else f" of {self.corpus_size:,}, from row {self.first_row:,}"
+        return f"EmbeddingCache({len(self):,} × {self.dim}, {str(self.dtype).removeprefix('torch.')}{part})"
+
+    def part(self, rows: slice) -> EmbeddingCache:
+        """Its rows ``rows.start … rows.stop − 1`` alone, on the same memory, as one of several processes holds them.
+
+        Raises:
+            CacheError: it does not hold all of these rows, or there are none.
+        """
+        if not self.first_row <= rows.start < rows.stop <= self.end:
+            raise CacheError(
+                f"Rows {rows.start} … {rows.stop - 1} are no part of {self!r}: there must be at least one, and it must "
+                "hold them all. A corpus needs as many targets as there are processes."
+            )
+        shards = []
+        for start, shard in zip(self._starts.tolist(), self._shards, strict=False):
+            first, end = max(rows.start, start), min(rows.stop, start + len(shard.values))
+            if first < end:
+                shards.append(shard.at(slice(first - start, end - start)))
+        return EmbeddingCache(shards, self.fingerprint, rows.start, self.corpus_size)
 
     def __getitem__(self, rows: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """The stale embeddings of ``rows``: float32, shape ``(len(rows), d)``, on the device that holds the cache.
 
         Raises:
-            IndexError: a row is negative or beyond the last.
+            IndexError: it does not hold one of these rows.
         """
         rows = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
         rows = rows.astype(np.int64)
-        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
-            raise IndexError(f"Rows must lie in 0 … {len(self) - 1}, got {rows.min()} … {rows.max()}.")
+        if rows.size and (rows.min() < self.first_row or rows.max() >= self.end):
+            raise IndexError(f"Rows must lie in {self.first_row} … {self.end - 1}, got {rows.min()} … {rows.max()}.")
         result = torch.empty(len(rows), self.dim, device=self.device)
         shard_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(shard_of_row):
@@ -311,7 +372,7 @@ class EmbeddingCache:
 
     def chunks(self, size: int, first: int = 0, end: int | None = None) -> Iterator[tuple[int, Shard]]:
         """``(first row, chunk)`` over rows ``first … end − 1`` in order, as stored, each of at most ``size`` rows."""
-        end = len(self) if end is None else min(end, len(self))
+        end = self.end if end is None else min(end, self.end)
         for start, shard in zip(self._starts.tolist(), self._shards, strict=False):
             stop = min(start + len(shard.values), end)
             for row in range(max(start, first), stop, size):
@@ -332,13 +393,18 @@ class EmbeddingCache:
         values = torch.empty(len(self), self.dim, dtype=dtype, device=device)
         scales = torch.empty(len(self), device=device) if scaled else None
         for row, chunk in self.chunks(_ROWS_AT_ONCE):
-            here = slice(row, row + len(chunk.values))
+            here = slice(row - self.first_row, row - self.first_row + len(chunk.values))
             stored = chunk if dtype == self.dtype else Shard.store(chunk.float(), dtype)
             _require_finite(stored, row)
             values[here] = stored.values
             if scales is not None and stored.scales is not None:
                 scales[here] = stored.scales
-        return EmbeddingCache([Shard(values, scales)], self.fingerprint)
+        return EmbeddingCache([Shard(values, scales)], self.fingerprint, self.first_row, self.corpus_size)
+
+
+def _rows_of(number: int, shard_size: int, size: int) -> np.ndarray:
+    """The rows of a shard."""
+    return np.arange(number * shard_size, min((number + 1) * shard_size, size))
 
 
 def _require_finite(shard: Shard, first_row: int) -> None:

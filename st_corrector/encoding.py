@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -109,6 +110,14 @@ class DocumentEncoder:
         if embeddings is None:
             raise ValueError("No rows to encode.")
         return embeddings
+
+    @staticmethod
+    def is_frozen(model: SentenceTransformer) -> bool:
+        """Whether nothing of what encodes documents can be trained: their embeddings do not change then."""
+        modules = list(unwrap(model).children())
+        if isinstance(modules[0], Router):
+            modules = [*modules[0].sub_modules["document"], *modules[1:]]
+        return not any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
     def fingerprint(self, model: SentenceTransformer, weights: bool = True) -> dict[str, Any]:
         """What this model's embeddings of this corpus depend on, by component.

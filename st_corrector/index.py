@@ -73,7 +73,7 @@ class FaissIndex:
         prepare = (lambda x: F.normalize(x, dim=-1)) if normalize else (lambda x: x)
         if not index.is_trained:
             generator = np.random.default_rng(0)
-            rows = np.sort(generator.permutation(len(cache))[:_TRAINED_ON])
+            rows = cache.first_row + np.sort(generator.permutation(len(cache))[:_TRAINED_ON])
             index.train(prepare(cache[rows].cpu()).numpy())
         for _, chunk in cache.chunks(_ROWS_AT_ONCE):
             index.add(prepare(chunk.float().cpu()).numpy())
@@ -137,7 +137,8 @@ class FaissIndex:
 
     @torch.no_grad()
     def search(self, queries: Tensor, k: int, skip: np.ndarray | None = None) -> Tensor:
-        """The rows with the ``k`` largest inner products that the index finds: ``(B, k)``, −1 where it finds fewer.
+        """The rows with the ``k`` largest inner products that the index finds, from the cache's first on: ``(B, k)``,
+        −1 where it finds fewer.
 
         Args:
             queries: ``(B, d)``.
@@ -166,8 +167,14 @@ class FaissIndex:
 
 def _identity(cache: EmbeddingCache) -> dict[str, Any]:
     """What tells a cache from others; its first rows stand for one whose making is not known."""
-    start = cache[np.arange(min(4, len(cache)))].double().sum().item()
-    return {"rows": len(cache), "dim": cache.dim, "fingerprint": cache.fingerprint, "first_rows": round(start, 4)}
+    start = cache[np.arange(cache.first_row, min(cache.first_row + 4, cache.end))].double().sum().item()
+    return {
+        "rows": len(cache),
+        "first_row": cache.first_row,
+        "dim": cache.dim,
+        "fingerprint": cache.fingerprint,
+        "first_rows": round(start, 4),
+    }
 
 
 def _search_parameters(index: Any, selector: Any) -> Any:

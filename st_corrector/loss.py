@@ -2,36 +2,104 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.normalize import Normalize
-from sentence_transformers.util import cos_sim, dot_score, similarity_fct_name
+from sentence_transformers.util import cos_sim, similarity_fct_name
 from torch import Tensor, nn
 
 from .cache import EmbeddingCache
+from .checks import check_cache, check_labels, check_settings, require_finite
 from .corpus import Corpus
-from .correctors import Corrector, make_corrector
+from .correctors import Corrector, IdentityCorrector, make_corrector
+from .distributed import Processes, checksum
 from .encoding import DocumentEncoder, unwrap
 from .errors import InputError
 from .filters import FalseNegativeFilter, is_in, known_positives, pad_rows, repeats_earlier
-from .fingerprint import differences
 from .search import CorrectedSearch, Sampler
 from .selection import Budget, NegativeSelector, Selection
 from .shortlist import Shortlist, ShortlistSearch
 from .staleness import StepMetrics, staleness
-from .tokens import TokenizedCorpus
 from .topk import NO_ROW
 
+logger = logging.getLogger(__name__)
 _REFRESHED_AT_ONCE = 16_384
+_SAME_EMBEDDING = 0.999  # cosine of what one encoder says of one text, twice, and what is left of it in 8 bits
+_COMPARED_EVERY = 100  # steps between two comparisons of what the processes have learnt
+
+
+WarmupNegatives = Literal["stale", "in-batch"]
+
+
+class Column(NamedTuple):
+    """Embeddings of one column's texts, cut off from what made them.
+
+    Args:
+        pieces: leaves that gather gradients, ``(n, d)`` in all.
+        origin: what :meth:`CorrectedMultipleNegativesLoss._connected` needs to hand these gradients on.
+    """
+
+    pieces: list[Tensor]
+    origin: Any
+
+    @property
+    def embeddings(self) -> Tensor:
+        """``(n, d)``, without gradient."""
+        return torch.cat(self.pieces).detach()
+
+
+class Batch(NamedTuple):
+    """The pairs of all processes, one process after the other.
+
+    Args:
+        counts: pairs of each process.
+        mine: where this process's are.
+        queries: ``f(x)`` as the search sees them, ``(B, d)``.
+        positives: ``g(y⁺)`` likewise, ``(B, d)``.
+        rows: the positives' corpus rows, ``(B,)``.
+        known: rows that no query may get, ``(B, m)``, padded with −1.
+    """
+
+    counts: list[int]
+    mine: slice
+    queries: Tensor
+    positives: Tensor
+    rows: Tensor
+    known: Tensor
+
+    @property
+    def positive_scores(self) -> Tensor:
+        """``⟨f(x), g(y⁺)⟩``, ``(B,)``."""
+        return (self.queries * self.positives).sum(-1)
+
+
+class Candidates(NamedTuple):
+    """What the queries of this process are told apart from.
+
+    Args:
+        counts: of each column of candidates (positives, negatives), how many each process has encoded.
+        target: where the positive of each of this process's queries is among all candidates, ``(b,)``.
+        forbidden: candidates that do not count for a query, ``(b, C)``.
+        weight: of this process's mean over its queries, so that the mean over processes is the one over all queries.
+    """
+
+    counts: list[list[int]]
+    target: Tensor
+    forbidden: Tensor | None
+    weight: float
 
 
 class CorrectedMultipleNegativesLoss(nn.Module):
+    # So that MatryoshkaLoss shrinks what calculate_loss is given, and negatives are chosen once, by whole embeddings.
+    uses_gradient_cache = True
+
     def __init__(
         self,
         model: SentenceTransformer,
@@ -50,6 +118,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         background_targets: int = 0,
         false_negatives: FalseNegativeFilter | None = None,
         shortlist: Shortlist | None = None,
+        warmup_steps: int = 0,
+        warmup_negatives: WarmupNegatives = "stale",
         split: str | None = "train",
     ) -> None:
         r"""
@@ -98,6 +168,9 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 ``write_back``) alone. Counted in :attr:`targets_reencoded`.
             shortlist: score only what an index (or a copy of the cache that is corrected once in a while) suggests,
                 instead of every target: see :class:`Shortlist`. Recall is measured and logged.
+            warmup_steps: for so many of its steps the corrector learns, but does not choose yet.
+            warmup_negatives: what is taken until then: ``"stale"``, the hardest by the cache as it is (and what has
+                been written back), or ``"in-batch"``, nothing but the other queries' positives.
             split: the corpus split that is trained on: its judgements say what else is relevant to a query.
                 A query is known by its positive's row: where one target answers several queries of the split, nothing
                 that is relevant to any of them is a negative for them. ``None``: the labels are all that is known.
@@ -119,6 +192,13 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             ``correction_loss`` carries no gradient, and is left out by correctors that learn nothing). Under
             ``torch.no_grad()``, as in evaluation, only ``{"task_loss"}`` with in-batch negatives: nothing is
             selected and nothing learnt.
+
+        With several processes (``accelerate launch``) a batch is that of all of them: each holds and searches a part of
+        the cache for all queries, encodes its share of the batch's negatives, and all see every candidate, with
+        gradient. What is selected and learnt is what one process would have with the whole batch.
+
+        A document encoder that is frozen (a ``Router`` whose document route has nothing to train) does not go stale:
+        then nothing is corrected or written back.
 
         Recommendations:
             - Raise ``num_negatives`` before the batch size: the union of the batch's selections serves every query.
@@ -146,17 +226,22 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 trainer.train()
 
         Raises:
-            InputError: settings that are out of range, a cache of another size, corpus or kind of encoder, several
-                processes; and in training a batch without ``label``, with a label outside the corpus, with a positive
-                that is not the text of its row (checked by token ids, where the model has them), or with embeddings
-                that are not finite.
+            InputError: settings that are out of range, a cache of another size, corpus or kind of encoder; and in
+                training a batch without ``label``, with a label outside the corpus, with a positive that is not the
+                text of its row (checked by token ids, where the model has them), or with embeddings that are not
+                finite; processes whose correctors differ.
         """
         super().__init__()
         self.selector = NegativeSelector(
             num_negatives, sampler, scale, budget, candidates, false_negatives or FalseNegativeFilter()
         )
         """How negatives are chosen."""
-        _check_settings(corpus, cache, self.selector, background_targets, similarity_fct, split)
+        check_settings(corpus, cache, self.selector, background_targets, similarity_fct, split)
+        if warmup_steps < 0 or warmup_negatives not in ("stale", "in-batch"):
+            raise InputError(
+                f"warmup_steps must not be negative and warmup_negatives 'stale' or 'in-batch', got {warmup_steps} and "
+                f"{warmup_negatives!r}."
+            )
         self.model = model
         self.corpus = corpus
         self.similarity_fct = similarity_fct
@@ -165,7 +250,10 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         self.write_back = write_back
         self.background_targets = background_targets
         self.shortlist = shortlist
+        self.warmup_steps, self.warmup_negatives = warmup_steps, warmup_negatives
         self.split = split
+        self.processes = Processes.current()
+        """Those that train together; more than one under ``accelerate launch``."""
         self.metrics = StepMetrics()
         """What the steps have measured since :meth:`pop_metrics` was last called."""
         self.targets_encoded = 0
@@ -174,12 +262,17 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         """Targets encoded without gradient to verify them so far; see ``candidates``."""
         self.targets_reencoded = 0
         """Targets encoded for the cache alone so far, by :meth:`refresh` or as background targets; else zero."""
+        self.refreshed = False
+        """Whether :meth:`refresh` has replaced the cache that the loss was made with."""
         self._qrels = corpus.qrels(split) if corpus.splits and split is not None else None
         self.encoder = DocumentEncoder(unwrap(model), corpus)
         # The corrector lives in the search, which is no module: see Corrector for why it must not be a submodule.
         self._search: CorrectedSearch | None = None
         if cache is not None:
-            _check_cache(cache, self.encoder.fingerprint(model, weights=False))
+            check_cache(cache, self.encoder.fingerprint(model, weights=False))
+            if self.encoder.is_frozen(model) and self._is_fresh(cache):
+                logger.info("The document encoder is frozen: the cache stays fresh, and nothing is corrected.")
+                corrector, self.write_back = "identity", False
             cosine = similarity_fct is cos_sim
             unit = cosine or isinstance(list(unwrap(model).children())[-1], Normalize)
             settings = {} if isinstance(corrector, Corrector) else {"normalize": unit}
@@ -189,8 +282,9 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                     f"{corrector!r} returns unit vectors, but the encoder's embeddings are not and are compared by dot "
                     "product: make it with normalize=False."
                 )
+            if self.processes.size > 1 and len(cache) == len(corpus):
+                cache = cache.part(self.processes.share(len(corpus)))
             self._search = self._make_search(cache, corrector)
-            _require_one_process()
 
     @property
     def num_negatives(self) -> int:
@@ -226,37 +320,143 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 "corpus: drop other text columns, e.g. dataset.select_columns(['anchor', 'positive', 'label'])."
             )
         training = torch.is_grad_enabled()
-        rows = self._check_labels(labels, features) if training or labels is not None else None
+        rows = None
+        if training or labels is not None:
+            rows = check_labels(self.encoder, self.model, labels, features[1])
         with self._timed("encode", training):
-            queries = _finite(self.model(features[0])["sentence_embedding"], "queries in this batch")
-            positives = _finite(self.model(features[1])["sentence_embedding"], "positives in this batch", rows)
-        if rows is None:
-            return {"task_loss": self._task_loss(queries, positives, None)}
+            columns = [self._embed(each) for each in features]
+        require_finite(columns[0].embeddings, "queries in this batch")
+        require_finite(columns[1].embeddings, "positives in this batch", rows)
+        if rows is None or not training:
+            return {"task_loss": self.calculate_loss([each.pieces for each in columns], self._in_batch(columns, rows))}
 
-        known = pad_rows(known_positives(self.corpus, self._qrels, rows.tolist())).to(queries.device)
-        positive_scores = (self.comparable(queries) * self.comparable(positives)).sum(-1)
-        if not training or self.num_negatives == 0:
-            self.targets_encoded += len(rows) if training else 0
-            ceiling = self.selector.false_negatives.ceiling(positive_scores) if training else None
-            return {"task_loss": self._task_loss(queries, positives, self._forbidden(rows, rows[:0], known), ceiling)}
-
-        with self._timed("select"):
-            selection = self.select(queries, known, positive_scores, rows)
-        selected = selection.rows[selection.rows != NO_ROW].unique()
-        negative_rows = selected[~torch.isin(selected, rows)]
-        self.targets_encoded += len(rows) + len(negative_rows)
-        candidates = positives
+        with self._timed("exchange"):
+            batch = self._gather(columns, rows)
+        received = self.processes.bytes_received
+        self.targets_encoded += len(batch.rows)
+        selection, negative_rows = None, batch.rows[:0]
+        if self.num_negatives and not (self._is_warming_up and self.warmup_negatives == "in-batch"):
+            with self._timed("select"):
+                selection = self.select(batch.queries, batch.known, batch.positive_scores, batch.rows)
+            selected = selection.rows[selection.rows != NO_ROW].unique()
+            negative_rows = selected[~torch.isin(selected, batch.rows)]
+            self.targets_encoded += len(negative_rows)
+        counts, fresh = [batch.counts], batch.positives
         if len(negative_rows):
+            shares = [len(negative_rows[each]) for each in self.processes.shares(len(negative_rows))]
+            share = negative_rows[self.processes.share(len(negative_rows))]
             with self._timed("encode"):
-                negative_features = self.encoder.features(negative_rows.cpu().numpy(), queries.device)
-                negatives = _finite(self.model(negative_features)["sentence_embedding"], "negatives", negative_rows)
-            candidates = torch.cat([positives, negatives])
-        forbidden = self._forbidden(rows, negative_rows, known, selection)
-        task_loss = self._task_loss(queries, candidates, forbidden, selection.ceiling)
+                # All processes call the model, since it may exchange something itself; who has no share drops a text.
+                to_encode = share if len(share) else negative_rows[:1]
+                columns.append(self._embed(self.encoder.features(to_encode.cpu().numpy(), batch.rows.device)))
+            require_finite(columns[2].embeddings, "negatives", to_encode)
+            with self._timed("exchange"):
+                negatives = self.comparable(columns[2].embeddings)[: len(share)]
+                fresh = torch.cat([fresh, self.processes.gather(negatives, shares)])
+            counts.append(shares)
+        candidates = self._candidates(batch, negative_rows, selection, fresh, counts)
+        loss = self.calculate_loss([each.pieces for each in columns], candidates, with_backward=True)
+        task_loss = self._connected(loss, columns)
+        if self._search is None or not self.num_negatives:
+            return {"task_loss": task_loss}
         with self._timed("correct"):
-            self._measure_selection(selection, positive_scores, queries, candidates, torch.cat([rows, negative_rows]))
-            learnt = self._fit_corrector(queries, candidates, torch.cat([rows, negative_rows]), selection)
+            all_rows = torch.cat([batch.rows, negative_rows])
+            if selection is not None:
+                self._measure_selection(selection, batch, fresh, all_rows)
+            learnt = self._fit_corrector(batch.queries, fresh, all_rows, selection)
+        if self.processes.size > 1:
+            self.metrics.add(bytes_exchanged=float(self.processes.bytes_received - received))
         return {"task_loss": task_loss, **learnt}
+
+    def _embed(self, features: dict[str, Tensor]) -> Column:
+        """Embeddings of a column; their gradients go where :meth:`_connected` sends them."""
+        embeddings = self.model(features)["sentence_embedding"]
+        return Column([embeddings.detach().requires_grad_(torch.is_grad_enabled())], embeddings)
+
+    def _connected(self, loss: Tensor, columns: list[Column]) -> Tensor:
+        """``loss`` with the gradients that the columns' pieces have gathered, on their way to the encoder."""
+        # Its derivative by what the encoder has said is what calculate_loss has found.
+        terms = [(column.origin * column.pieces[0].grad).sum() for column in columns]
+        linear = torch.stack([term.float() for term in terms]).sum()
+        return loss + (linear - linear.detach())
+
+    def calculate_loss(self, reps: list[list[Tensor]], labels: Candidates, *, with_backward: bool = False) -> Tensor:
+        """Cross-entropy of each query's positive among all candidates that are not forbidden to it.
+
+        Args:
+            reps: embeddings of queries, positives, and negatives if there are any, each in pieces.
+            labels: which of them is what to whom.
+            with_backward: back-propagate it as far as the pieces, and return it without gradient.
+        """
+        queries, *columns = (torch.cat(pieces) for pieces in reps)
+        candidates = torch.cat(
+            [
+                self.processes.gather_with_grad(each[: counts[self.processes.rank]], counts) if with_backward else each
+                for each, counts in zip(columns, labels.counts, strict=True)
+            ]
+        )
+        scores = self.similarity_fct(queries.float(), candidates.float())
+        if labels.forbidden is not None:
+            scores = scores.masked_fill(labels.forbidden, -torch.inf)
+        loss = F.cross_entropy(scores * self.scale, labels.target) * labels.weight
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    def _in_batch(self, columns: list[Column], rows: Tensor | None) -> Candidates:
+        """The positives of this process's own batch as candidates: what evaluation looks at."""
+        target = torch.arange(len(columns[0].embeddings), device=columns[0].pieces[0].device)
+        forbidden = None
+        if rows is not None:
+            known = pad_rows(known_positives(self.corpus, self._qrels, rows.tolist())).to(rows.device)
+            forbidden = is_in(rows, known) | repeats_earlier(rows)
+            forbidden[target, target] = False
+        return Candidates([[len(target)]], target, forbidden, 1.0)
+
+    @torch.no_grad()
+    def _gather(self, columns: list[Column], rows: Tensor) -> Batch:
+        """The batch of all processes."""
+        processes = self.processes
+        counts = processes.counts(len(rows), rows.device)
+        first = sum(counts[: processes.rank])
+        queries, positives = (processes.gather(self.comparable(column.embeddings), counts) for column in columns)
+        rows = processes.gather(rows, counts)
+        known = pad_rows(known_positives(self.corpus, self._qrels, rows.tolist())).to(rows.device)
+        return Batch(counts, slice(first, first + len(columns[0].embeddings)), queries, positives, rows, known)
+
+    @torch.no_grad()
+    def _candidates(
+        self,
+        batch: Batch,
+        negative_rows: Tensor,
+        selection: Selection | None,
+        fresh: Tensor,
+        counts: list[list[int]],
+    ) -> Candidates:
+        """Which of all positives, then negatives, whose embeddings are ``fresh`` ``(C, d)``, count for whom."""
+        mine = batch.mine
+        columns = torch.cat([batch.rows, negative_rows])
+        target = torch.arange(len(batch.rows), device=columns.device)[mine]
+        forbidden = is_in(columns, batch.known[mine])
+        ceiling = self.selector.false_negatives.ceiling(batch.positive_scores)
+        if selection is not None:
+            ceiling = selection.ceiling
+            if self.share_negatives:
+                offered = torch.isin(columns, selection.rows).repeat(len(target), 1)
+            else:
+                offered = is_in(columns, selection.rows[mine])
+            if self.in_batch_negatives:
+                offered[:, : len(batch.rows)] = True
+            forbidden |= ~offered | is_in(columns, selection.false_negatives[mine])
+            for check in self.selector.false_negatives.checks:
+                if check.everywhere:
+                    forbidden |= check(batch.rows[mine], columns.expand(len(target), -1))
+        forbidden |= batch.queries[mine] @ fresh.T > ceiling[mine, None]
+        forbidden[:, : len(batch.rows)] |= repeats_earlier(batch.rows)  # a positive that two share is one candidate
+        forbidden[torch.arange(len(target), device=target.device), target] = False
+        weight = len(target) * self.processes.size / len(batch.rows)
+        return Candidates(counts, target, forbidden, weight)
 
     @torch.no_grad()
     def select(
@@ -273,7 +473,6 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         Raises:
             InputError: a rule is set that depends on what is missing.
         """
-        _require_one_process()
         rules, queries = self.selector.false_negatives, self.comparable(queries)
         if positive_scores is None:
             if (
@@ -288,7 +487,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 raise InputError("Checks know a query by its positive's row: pass labels.")
             labels = torch.full((len(queries),), NO_ROW, device=queries.device)
         selection = self.selector.select(
-            self.search, queries, exclude, positive_scores.detach(), labels, self._encode_without_gradient
+            self._choosing_search, queries, exclude, positive_scores.detach(), labels, self._encode_without_gradient
         )
         self.targets_verified += len(selection.verified_rows)
         self.metrics.add(**{f"removed_by_{rule}": count for rule, count in selection.removed.items()})
@@ -296,10 +495,35 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             self.metrics.add(recall=self.search.recall)
         return selection
 
+    @property
+    def _is_warming_up(self) -> bool:
+        return self._search is not None and self._search.steps < self.warmup_steps
+
+    @property
+    def _choosing_search(self) -> CorrectedSearch:
+        """The search by which negatives are chosen now."""
+        search = self.search
+        if not self._is_warming_up:
+            return search
+        untrained = IdentityCorrector(search.cache.dim, normalize=search.corrector.normalize)
+        stale = CorrectedSearch(search.cache, untrained, normalize=search.normalize, processes=self.processes)
+        stale.overlay = search.overlay
+        return stale
+
     def _encode_without_gradient(self, rows: np.ndarray) -> Tensor:
-        """``g(y)`` of ``rows`` as the model says now, as the search sees it: ``(n, d)``."""
-        fresh = self.comparable(self.encoder.encode(unwrap(self.model), rows))
-        return _finite(fresh, "targets encoded without gradient", torch.from_numpy(rows))
+        """``g(y)`` of ``rows`` as the model says now, for the search, ``(n, d)``; each process encodes a share."""
+        processes = self.processes
+        share = rows[processes.share(len(rows))]
+        fresh = self.comparable(self.encoder.encode(unwrap(self.model), share if len(share) else rows[:1]))
+        require_finite(fresh, "targets encoded without gradient", torch.from_numpy(share if len(share) else rows[:1]))
+        return processes.gather(fresh[: len(share)], [len(rows[each]) for each in processes.shares(len(rows))])
+
+    @torch.no_grad()
+    def _is_fresh(self, cache: EmbeddingCache) -> bool:
+        """Whether the model says of some targets what the cache has of them."""
+        rows = np.linspace(0, len(self.corpus) - 1, min(8, len(self.corpus))).astype(np.int64)
+        fresh = self.encoder.encode(unwrap(self.model), rows).cpu()
+        return bool((F.cosine_similarity(cache[rows].cpu(), fresh) > _SAME_EMBEDDING).all())
 
     def pop_metrics(self) -> dict[str, float]:
         """What the steps since the last call measured, for logging.
@@ -317,7 +541,10 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         - ``recall``, of what an exact search selects, as last measured, with ``shortlist``;
         - ``removed_by_<rule>``, candidates that a rule on false negatives removed in a step.
 
-        Sums over the steps: ``seconds_encode``, ``seconds_select`` and ``seconds_correct`` of the forward pass. Totals
+        - ``bytes_exchanged``, what the other processes have sent to this one in a step.
+
+        Sums over the steps: ``seconds_encode``, ``seconds_exchange``, ``seconds_select`` and ``seconds_correct`` of the
+        forward pass. Totals
         since the start: ``targets_encoded``, ``targets_verified``, ``targets_reencoded``.
         """
         if self._search is None:
@@ -330,12 +557,13 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         for.
 
         Args:
-            batch_size: pairs in a batch.
+            batch_size: pairs in a batch of one process.
             batches: how many batches will be trained on.
         """
         if not self.num_negatives:
             return {}
         taken = self.selector.most_selected
+        batch_size *= self.processes.size
         written = batches * (batch_size * (1 + taken) + self.background_targets) if self.write_back else 0
         return self.search.memory(
             batch_size, taken, unwrap(self.model).device, rows_written=min(written, len(self.corpus))
@@ -353,84 +581,53 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         anew, and so does what has been written back.
         """
         old = self.search
-        model, size = unwrap(self.model), len(self.corpus)
+        model, first, end = unwrap(self.model), old.cache.first_row, old.cache.end
         blocks = (
-            self.encoder.encode(model, np.arange(start, min(start + _REFRESHED_AT_ONCE, size)), batch_size=batch_size)
-            for start in range(0, size, _REFRESHED_AT_ONCE)
+            self.encoder.encode(model, np.arange(start, min(start + _REFRESHED_AT_ONCE, end)), batch_size=batch_size)
+            for start in range(first, end, _REFRESHED_AT_ONCE)
         )
-        cache = EmbeddingCache.from_blocks((block.to(old.cache.device) for block in blocks), old.cache.dtype)
-        self.targets_reencoded += size
+        on_device = (block.to(old.cache.device) for block in blocks)
+        cache = EmbeddingCache.from_blocks(on_device, old.cache.dtype, first, len(self.corpus))
+        self.targets_reencoded += len(self.corpus)
+        self.refreshed = True
         corrector = type(old.corrector)(**old.corrector.config)
         self._search = self._make_search(cache, corrector)
 
     def _make_search(self, cache: EmbeddingCache, corrector: Corrector) -> CorrectedSearch:
         cosine = self.similarity_fct is cos_sim
         if self.shortlist is None:
-            return CorrectedSearch(cache, corrector, normalize=cosine)
-        return ShortlistSearch(cache, corrector, self.shortlist, normalize=cosine)
+            return CorrectedSearch(cache, corrector, normalize=cosine, processes=self.processes)
+        return ShortlistSearch(cache, corrector, self.shortlist, normalize=cosine, processes=self.processes)
 
     def comparable(self, embeddings: Tensor) -> Tensor:
         """Embeddings as the search and the corrector see them: float32, unit vectors where cosine is compared."""
         embeddings = embeddings.detach().float()
         return F.normalize(embeddings, dim=-1) if self.similarity_fct is cos_sim else embeddings
 
-    def _forbidden(
-        self, rows: Tensor, negative_rows: Tensor, known: Tensor, selection: Selection | None = None
-    ) -> Tensor:
-        """Which candidates (positives, then negatives) a query must not see as negatives: ``(B, B + M)``."""
-        columns = torch.cat([rows, negative_rows])
-        forbidden = is_in(columns, known)
-        if selection is not None:
-            if self.share_negatives:
-                offered = torch.isin(columns, selection.rows).repeat(len(rows), 1)
-            else:
-                offered = is_in(columns, selection.rows)
-            if self.in_batch_negatives:
-                offered[:, : len(rows)] = True
-            forbidden |= ~offered | is_in(columns, selection.false_negatives)
-            for check in self.selector.false_negatives.checks:
-                if check.everywhere:
-                    forbidden |= check(rows, columns.expand(len(rows), -1))
-        forbidden[:, : len(rows)] |= repeats_earlier(rows)  # a positive that two queries share is one candidate
-        return forbidden
-
-    def _task_loss(
-        self, queries: Tensor, candidates: Tensor, forbidden: Tensor | None, ceiling: Tensor | None = None
-    ) -> Tensor:
-        """Cross-entropy of candidate ``i`` for query ``i`` among all candidates that are not forbidden."""
-        scores = self.similarity_fct(queries, candidates)
-        target = torch.arange(len(queries), device=queries.device)
-        if forbidden is not None:
-            if ceiling is not None:
-                forbidden = forbidden | (scores.detach() > ceiling[:, None])
-            forbidden[target, target] = False
-            scores = scores.masked_fill(forbidden, -torch.inf)
-        return F.cross_entropy(scores * self.scale, target)
-
     @torch.no_grad()
-    def _measure_selection(
-        self, selection: Selection, positive_scores: Tensor, queries: Tensor, candidates: Tensor, rows: Tensor
-    ) -> None:
+    def _measure_selection(self, selection: Selection, batch: Batch, fresh: Tensor, rows: Tensor) -> None:
         """How hard each query's own negatives are by fresh score, and how old the vectors that they were chosen by."""
         own = is_in(rows, selection.rows)
         if not own.any():
             return
-        margins = (self.comparable(queries) @ self.comparable(candidates).T - positive_scores[:, None])[own]
+        margins = (batch.queries @ fresh.T - batch.positive_scores[:, None])[own]
         seen, age = self.search.age(selection.rows[selection.rows != NO_ROW])
         self.metrics.add(hardness=margins.mean(), harder_than_positive=(margins > 0).float().mean(), seen=seen, age=age)
 
     @torch.no_grad()
     def _fit_corrector(
-        self, queries: Tensor, candidates: Tensor, rows: Tensor, selection: Selection
+        self, queries: Tensor, fresh: Tensor, rows: Tensor, selection: Selection | None
     ) -> dict[str, Tensor]:
         """Let the corrector, and the overlay, learn from all that this step has encoded afresh."""
-        rows = torch.cat([rows, selection.verified_rows])
-        fresh = torch.cat([self.comparable(candidates), selection.verified])
+        if selection is not None:
+            rows = torch.cat([rows, selection.verified_rows])
+            fresh = torch.cat([fresh, selection.verified])
         if self.background_targets:
-            background = torch.randint(len(self.corpus), (self.background_targets,))
+            background = torch.randint(len(self.corpus), (self.background_targets,)).to(rows.device)
+            background = self.processes.broadcast(background)
             self.targets_reencoded += len(background)
-            rows = torch.cat([rows, background.to(rows.device)])
-            fresh = torch.cat([fresh, self._encode_without_gradient(background.numpy())])
+            rows = torch.cat([rows, background])
+            fresh = torch.cat([fresh, self._encode_without_gradient(background.cpu().numpy())])
         # Positives that queries share were encoded twice, verified targets that were selected as well.
         once = ~repeats_earlier(rows)
         rows, fresh = rows[once], fresh[once]
@@ -438,65 +635,20 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         stale, cached = search.stale(rows), search.cached(rows)
         corrected = search.corrector(stale)
         self.metrics.add(**staleness(cached, corrected, fresh))
-        unseen = ~search.overlay.has(rows)
+        unseen = ~search.seen(rows)
         if self.write_back and unseen.any():
             self.metrics.add(
                 corrected_error_unseen=staleness(cached[unseen], corrected[unseen], fresh[unseen])["corrected_error"]
             )
-        learnt = search.corrector.fit_step(stale, fresh, self.comparable(queries), self.scale)
+        learnt = search.corrector.fit_step(stale, fresh, queries, self.scale)
         if self.write_back:
             pulled = search.write_back(rows, fresh)
             self.metrics.add(pull_back_residual=pulled.residual.mean(), pull_back_damped=float(pulled.damped))
         search.steps += 1
+        if self.processes.size > 1 and search.steps % _COMPARED_EVERY == 0:
+            learnt_so_far = checksum(search.corrector.state_dict()).to(rows.device)
+            self.processes.require_same(learnt_so_far, f"The corrector after {search.steps} steps")
         return learnt
-
-    def _check_labels(self, labels: Tensor | None, features: list[dict[str, Any]]) -> Tensor:
-        if labels is None:
-            raise InputError(
-                "The dataset has no 'label' column. It must hold the corpus row of each positive; "
-                "corpus.pairs(split) gives such a dataset, corpus.rows_of(ids) the rows of ids."
-            )
-        if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise InputError(
-                "Labels must be integers, one corpus row for each pair; got "
-                f"{labels.dtype} of shape {tuple(labels.shape)}."
-            )
-        outside = (labels < 0) | (labels >= len(self.corpus))
-        if outside.any():
-            position = int(outside.nonzero()[0])
-            raise InputError(
-                f"Label {int(labels[position])} (position {position} in the batch) is no row of the corpus, whose rows "
-                f"are 0 … {len(self.corpus) - 1}. Labels are the positives' corpus rows: see corpus.rows_of(ids)."
-            )
-        tokens = self.encoder.tokens
-        if isinstance(tokens, TokenizedCorpus) and "input_ids" in features[1]:
-            self._check_positive_texts(tokens, features[1], labels)
-        return labels
-
-    def _check_positive_texts(self, tokens: TokenizedCorpus, features: dict[str, Any], labels: Tensor) -> None:
-        """A positive that is not the text of its row would teach the corrector, and mask the negatives, wrongly."""
-        on_cpu = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in features.items()}
-        given, given_lengths = tokens.layout.split(on_cpu)
-        expected, expected_lengths = tokens.layout.split(tokens.features(labels.tolist()))
-        if np.array_equal(given_lengths, expected_lengths) and np.array_equal(
-            given["input_ids"], expected["input_ids"]
-        ):
-            return
-        ours = np.split(given["input_ids"], np.cumsum(given_lengths)[:-1])
-        theirs = np.split(expected["input_ids"], np.cumsum(expected_lengths)[:-1])
-        position = next(n for n in range(len(labels)) if not np.array_equal(ours[n], theirs[n]))
-        row, positive, target = int(labels[position]), ours[position], theirs[position]
-        tokenizer = unwrap(self.model).tokenizer
-        raise InputError(
-            f"The positive at position {position} in the batch is not the text of corpus row {row}, to which its "
-            f"label points.\n  positive ({len(positive)} tokens): {tokenizer.decode(positive)!r:.160}\n"
-            f"  row {row} ({len(target)} tokens): {tokenizer.decode(target)!r:.160}\n"
-            "Either the labels are wrong, or the two are prepared differently. They need the same prompt: the corpus "
-            f"has {self.encoder.prompt!r}, which comes from Corpus(…, prompt=…) or else model.prompts['document'] as "
-            "it is when the cache is built; the trainer has that of args.prompts={<positive column>: …}. They need the "
-            "same maximum length, and title and text joined as in corpus.texts(rows). corpus.pairs(split) gives such "
-            "pairs."
-        )
 
     def get_config_dict(self) -> dict[str, Any]:
         return {
@@ -527,69 +679,3 @@ class CorrectedMultipleNegativesLoss(nn.Module):
       url={https://arxiv.org/abs/2409.01890},
 }
 """
-
-
-def _require_one_process() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        processes = torch.distributed.get_world_size()
-        if processes > 1:
-            raise InputError(
-                f"Choosing negatives from the corpus is not supported on {processes} processes yet: start one "
-                "(accelerate launch --num_processes 1)."
-            )
-
-
-def _check_settings(corpus, cache, selector, background_targets, similarity_fct, split) -> None:
-    if background_targets < 0:
-        raise InputError(f"background_targets must not be negative, got {background_targets}.")
-    if selector.num_negatives and cache is None:
-        raise InputError("Negatives are chosen by a cache: pass EmbeddingCache.build(model, corpus, path).")
-    if cache is not None and not isinstance(cache, EmbeddingCache):
-        raise InputError(
-            f"cache must be an EmbeddingCache, got a {type(cache).__name__}: EmbeddingCache.load(path) opens a folder, "
-            "EmbeddingCache.from_tensor(embeddings) wraps vectors."
-        )
-    if cache is not None and len(cache) != len(corpus):
-        raise InputError(
-            f"The cache has {len(cache)} rows, the corpus {len(corpus)} targets: they must be the same, in the same "
-            "order. Build the cache of this corpus with EmbeddingCache.build."
-        )
-    if similarity_fct not in (cos_sim, dot_score):
-        raise InputError(
-            f"similarity_fct must be sentence_transformers.util.cos_sim or dot_score, by which the corpus can be "
-            f"searched; got {similarity_fct!r}."
-        )
-    if other := [check for check in selector.false_negatives.checks if check.split not in (None, split)]:
-        raise InputError(
-            f"{other[0]!r} knows the queries of split {other[0].split!r}, the loss is trained on {split!r}: make both "
-            "with the same."
-        )
-    if corpus.splits and split is not None and split not in corpus.splits:
-        raise InputError(
-            f"The corpus has no split {split!r}, it has {corpus.splits}: pass the one that is trained on, or None if "
-            "its judgements are not in the corpus."
-        )
-
-
-def _check_cache(cache: EmbeddingCache, expected: dict[str, Any]) -> None:
-    """Refuse a cache of another corpus or kind of encoder. Other weights are what a stale cache is about."""
-    found = {component: value for component, value in cache.fingerprint.items() if component != "weights"}
-    if found and (different := differences(found, expected)):
-        raise InputError(
-            "The cache was built of something else than what is trained:\n  " + "\n  ".join(different) + "\nBuild the "
-            "cache again with this model and corpus (or set the model's prompts and max_seq_length before it is built)."
-        )
-
-
-def _finite(embeddings: Tensor, what: str, rows: Tensor | None = None) -> Tensor:
-    finite = torch.isfinite(embeddings.detach()).all(-1)
-    if not finite.all():
-        bad = (~finite).nonzero().flatten()
-        where = (
-            f"positions {bad[:5].tolist()}" if rows is None else f"corpus rows {rows.to(bad.device)[bad[:5]].tolist()}"
-        )
-        raise InputError(
-            f"The embeddings of {len(bad)} of {len(embeddings)} {what} are NaN or infinite ({where}). Training has "
-            "diverged or a text breaks the encoder: lower the learning rate, clip gradients, or look at these texts."
-        )
-    return embeddings

@@ -19,9 +19,11 @@ class Overlay:
     Args:
         size: number of targets ``N``.
         dim: dimension ``d``.
+        first_row: the first of these targets' row, where they are a part of the corpus. Of the others nothing is kept.
     """
 
-    def __init__(self, size: int, dim: int) -> None:
+    def __init__(self, size: int, dim: int, first_row: int = 0) -> None:
+        self._first_row = first_row
         self._slot = torch.full((size,), -1, dtype=torch.int32)
         self._rows = torch.empty(0, dtype=torch.int64)
         self._vectors = torch.empty(0, dim)
@@ -54,32 +56,40 @@ class Overlay:
 
     def has(self, rows: Tensor) -> Tensor:
         """Which of ``rows`` ``(n,)`` have been written: ``(n,)``, bool."""
-        self.to(rows.device)
-        return self._slot[rows] >= 0
+        return self.slots(rows) >= 0
+
+    def holds(self, rows: Tensor) -> Tensor:
+        """Which of ``rows`` are among the targets that it is for."""
+        return (rows >= self._first_row) & (rows < self._first_row + len(self._slot))
 
     def slots(self, rows: Tensor) -> Tensor:
         """Where each of ``rows`` stands in :attr:`rows` and :attr:`vectors`, −1 where it has not been written."""
         self.to(rows.device)
-        return self._slot[rows].long()
+        local = (rows - self._first_row).clamp(0, len(self._slot) - 1)
+        return torch.where(self.holds(rows), self._slot[local].long(), -1)
 
     def written_at(self, rows: Tensor) -> Tensor:
         """The step at which each of ``rows`` ``(n,)``, all of them written, was written last: ``(n,)``."""
-        self.to(rows.device)
-        return self._written_at[self._slot[rows].long()]
+        return self._written_at[self.slots(rows)]
 
     def write(self, rows: Tensor, vectors: Tensor, step: int | Tensor = 0) -> None:
         """Let ``vectors`` ``(n, d)`` stand for the distinct ``rows`` ``(n,)`` from now on, that is from ``step``."""
         self.to(vectors.device)
-        new = rows[self._slot[rows] < 0]
+        vectors = vectors.detach().float()
+        # Of all that are written, the others' too: whether the queries are corrected must not differ between parts.
+        self.unit = self.unit and bool(((vectors.norm(dim=-1) - 1).abs() < 1e-5).all())
+        step = torch.as_tensor(step, device=rows.device).expand(len(rows))
+        mine = self.holds(rows)
+        rows, vectors, step = rows[mine], vectors[mine], step[mine]
+        new = rows[self.slots(rows) < 0]
         self._reserve(self._used + len(new))
         slots = torch.arange(self._used, self._used + len(new), dtype=torch.int32, device=rows.device)
-        self._slot[new] = slots
+        self._slot[new - self._first_row] = slots
         self._rows[self._used : self._used + len(new)] = new
         self._used += len(new)
-        vectors = vectors.detach().float()
-        self._vectors[self._slot[rows].long()] = vectors
-        self.unit = self.unit and bool(((vectors.norm(dim=-1) - 1).abs() < 1e-5).all())
-        self._written_at[self._slot[rows].long()] = torch.as_tensor(step, device=rows.device)
+        written = self.slots(rows)
+        self._vectors[written] = vectors
+        self._written_at[written] = step
 
     def _reserve(self, used: int) -> None:
         """Room for ``used`` rows; it doubles, so that writing stays linear in what is written."""
@@ -99,7 +109,7 @@ class Overlay:
         self.to(device)
         if not self._used:
             return self._rows[:0], self._vectors[:0]
-        slot = self._slot[first_row:end]
+        slot = self._slot[first_row - self._first_row : end - self._first_row]
         written = (slot >= 0).nonzero().flatten()
         return written, self._vectors[slot[written].long()]
 
@@ -108,10 +118,10 @@ class Overlay:
         if not self._used:
             return stale
         self.to(stale.device)
-        slot = self._slot[rows]
+        slot = self.slots(rows)
         written = (slot >= 0).nonzero().flatten()
         # Out of place: the cache's own memory may lie under ``stale``.
-        return stale.index_copy(0, written, self._vectors[slot[written].long()]) if len(written) else stale
+        return stale.index_copy(0, written, self._vectors[slot[written]]) if len(written) else stale
 
     def state_dict(self) -> dict[str, Tensor]:
         """The written rows, their vectors, and when they were written."""
@@ -119,7 +129,7 @@ class Overlay:
         return {"rows": self.rows.clone(), "vectors": self.vectors.clone(), "written_at": written_at.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` of an overlay of the same corpus returned."""
+        """Take over what :meth:`state_dict` of overlays of the same corpus returned; of it what is for its targets."""
         self._slot.fill_(-1)
         self._used, self.unit = 0, True
         rows, vectors, written_at = (state[name].to(self._slot.device) for name in ("rows", "vectors", "written_at"))

@@ -7,6 +7,7 @@ the memory is ``C·d`` for its corrected embeddings and ``B·C`` for their score
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .cache import EmbeddingCache, Shard
 from .correctors import Corrector, PullBack
+from .distributed import Processes
 from .errors import CacheError, InputError
 from .gumbel import gumbel_noise
 from .kernels import BlockScores, usable
@@ -60,13 +62,21 @@ class CorrectedSearch:
         corrector: ``h``; it is read at every search, so that training it needs no rebuild of anything.
         normalize: bring stale vectors to unit length before they are corrected (cosine similarity).
         chunk_size: rows that are corrected and scored at once; by default what suits the device.
+        processes: those that search together, each a part of the cache. They must call every method in step, with the
+            same arguments, and all get the same: what one process with the whole cache would have found.
 
     Raises:
         InputError: the corrector is for another dimension.
     """
 
     def __init__(
-        self, cache: EmbeddingCache, corrector: Corrector, *, normalize: bool = True, chunk_size: int | None = None
+        self,
+        cache: EmbeddingCache,
+        corrector: Corrector,
+        *,
+        normalize: bool = True,
+        chunk_size: int | None = None,
+        processes: Processes | None = None,
     ) -> None:
         if corrector.dim != cache.dim:
             raise InputError(f"The corrector is for dimension {corrector.dim}, the cache has {cache.dim}.")
@@ -74,7 +84,8 @@ class CorrectedSearch:
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}.")
         self.cache, self.corrector = cache, corrector
         self.normalize, self.chunk_size = normalize, chunk_size
-        self.overlay = Overlay(len(cache), cache.dim)
+        self.processes = processes or Processes()
+        self.overlay = Overlay(len(cache), cache.dim, cache.first_row)
         """Rows written back; they are searched instead of the cache's. See :meth:`write_back`."""
         # What each row of the cache is multiplied with to be of unit length, found out in the first whole pass; None
         # where that is 1, as in most caches.
@@ -119,19 +130,39 @@ class CorrectedSearch:
 
     def cached(self, rows: Tensor) -> Tensor:
         """What the cache has of ``rows``, whatever was written over it: float32, ``(n, d)``, on their device."""
-        cached = self.cache[rows].to(rows.device)
-        return F.normalize(cached, dim=-1) if self.normalize else cached
+        return self._of_all(rows, self._cached_here)
 
     def stale(self, rows: Tensor) -> Tensor:
         """What the corrector sees of ``rows``: float32, ``(n, d)``, on the device of ``rows``."""
-        return self.overlay.replace(self.cached(rows), rows)
+        return self._of_all(rows, self._stale_here)
+
+    def _cached_here(self, rows: Tensor) -> Tensor:
+        cached = self.cache[rows].to(rows.device)
+        return F.normalize(cached, dim=-1) if self.normalize else cached
+
+    def _stale_here(self, rows: Tensor) -> Tensor:
+        return self.overlay.replace(self._cached_here(rows), rows)
+
+    def _of_all(self, rows: Tensor, of_mine: Callable[[Tensor], Tensor]) -> Tensor:
+        """Vectors of ``rows``, each from the process that holds it."""
+        if self.processes.size == 1:
+            return of_mine(rows)
+        mine = self.overlay.holds(rows)
+        vectors = torch.zeros(len(rows), self.cache.dim, device=rows.device)
+        vectors[mine] = of_mine(rows[mine])
+        return self.processes.sum(vectors)
+
+    def seen(self, rows: Tensor) -> Tensor:
+        """Which of ``rows`` ``(n,)`` have been written back: ``(n,)``, bool."""
+        return self.processes.sum(self.overlay.has(rows).int()).bool()
 
     def age(self, rows: Tensor) -> tuple[float, float]:
         """Which share of ``rows`` has been written back, and how many steps old the vectors of all are on average."""
-        seen = self.overlay.has(rows)
-        written_at = self.overlay.written_at(rows[seen]).double().sum().item()
+        here = rows[self.overlay.has(rows)]
+        totals = torch.stack([torch.tensor(len(here), device=rows.device), self.overlay.written_at(here).sum()])
+        seen, written_at = self.processes.sum(totals).tolist()
         count = max(1, len(rows))
-        return seen.sum().item() / count, self.steps - written_at / count
+        return seen / count, self.steps - written_at / count
 
     def write_back(self, rows: Tensor, fresh: Tensor) -> PullBack:
         """Let what the encoder has just said of ``rows`` stand in the stale frame, where later correctors move it on.
@@ -208,16 +239,39 @@ class CorrectedSearch:
                 logits += gumbel_noise(batch_size, first_row, len(keys), seed, device).T
                 sampled.update(logits.masked_fill_(~allowed, -math.inf), first_row)
         self._finish_pass()
-        best, rows = largest.best
+        too_similar = self.processes.sum(too_similar)
+        best, rows = self._merge(*largest.best)
+        best = best + scorer.offset[:, None]
         if not drawn:
-            return Found(best + scorer.offset[:, None], rows, too_similar)
-        rows = _first_others(rows, sampled.best[1], drawn)
-        return Found(self.score(queries, rows), rows, too_similar)
+            return Found(best, rows, too_similar)
+        keys, others = sampled.best
+        _, others, scores = self._merge(keys, others, self.score(queries, others))
+        return Found(*_first_others(best, rows, scores, others, drawn), too_similar)
+
+    def _merge(self, keys: Tensor, rows: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
+        """Of what every process has found, ``(B, k)`` each, the ``k`` largest keys, equal ones by row; what belongs to
+        them, rows and others, goes along.
+        """
+        (batch_size, k), size = keys.shape, self.processes.size
+        if size == 1 or k == 0:
+            return keys, rows, *beside
+        keys, rows, *others = (
+            self.processes.gather(each).view(size, batch_size, k).transpose(0, 1).flatten(1)
+            for each in (keys, rows, *beside)
+        )
+        rows, by_row = rows.sort(dim=1)
+        order = keys.gather(1, by_row).sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return (
+            keys.gather(1, by_row.gather(1, order)),
+            rows.gather(1, order),
+            *(each.gather(1, by_row.gather(1, order)) for each in others),
+        )
 
     @torch.no_grad()
     def score(self, queries: Tensor, rows: Tensor) -> Tensor:
-        """Corrected scores of given ``rows`` ``(B, k)``: ``(B, k)``, −∞ for row −1."""
-        corrected = self.corrector(self.stale(rows.clamp(min=0).flatten())).view(*rows.shape, -1)
+        """Corrected scores of given ``rows`` ``(B, k)``, which this process holds: ``(B, k)``, −∞ for row −1."""
+        here = rows.clamp(min=self.cache.first_row).flatten()
+        corrected = self.corrector(self._stale_here(here)).view(*rows.shape, -1)
         return (corrected @ queries[:, :, None]).squeeze(-1).masked_fill(rows == NO_ROW, -math.inf)
 
     def _check(self, queries: Tensor, k: int, sampler: Sampler, seed: int | None) -> Tensor:
@@ -313,7 +367,7 @@ class CorrectedSearch:
         if self._factors is None:
             return None
         self._factors = self._factors.to(chunk.values.device)
-        return self._factors[first_row : first_row + len(chunk.values)]
+        return self._factors[self._place(first_row, chunk.values)]
 
     def _find_factors(self, values: Tensor, chunk: Shard, first_row: int) -> Tensor | None:
         """The same in the first pass, which finds them out and looks whether all is finite."""
@@ -328,9 +382,14 @@ class CorrectedSearch:
             return chunk.scales
         if self._factors is None:
             self._factors = torch.ones(len(self.cache), device=values.device)
-        here = slice(first_row, first_row + len(values))
+        here = self._place(first_row, values)
         self._factors[here] = norms.clamp_min_(1e-12).reciprocal_()
         return self._factors[here]
+
+    def _place(self, first_row: int, values: Tensor) -> slice:
+        """Where some rows stand among those that the cache holds."""
+        start = first_row - self.cache.first_row
+        return slice(start, start + len(values))
 
     def _finish_pass(self) -> None:
         exact = self.cache.dtype == torch.float32
@@ -339,10 +398,14 @@ class CorrectedSearch:
         self._passed = True
 
 
-def _first_others(rows: Tensor, others: Tensor, count: int) -> Tensor:
-    """``rows`` ``(B, n)``, then the first ``count`` of ``others`` ``(B, k)`` that are not among them, then −1."""
-    if rows.shape[1] == 0:
-        return others[:, :count]
+def _first_others(best: Tensor, rows: Tensor, scores: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Scores and rows: ``rows`` ``(B, n)``, then the first ``count`` of ``others`` ``(B, k)`` that are not among them,
+    then −1.
+    """
     new = (others != NO_ROW) & (others[:, :, None] != rows[:, None, :]).all(-1)
     order = (~new).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
-    return torch.cat([rows, others.gather(1, order).masked_fill(~new.gather(1, order), NO_ROW)], dim=1)
+    known = ~new.gather(1, order)
+    scores = scores.gather(1, order).masked_fill(known, -math.inf)
+    return torch.cat([best, scores], dim=1), torch.cat(
+        [rows, others.gather(1, order).masked_fill(known, NO_ROW)], dim=1
+    )

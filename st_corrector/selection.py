@@ -117,7 +117,7 @@ class NegativeSelector:
         labels: Tensor,
         encode: Callable[[np.ndarray], Tensor],
     ) -> Selection:
-        """Choose the negatives of one batch.
+        """Choose the negatives of one batch; where several processes search together, of all their batches.
 
         Args:
             search: over the corrected corpus.
@@ -166,7 +166,9 @@ class NegativeSelector:
         """What the search found, and of that rows and scores ``(B, pool)`` in order of preference."""
         rules = self.false_negatives
         # From torch's own generator: seeded by the trainer, and restored by it on resume.
-        seed = int(torch.randint(2**62, ()).item()) if self.sampler != "top_k" else None
+        seed = None
+        if self.sampler != "top_k":
+            seed = int(search.processes.broadcast(torch.randint(2**62, (1,)).to(queries.device)))
         in_window = rules.range_max is not None
         found = search.search(
             queries,

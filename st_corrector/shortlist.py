@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .cache import EmbeddingCache
 from .correctors import Corrector, IdentityCorrector
+from .distributed import Processes
 from .errors import InputError
 from .index import FaissIndex
 from .memory import require_memory
@@ -73,7 +74,7 @@ class ShortlistSearch(CorrectedSearch):
     """Searches a shortlist instead of the whole corrected corpus; rows written back are always scored, exactly.
 
     Args:
-        cache, corrector, normalize, chunk_size: see :class:`CorrectedSearch`.
+        cache, corrector, normalize, chunk_size, processes: see :class:`CorrectedSearch`.
         shortlist: how candidates are found.
 
     Raises:
@@ -88,8 +89,9 @@ class ShortlistSearch(CorrectedSearch):
         *,
         normalize: bool = True,
         chunk_size: int | None = None,
+        processes: Processes | None = None,
     ) -> None:
-        super().__init__(cache, corrector, normalize=normalize, chunk_size=chunk_size)
+        super().__init__(cache, corrector, normalize=normalize, chunk_size=chunk_size, processes=processes)
         self.shortlist = shortlist
         self.recall: float | None = None
         """Of the ``k`` that an exact search selects, the share that was selected too, when it was last measured."""
@@ -156,7 +158,7 @@ class ShortlistSearch(CorrectedSearch):
         scores = scores.gather(1, order)
         scores, order = (each[:, :k] for each in scores.sort(dim=1, descending=True, stable=True))
         rows = rows.gather(1, order).masked_fill(scores == -math.inf, NO_ROW)
-        return Found(scores, rows, above.sum(1) + best.too_similar)
+        return Found(*self._merge(scores, rows), self.processes.sum(above.sum(1) + best.too_similar))
 
     def _best_written(self, queries: Tensor, k: int, exclude: Tensor | None, limit: Tensor) -> Found:
         """The best of all rows that have been written back, exactly."""
@@ -200,15 +202,15 @@ class ShortlistSearch(CorrectedSearch):
             raise InputError(
                 f"{index!r} with normalize={index.normalize} is no index of {cache!r} with normalize={normalize}."
             )
-        return _Indexed(index, self.overlay)
+        return _Indexed(index, self.overlay, cache.first_row)
 
     def _corrected_copy(self, device: torch.device) -> EmbeddingCache:
         """The whole cache as the corrector has it now, in bfloat16."""
         size = len(self.cache) * self.cache.dim * torch.bfloat16.itemsize
         require_memory({f"corrected copy, {len(self.cache):,} × {self.cache.dim} in bfloat16": size}, device)
-        rows = torch.arange(len(self.cache), device=device)
-        blocks = (self.corrector(self.stale(some)) for some in rows.split(_CORRECTED_AT_ONCE))
-        return EmbeddingCache.from_blocks(blocks, torch.bfloat16)
+        rows = torch.arange(self.cache.first_row, self.cache.end, device=device)
+        blocks = (self.corrector(self._stale_here(some)) for some in rows.split(_CORRECTED_AT_ONCE))
+        return EmbeddingCache.from_blocks(blocks, torch.bfloat16, self.cache.first_row, self.cache.corpus_size)
 
     def _measure_recall(
         self, queries: Tensor, k: int, exclude: Tensor | None, ceiling: Tensor | None, found: Found
@@ -253,15 +255,16 @@ class _Scan(CorrectedSearch):
 class _Indexed:
     """Candidates from a FAISS index, without the rows that have been written back."""
 
-    def __init__(self, index: FaissIndex, overlay: Overlay) -> None:
-        self._index, self._overlay = index, overlay
+    def __init__(self, index: FaissIndex, overlay: Overlay, first_row: int) -> None:
+        self._index, self._overlay, self._first_row = index, overlay, first_row
         self._skip = np.zeros(-(-len(index) // 8), dtype=np.uint8)
         self._skipped = 0
 
     def candidates(self, queries: Tensor, count: int) -> Tensor:
         if len(self._overlay) < self._skipped:  # it has been loaded anew
             self._skip[:], self._skipped = 0, 0
-        rows = self._overlay.rows[self._skipped :].cpu().numpy()
+        rows = self._overlay.rows[self._skipped :].cpu().numpy() - self._first_row
         np.bitwise_or.at(self._skip, rows // 8, np.left_shift(1, rows % 8).astype(np.uint8))
         self._skipped = len(self._overlay)
-        return self._index.search(queries, count, self._skip if self._skipped else None)
+        found = self._index.search(queries, count, self._skip if self._skipped else None)
+        return torch.where(found == NO_ROW, found, found + self._first_row)

@@ -1,34 +1,129 @@
-"""The sentence-transformers trainer, with what the corrected loss measures in its log."""
+"""The sentence-transformers trainer, with what the corrected loss needs beside the model: its log, its checkpoints."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator
+import os
+from pathlib import Path
 from typing import Any
 
-from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from torch import nn
+from transformers.trainer_utils import sort_checkpoints
 
+from .cache import EmbeddingCache
+from .cached_loss import CachedCorrectedMultipleNegativesLoss
+from .callbacks import FidelityCallback, RefreshCallback
+from .checkpoint import FOLDER, load_losses, missing_from, save_losses
+from .corpus import Corpus
+from .correctors import make_corrector
+from .distributed import Processes
+from .encoding import DocumentEncoder
+from .errors import CacheError, InputError
+from .fingerprint import digest_json
 from .loss import CorrectedMultipleNegativesLoss
 from .memory import describe_memory, require_memory
+from .training_args import CorrectorTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 class CorrectorTrainer(SentenceTransformerTrainer):
-    """:class:`~sentence_transformers.SentenceTransformerTrainer` that logs staleness beside the loss.
+    """:class:`~sentence_transformers.SentenceTransformerTrainer` with what the plain one cannot give a loss:
 
-    Whatever the trainer reports to (TensorBoard, Weights & Biases, Trackio, the console) then shows
-    :meth:`CorrectedMultipleNegativesLoss.pop_metrics`. The plain trainer trains the same: it only leaves them out,
-    because a loss can hand it nothing but terms of the loss.
+    - whatever it reports to (TensorBoard, Weights & Biases, Trackio, the console) shows staleness beside the loss,
+      :meth:`CorrectedMultipleNegativesLoss.pop_metrics`;
+    - checkpoints hold the corrector and what has been written back, so that a resumed run is the run that was not
+      interrupted, and ``load_best_model_at_end`` brings back the corrector of that step;
+    - before the first step it prints what choosing negatives will take in memory, and refuses what does not fit;
+    - with ``corpus`` it makes the loss, the cache and the data set itself, as its arguments say.
 
-    Before the first step it prints what choosing negatives will take in memory, and refuses what does not fit.
+    The plain trainer trains the same.
 
-    Takes the arguments of :class:`~sentence_transformers.SentenceTransformerTrainer`.
+    Args:
+        model, args: see :class:`~sentence_transformers.SentenceTransformerTrainer`.
+        corpus: the targets. Without ``loss``, :class:`CorrectedMultipleNegativesLoss` is taken (or with
+            ``mini_batch_size`` its cached twin); without ``train_dataset``, ``corpus.pairs(args.train_split)``.
+        kwargs: the other arguments of :class:`~sentence_transformers.SentenceTransformerTrainer`. What the arguments
+            say of negatives goes into a loss that is made here, not into one that is passed.
+
+    Raises:
+        InputError: a loss is to be made without a corpus, or several data sets are to be trained on by several
+            processes, which may draw different ones in one step.
     """
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    training_args_class = CorrectorTrainingArguments
+    args: CorrectorTrainingArguments
+
+    def __init__(
+        self,
+        model: SentenceTransformer | None = None,
+        args: CorrectorTrainingArguments | None = None,
+        *,
+        corpus: Corpus | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.corpus = corpus
+        if corpus is not None and kwargs.get("train_dataset") is None:
+            kwargs["train_dataset"] = corpus.pairs("train" if args is None else args.train_split)
+        super().__init__(model, args, **kwargs)
+        losses = self._corrected_losses()
+        several = isinstance(self.train_dataset, dict) and len(self.train_dataset) > 1
+        if losses and several and self.args.world_size > 1:
+            raise InputError(
+                "With several data sets each process draws its own in every step, while choosing negatives needs all "
+                "processes in one: concatenate the data sets (their labels are rows of one corpus), or use one process."
+            )
+        for loss in losses.values() if kwargs.get("loss") is None else ():
+            if self.args.refresh_every is not None:
+                self.add_callback(RefreshCallback(loss, self.args.refresh_every))
+            if self.args.probe_every is not None:
+                self.add_callback(FidelityCallback(loss, self.args.probe_every))
+
+    def get_default_loss(self, model: SentenceTransformer) -> nn.Module:
+        """:class:`CorrectedMultipleNegativesLoss` over :attr:`corpus`, as the arguments say.
+
+        Raises:
+            InputError: there is no corpus.
+        """
+        args = self.args
+        if self.corpus is None:
+            raise InputError("Pass a loss, or corpus=…, over which CorrectorTrainer makes one.")
+        cache, settings = None, args.loss_settings
+        if args.num_negatives:
+            cache = self._cache(model, self.corpus)
+            settings["corrector"] = make_corrector(args.corrector, cache.dim, **args.corrector_settings)
+        if args.mini_batch_size is not None:
+            return CachedCorrectedMultipleNegativesLoss(
+                model, self.corpus, cache, mini_batch_size=args.mini_batch_size, **settings
+            )
+        return CorrectedMultipleNegativesLoss(model, self.corpus, cache, **settings)
+
+    def _cache(self, model: SentenceTransformer, corpus: Corpus) -> EmbeddingCache:
+        """The cache of the model as it is now, which is where training starts, also where it is resumed."""
+        args, path = self.args, self.args.cache_path
+        if path is None:
+            fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
+            path = os.path.join(str(args.output_dir), f"cache-{digest_json(fingerprint)[:12]}")
+        cache = EmbeddingCache.build(
+            model, corpus, path, args.cache_batch_size, args.cache_dtype, progress=not args.disable_tqdm
+        )
+        if not args.cache_on_device:
+            return cache
+        return cache.part(Processes.current().share(len(corpus))).to(args.device)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As the plain trainer's, after the memory plan.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the last one in ``output_dir`` that is complete:
+                one whose writing was cut short is passed over, with a warning.
+            kwargs: see the plain trainer.
 
         Raises:
             InputError: what choosing negatives needs does not fit on the model's device.
+            CacheError: a checkpoint that is to be resumed is not complete.
         """
         batch_size = self.args.train_batch_size
         if self.args.max_steps > 0:
@@ -37,27 +132,65 @@ class CorrectorTrainer(SentenceTransformerTrainer):
             data = self.train_dataset
             pairs = sum(map(len, data.values())) if isinstance(data, dict) else len(data)  # type: ignore[arg-type]
             batches = math.ceil(pairs / batch_size * self.args.num_train_epochs)
-        for name, loss in self._corrected_losses():
+        for name, loss in self._corrected_losses().items():
             if needs := loss.memory(batch_size, batches):
                 require_memory(needs, self.args.device)
                 if self.is_world_process_zero():
-                    print(name + describe_memory(needs, self.args.device))
-        return super().train(*args, **kwargs)
+                    print(_prefix(name) + describe_memory(needs, self.args.device))
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_complete_checkpoint()
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _last_complete_checkpoint(self) -> str | bool:
+        incomplete = []
+        for checkpoint in reversed(sort_checkpoints(self.args.output_dir)):
+            missing = missing_from(checkpoint)
+            if missing is None:
+                return checkpoint
+            incomplete.append(f"{Path(checkpoint).name} lacks {missing}")
+            logger.warning("Passing over a checkpoint that is not complete: %s.", incomplete[-1])
+        if incomplete:
+            raise CacheError(f"No checkpoint in {self.args.output_dir} is complete: {'; '.join(incomplete)}.")
+        return True  # the plain trainer says that there is none
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            for prefix, loss in self._corrected_losses():
-                logs = logs | {f"{prefix}{name}": round(value, 6) for name, value in loss.pop_metrics().items()}
+            for name, loss in self._corrected_losses().items():
+                metrics = {f"{_prefix(name)}{key}": round(value, 6) for key, value in loss.pop_metrics().items()}
+                logs = logs | metrics
         super().log(logs, start_time)
 
-    def _corrected_losses(self) -> Iterator[tuple[str, CorrectedMultipleNegativesLoss]]:
-        """The corrected losses among what is trained with, inside wrappers too, each once; and what precedes the names
-        of their metrics: nothing, or with several data sets that of the loss's data set.
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Here every process writes what it alone has, before the trainer's state says that all is there.
+        super()._save_rng_state(output_dir)
+        save_losses(self._stateful_losses(), output_dir)
+
+    def _load_from_checkpoint(self, checkpoint_path: str, *args: Any) -> None:
+        super()._load_from_checkpoint(checkpoint_path, *args)
+        if self.args.save_only_model:
+            logger.warning("%s was saved without the corrector (save_only_model): it stays as it is.", checkpoint_path)
+            return
+        load_losses(self._stateful_losses(), checkpoint_path)
+
+    def _checkpoint_push_skip_names(self, checkpoint_folder: str) -> set[str]:
+        return super()._checkpoint_push_skip_names(checkpoint_folder) | {FOLDER}
+
+    def _stateful_losses(self) -> dict[str, CorrectedMultipleNegativesLoss]:
+        """Those that have a corrector, by a name that can stand in a file's name."""
+        return {name or "loss": loss for name, loss in self._corrected_losses().items() if loss.corrector is not None}
+
+    def _corrected_losses(self) -> dict[str, CorrectedMultipleNegativesLoss]:
+        """The corrected losses among what is trained with, inside wrappers too, each once, by their data set's name:
+        nothing, where there is one data set.
         """
         losses = self.loss if isinstance(self.loss, dict) else {"": self.loss}
-        met = set()
+        found: dict[str, CorrectedMultipleNegativesLoss] = {}
         for name, loss in losses.items():
             for module in loss.modules():
-                if isinstance(module, CorrectedMultipleNegativesLoss) and module not in met:
-                    met.add(module)
-                    yield f"{name}/" if name else "", module
+                if isinstance(module, CorrectedMultipleNegativesLoss) and module not in found.values():
+                    found[name] = module
+        return found
+
+
+def _prefix(name: str) -> str:
+    return f"{name}/" if name else ""

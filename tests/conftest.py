@@ -66,8 +66,11 @@ def make_bert_model(folder: Path, padding_side: str = "right") -> SentenceTransf
     path = folder / f"bert-{padding_side}"
     BertModel(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    transformer = Transformer(str(path))
-    return SentenceTransformer(modules=[transformer, Pooling(32), Normalize()], device="cpu")
+    return load_bert_model(path)
+
+
+def load_bert_model(path: Path) -> SentenceTransformer:
+    return SentenceTransformer(modules=[Transformer(str(path)), Pooling(32), Normalize()], device="cpu")
 
 
 def make_texts(targets: int = 200, seed: int = 0) -> tuple[list[str], list[str]]:

@@ -264,22 +264,21 @@ class Recorder:
 
     def __init__(self, loss, monkeypatch):
         self.seen = []
-        original_forbidden, original_loss = loss._forbidden, loss._task_loss
+        original_candidates, original_loss = loss._candidates, loss.calculate_loss
 
-        def forbidden(rows, negatives, *args):
-            self.columns = torch.cat([rows, negatives])
-            return original_forbidden(rows, negatives, *args)
+        def candidates(batch, negatives, *args):
+            self.columns = torch.cat([batch.rows, negatives])
+            return original_candidates(batch, negatives, *args)
 
-        def task_loss(queries, candidates, mask, *args):
-            value = original_loss(queries, candidates, mask, *args)
-            assert candidates.shape[0] == len(self.columns)
-            mask = mask & ~torch.eye(*mask.shape, dtype=torch.bool)
-            for query, row in enumerate(mask):
-                self.seen.append((int(self.columns[query]), self.columns[~row].tolist()))
-            return value
+        def calculate_loss(reps, labels, **settings):
+            assert sum(len(torch.cat(pieces)) for pieces in reps[1:]) == len(self.columns)
+            assert labels.forbidden.shape == (len(torch.cat(reps[0])), len(self.columns))
+            for target, row in zip(labels.target, labels.forbidden, strict=True):
+                self.seen.append((int(self.columns[target]), self.columns[~row].tolist()))
+            return original_loss(reps, labels, **settings)
 
-        monkeypatch.setattr(loss, "_forbidden", forbidden)
-        monkeypatch.setattr(loss, "_task_loss", task_loss)
+        monkeypatch.setattr(loss, "_candidates", candidates)
+        monkeypatch.setattr(loss, "calculate_loss", calculate_loss)
 
 
 @pytest.mark.parametrize("sampler", ["top_k", "gumbel"])
@@ -571,14 +570,6 @@ def test_evaluation_masks_shared_positives_and_duplicates_too(static_model, tmp_
     seen = {0: [0, 1], 1: [1, 0, 0], 2: [1, 0, 0], 3: [0, 1]}
     expected = [-scores[query, candidates].log_softmax(-1)[0] for query, candidates in seen.items()]
     torch.testing.assert_close(value, torch.stack(expected).mean())
-
-
-def test_several_processes_are_refused_when_the_loss_is_made(static_model, corpus, cache, monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(InputError, match="not supported on 2 processes yet"):
-        CorrectedMultipleNegativesLoss(static_model, corpus, cache)
-    CorrectedMultipleNegativesLoss(static_model, corpus, num_negatives=0)
 
 
 # ---------------------------------------------------------------------- in the plain trainer

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_static_model
-from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import TrainerCallback
 
 from st_corrector import (
     CorrectedMultipleNegativesLoss,
     CorrectorTrainer,
+    CorrectorTrainingArguments,
     EmbeddingCache,
     FalseNegativeFilter,
     FidelityCallback,
@@ -57,7 +57,7 @@ def test_metrics_are_means_over_the_steps_that_have_them():
 
 def arguments(folder, **settings):
     defaults = {"per_device_train_batch_size": 20, "max_steps": 12, "logging_steps": 4, "learning_rate": 0.05}
-    return SentenceTransformerTrainingArguments(
+    return CorrectorTrainingArguments(
         output_dir=str(folder), report_to="none", save_strategy="no", disable_tqdm=True, **{**defaults, **settings}
     )
 

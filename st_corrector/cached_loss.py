@@ -1,0 +1,102 @@
+"""The loss for batches that do not fit into memory at once."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import (
+    CachedLossMixin,
+    _backward_hook,
+    _minibatch_ranges,
+    has_static_embedding_input,
+)
+from torch import Tensor
+
+from .cache import EmbeddingCache
+from .corpus import Corpus
+from .encoding import unwrap
+from .errors import InputError
+from .loss import Column, CorrectedMultipleNegativesLoss
+
+
+class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, CachedLossMixin):
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        corpus: Corpus,
+        cache: EmbeddingCache | None = None,
+        num_negatives: int = 16,
+        mini_batch_size: int = 32,
+        show_progress_bar: bool = False,
+        **settings: Any,
+    ) -> None:
+        """
+        :class:`CorrectedMultipleNegativesLoss` with gradient caching (`Gao et al. 2021
+        <https://arxiv.org/abs/2101.06983>`_): batches and numbers of negatives that do not fit into memory at once, for
+        the price of encoding everything twice.
+
+        Queries, positives and negatives are encoded without gradient, in mini-batches; negatives are chosen once, the
+        loss is taken over the whole batch, and back-propagated as far as the embeddings; then the mini-batches are
+        encoded again, with the same dropout, and hand their embeddings' gradients on. Gradients are those of
+        :class:`CorrectedMultipleNegativesLoss`, and so is what the corrector learns.
+
+        Args:
+            model, corpus, cache, num_negatives: see :class:`CorrectedMultipleNegativesLoss`.
+            mini_batch_size: texts that are encoded with gradient at once. It decides over memory and speed alone.
+            show_progress_bar: show the progress over a step's mini-batches.
+            settings: the other settings of :class:`CorrectedMultipleNegativesLoss`.
+
+        Inputs:
+            +--------------------------+----------------------------+
+            | Inputs                   | Labels                     |
+            +==========================+============================+
+            | (anchor, positive) pairs | corpus row of the positive |
+            +--------------------------+----------------------------+
+
+        Raises:
+            InputError: ``mini_batch_size`` is below 1, or a static encoder, whose texts cannot be cut into
+                mini-batches (and need not be); besides what :class:`CorrectedMultipleNegativesLoss` refuses.
+        """
+        if mini_batch_size < 1:
+            raise InputError(f"mini_batch_size must be at least 1, got {mini_batch_size}.")
+        if has_static_embedding_input(unwrap(model)):
+            raise InputError(
+                "The inputs of a StaticEmbedding cannot be cut into mini-batches, and its activations take little "
+                "memory: use CorrectedMultipleNegativesLoss."
+            )
+        super().__init__(model, corpus, cache, num_negatives, **settings)
+        self.mini_batch_size = mini_batch_size
+        self.show_progress_bar = show_progress_bar
+
+    def _embed(self, features: dict[str, Tensor]) -> Column:
+        training = torch.is_grad_enabled()
+        # Modules may change the features in place: the second pass must cut them where the first one did.
+        ranges = _minibatch_ranges(features, self.mini_batch_size)
+        pieces, random_states = [], []
+        for embeddings, random_state in self.embed_minibatch_iter(
+            features, with_grad=False, copy_random_state=training, ranges=ranges
+        ):
+            pieces.append(embeddings.detach().requires_grad_(training))
+            random_states.append(random_state)
+        return Column(pieces, (features, ranges, random_states))
+
+    def _connected(self, loss: Tensor, columns: list[Column]) -> Tensor:
+        features, ranges, random_states = zip(*(column.origin for column in columns), strict=True)
+        loss = loss.detach().requires_grad_()
+        loss.register_hook(
+            partial(
+                _backward_hook,
+                sentence_features=list(features),
+                loss_obj=self,
+                cache=[[piece.grad for piece in column.pieces] for column in columns],
+                random_states=list(random_states),
+                ranges=list(ranges),
+            )
+        )
+        return loss
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {**super().get_config_dict(), "mini_batch_size": self.mini_batch_size}

@@ -1,0 +1,158 @@
+"""What a checkpoint holds beside the model: the corrector, what has been written back, and how far the loss has come.
+
+In a checkpoint it is a folder of its own, which is never pushed to the Hub::
+
+    st_corrector/<loss>-<rank>-of-<processes>.safetensors
+
+Each process writes what has been written back of its part of the corpus, the first one the corrector as well. The cache
+itself stays where it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import CacheError, InputError
+from .loss import CorrectedMultipleNegativesLoss
+
+FOLDER = "st_corrector"
+_COUNTERS = ("targets_encoded", "targets_verified", "targets_reencoded")
+_PART = re.compile(r"(?P<name>.+)-(?P<rank>\d{5})-of-(?P<size>\d{5})\.safetensors")
+
+
+def save_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint: str | os.PathLike) -> None:
+    """Write the state of ``losses`` into the folder of a checkpoint; every process calls it.
+
+    Args:
+        losses: by name.
+        checkpoint: the checkpoint's folder.
+    """
+    folder = Path(checkpoint) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, loss in losses.items():
+        processes = loss.processes
+        path = folder / f"{name}-{processes.rank:05}-of-{processes.size:05}.safetensors"
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        tensors, description = _state(loss)
+        save_file(tensors, partial, {"state": json.dumps(description)})
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
+def load_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint: str | os.PathLike) -> None:
+    """Take over what :func:`save_losses` has written, with as many processes or another number of them.
+
+    Raises:
+        CacheError: a file is missing or damaged.
+        InputError: the checkpoint is of another corrector or another cache.
+    """
+    for name, loss in losses.items():
+        parts = _parts(Path(checkpoint) / FOLDER, name)
+        if not parts:
+            raise CacheError(
+                f"{checkpoint} holds no state of the corrector (no {FOLDER}/{name}-*.safetensors): it was saved by "
+                "another trainer than CorrectorTrainer, or with save_only_model. Training would go on with a corrector "
+                "that has learnt nothing: start anew from this model, with a cache built by it."
+            )
+        _restore(loss, [_read(part) for part in parts])
+
+
+def missing_from(checkpoint: str | os.PathLike) -> str | None:
+    """What a checkpoint lacks whose writing was cut short; None if it is complete."""
+    folder = Path(checkpoint)
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # written last, by the first process
+    except (OSError, ValueError):
+        return "trainer_state.json"
+    for path in (folder / FOLDER).glob("*.safetensors"):
+        match = _PART.fullmatch(path.name)
+        for rank in range(int(match["size"])) if match else ():
+            part = path.with_name(f"{match['name']}-{rank:05}-of-{match['size']}.safetensors")
+            if not part.exists():
+                return f"{FOLDER}/{part.name}"
+    return None
+
+
+def _state(loss: CorrectedMultipleNegativesLoss) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    search = loss.search
+    tensors = {f"overlay.{name}": value for name, value in search.overlay.state_dict().items()}
+    if loss.processes.rank == 0:
+        tensors |= {f"corrector.{name}": value for name, value in search.corrector.state_dict().items()}
+    description = {
+        "corrector": repr(search.corrector),
+        "cache": search.cache.fingerprint,
+        "rows": search.cache.corpus_size,
+        "steps": search.steps,
+        "refreshed": loss.refreshed,
+        **{name: getattr(loss, name) for name in _COUNTERS},
+    }
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, description
+
+
+def _restore(loss: CorrectedMultipleNegativesLoss, parts: list[tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
+    description = parts[0][1]
+    search = loss.search
+    expected = {
+        "corrector": repr(search.corrector),
+        "cache": json.loads(json.dumps(search.cache.fingerprint)),
+        "rows": search.cache.corpus_size,
+    }
+    if not description["refreshed"] and (
+        different := [
+            f"{name}: {description[name]} there, {value} here"
+            for name, value in expected.items()
+            if description[name] != value
+        ]
+    ):
+        raise InputError(
+            "The checkpoint's corrector has learnt from something else:\n  " + "\n  ".join(different) + "\nGo on with "
+            "the corrector, corpus and cache that the run was begun with."
+        )
+    if description["refreshed"]:
+        loss.refresh()  # with the model as it was saved; the embeddings of the last refresh are gone
+        search = loss.search
+    else:
+        state = parts[0][0]
+        search.corrector.load_state_dict(_under("corrector.", state))
+        overlays = [_under("overlay.", tensors) for tensors, _ in parts]
+        search.overlay.load_state_dict({name: torch.cat([each[name] for each in overlays]) for name in overlays[0]})
+    search.steps = description["steps"]
+    for name in _COUNTERS:
+        setattr(loss, name, description[name])
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _parts(folder: Path, name: str) -> list[Path]:
+    """The files of all processes that have written the checkpoint, in their order."""
+    found = sorted(
+        path for path in folder.glob("*.safetensors") if (m := _PART.fullmatch(path.name)) and m["name"] == name
+    )
+    if found and (match := _PART.fullmatch(found[0].name)) and len(found) != int(match["size"]):
+        raise CacheError(
+            f"{folder} holds {len(found)} of the {int(match['size'])} files in which as many processes have saved the "
+            "corrector's state: the checkpoint is not complete. Go on from an earlier one."
+        )
+    return found
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = json.loads((file.metadata() or {})["state"])
+            return {name: file.get_tensor(name) for name in file.keys()}, description  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CacheError(f"{path} is damaged ({error}): go on from an earlier checkpoint.") from error

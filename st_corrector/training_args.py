@@ -1,0 +1,126 @@
+"""The training arguments: sentence-transformers' own, and how negatives are chosen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from sentence_transformers import SentenceTransformerTrainingArguments
+
+from .correctors import CORRECTORS
+from .errors import InputError
+from .filters import FalseNegativeFilter
+from .search import SAMPLERS
+
+
+@dataclass
+class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
+    """:class:`~sentence_transformers.SentenceTransformerTrainingArguments`, and how negatives are chosen.
+    :class:`CorrectorTrainer` makes its loss and its cache of them.
+
+    What is not explained here is in :class:`CorrectedMultipleNegativesLoss`.
+
+    Raises:
+        InputError: a setting is out of its range.
+    """
+
+    cache_path: str | None = field(
+        default=None,
+        metadata={"help": "Where the embedding cache is, or is built; by default in output_dir."},
+    )
+    cache_dtype: str = field(
+        default="float32", metadata={"help": "What the cache is stored in: float32, bfloat16, float16 or int8."}
+    )
+    cache_batch_size: int = field(default=64, metadata={"help": "Targets in one forward pass while it is built."})
+    cache_on_device: bool = field(
+        default=False,
+        metadata={"help": "Hold the cache (of each process, its part) on the model's device: faster, if it fits."},
+    )
+    num_negatives: int = field(default=16, metadata={"help": "Targets that each query takes as negatives."})
+    corrector: str = field(default="mlp", metadata={"help": f"One of {', '.join(CORRECTORS)}."})
+    corrector_settings: dict[str, Any] | str = field(
+        default_factory=dict, metadata={"help": "The corrector's settings as JSON, e.g. '{\"hidden\": 128}'."}
+    )
+    corrector_warmup_steps: int = field(
+        default=0, metadata={"help": "Steps in which the corrector learns, but does not choose yet."}
+    )
+    corrector_warmup_negatives: str = field(
+        default="stale", metadata={"help": "What is taken until then: stale or in-batch negatives."}
+    )
+    sampler: str = field(
+        default="top_k",
+        metadata={"help": "top_k: the hardest; gumbel: a sample from the corrected softmax; mixed; uniform."},
+    )
+    budget: str = field(
+        default="query", metadata={"help": "Whether num_negatives are every query's, or the batch's to share out."}
+    )
+    share_negatives: bool = field(
+        default=True, metadata={"help": "Whether every query sees the targets taken by the others of its batch."}
+    )
+    write_back: bool = field(
+        default=True,
+        metadata={"help": "Let freshly encoded targets stand for their stale embeddings from then on."},
+    )
+    candidates: int | None = field(
+        default=None, metadata={"help": "Verify so many targets for each query by encoding them, and keep the hardest."}
+    )
+    background_targets: int = field(
+        default=0, metadata={"help": "Random targets encoded at each step for the corrector alone."}
+    )
+    max_score: float | None = field(default=None, metadata={"help": "No negative may score higher."})
+    absolute_margin: float | None = field(
+        default=None, metadata={"help": "Negatives score at least so much less than the positive."}
+    )
+    relative_margin: float | None = field(
+        default=None, metadata={"help": "Negatives score at most (1 - relative_margin) times what the positive does."}
+    )
+    range_min: int = field(default=0, metadata={"help": "Leave out so many of the hardest targets."})
+    range_max: int | None = field(default=None, metadata={"help": "Take negatives from so many of the hardest."})
+    scale: float = field(default=20.0, metadata={"help": "Inverse temperature of the softmax."})
+    mini_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Cache gradients: encode so many texts at once, for batches that do not fit into memory."},
+    )
+    refresh_every: int | None = field(
+        default=None, metadata={"help": "Re-embed the whole corpus every so many steps: the dear way."}
+    )
+    probe_every: int | None = field(
+        default=None,
+        metadata={"help": "Measure every so many steps what of the selection fresh embeddings would make."},
+    )
+    train_split: str = field(
+        default="train", metadata={"help": "The corpus split that is trained on; its judgements are never negatives."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.corrector_settings, str):
+            try:
+                self.corrector_settings = json.loads(self.corrector_settings)
+            except ValueError as error:
+                raise InputError(f"corrector_settings is no JSON object: {error}.") from error
+        if not isinstance(self.corrector_settings, dict):
+            raise InputError(f"corrector_settings must be a JSON object, got {self.corrector_settings!r}.")
+        if self.corrector not in CORRECTORS:
+            raise InputError(f"corrector {self.corrector!r} is not one of {', '.join(CORRECTORS)}.")
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"sampler {self.sampler!r} is not one of {', '.join(SAMPLERS)}.")
+
+    @property
+    def loss_settings(self) -> dict[str, Any]:
+        """What of these :class:`CorrectedMultipleNegativesLoss` takes by the same or another name."""
+        names = ("num_negatives", "sampler", "budget", "share_negatives", "write_back", "candidates")
+        return {
+            **{name: getattr(self, name) for name in (*names, "background_targets", "scale")},
+            "warmup_steps": self.corrector_warmup_steps,
+            "warmup_negatives": self.corrector_warmup_negatives,
+            "split": self.train_split,
+            "false_negatives": FalseNegativeFilter(
+                max_score=self.max_score,
+                absolute_margin=self.absolute_margin,
+                relative_margin=self.relative_margin,
+                range_min=self.range_min,
+                range_max=self.range_max,
+            ),
+        }

@@ -1,0 +1,177 @@
+"""A run that was interrupted and resumed is the run that was not."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_static_model
+from test_distributed import launch, results
+
+from st_corrector import (
+    CacheError,
+    CorrectedMultipleNegativesLoss,
+    CorrectorTrainer,
+    CorrectorTrainingArguments,
+    EmbeddingCache,
+    InputError,
+)
+from st_corrector.checkpoint import FOLDER, load_losses, missing_from
+
+# What has something to lose: learnt by moments or by normal equations, drawn by chance, written back, re-embedded.
+RESUMED = ["mlp", "ridge, gumbel, int8", "verified, with background and margin"]
+
+
+def identical(one, other):
+    assert len(other["selected"]) > 0
+    # The resumed process has made the last steps only.
+    steps = len(other["selected"])
+    for ours, theirs in zip(one["selected"][-steps:], other["selected"], strict=True):
+        assert torch.equal(ours, theirs)
+    for part in ("model", "corrector", "overlay"):
+        assert one[part].keys() == other[part].keys() and one[part]
+        for name, value in one[part].items():
+            assert torch.equal(value, other[part][name]), f"{part}: {name}"
+    assert one["targets_encoded"] == other["targets_encoded"] and one["steps"] == other["steps"]
+
+
+def killed_and_resumed(folder, case, kill_at, save_every, processes=1, resumed_by=None):
+    arguments = ["--cases", json.dumps([case]), "--save_every", save_every]
+    done = launch(folder, processes, *arguments, "--kill_at", kill_at, check=False)
+    assert done.returncode in (-signal.SIGKILL, 1), done.stderr[-3000:]
+    assert not list(folder.rglob("results-*")), "it did not get to its end"
+    launch(folder, resumed_by or processes, *arguments, "--name", "resumed", "--resume")
+    return results(folder, resumed_by or processes, "resumed")
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_killed_run_goes_on_where_it_was(tmp_path, case):
+    launch(tmp_path / "whole", 1, "--cases", json.dumps([case]))
+    (resumed,) = killed_and_resumed(tmp_path / "killed", case, kill_at=12, save_every=5)
+    identical(results(tmp_path / "whole", 1)[0], resumed)
+
+
+@pytest.mark.long
+def test_a_run_killed_at_any_step_goes_on_where_it_was(tmp_path):
+    generator, whole = np.random.default_rng(0), {}
+    for number in range(20):
+        case = RESUMED[number % len(RESUMED)]
+        if case not in whole:
+            launch(tmp_path / case, 1, "--cases", json.dumps([case]))
+            whole[case] = results(tmp_path / case, 1)[0]
+        save_every = int(generator.integers(1, 7))
+        kill_at = int(generator.integers(save_every, 20))
+        (resumed,) = killed_and_resumed(tmp_path / f"killed-{number}", case, kill_at, save_every)
+        identical(whole[case], resumed)
+
+
+def test_two_killed_processes_go_on_where_they_were_and_so_does_one(tmp_path):
+    case = RESUMED[0]
+    launch(tmp_path / "whole", 2, "--cases", json.dumps([case]))
+    whole = results(tmp_path / "whole", 2)
+    for one, other in zip(whole, killed_and_resumed(tmp_path / "two", case, 12, 5, processes=2), strict=True):
+        identical(one, other)
+    (alone,) = killed_and_resumed(tmp_path / "one", case, 12, 5, processes=2, resumed_by=1)
+    launch(tmp_path / "reference", 1, "--cases", json.dumps([case]))
+    reference = results(tmp_path / "reference", 1)[0]
+    reference["selected"] = reference["selected"][-len(alone["selected"]) :]
+    alone["log"] = [entry for entry in alone["log"] if entry["step"] > 20 - len(alone["selected"])]
+    reference["log"] = reference["log"][-len(alone["log"]) :]
+    for name, value in reference["model"].items():
+        torch.testing.assert_close(alone["model"][name], value, atol=1e-4, rtol=1e-3)
+    for ours, theirs in zip(alone["selected"], reference["selected"], strict=True):
+        assert torch.equal(ours, theirs)
+    assert alone["steps"] == reference["steps"] == 20
+
+
+def arguments(folder, **settings):
+    return CorrectorTrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=16,
+        learning_rate=0.05,
+        report_to="none",
+        disable_tqdm=True,
+        **{"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "num_negatives": 4, **settings},
+    )
+
+
+def trainer_of(corpus, folder, **settings):
+    torch.manual_seed(0)
+    return CorrectorTrainer(make_static_model(), arguments(folder, **settings), corpus=corpus)
+
+
+def test_a_checkpoint_whose_writing_was_cut_short_is_passed_over(corpus, tmp_path, caplog):
+    whole = trainer_of(corpus, tmp_path)
+    whole.train()
+    expected = {name: value.clone() for name, value in whole.model.state_dict().items()}
+    assert [missing_from(tmp_path / f"checkpoint-{step}") for step in (2, 4, 6)] == [None] * 3
+    state = tmp_path / "checkpoint-6" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    (tmp_path / "checkpoint-4" / FOLDER / "loss-00000-of-00001.safetensors").rename(
+        tmp_path / "checkpoint-4" / FOLDER / "loss-00000-of-00002.safetensors"
+    )
+    resumed = trainer_of(corpus, tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert "checkpoint-6 lacks trainer_state.json" in caplog.text
+    assert "checkpoint-4 lacks st_corrector/loss-00001-of-00002.safetensors" in caplog.text
+    for name, value in expected.items():
+        assert torch.equal(resumed.model.state_dict()[name], value)
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    with pytest.raises(CacheError, match=r"No checkpoint in .* is complete: checkpoint-6 lacks trainer_state.json"):
+        trainer_of(corpus, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_the_best_step_brings_its_corrector_back(corpus, tmp_path):
+    scores = iter([0.1, 0.9, 0.2])
+    trainer = trainer_of(
+        corpus,
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_score",
+        greater_is_better=True,
+    )
+    trainer.eval_dataset, trainer.evaluator = None, None
+    states = []
+
+    def evaluate(*args, **kwargs):
+        metrics = {"eval_score": next(scores)}
+        states.append({name: value.clone() for name, value in loss.corrector.state_dict().items()})
+        trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+        return metrics
+
+    (loss,) = trainer._corrected_losses().values()
+    trainer.evaluate = evaluate
+    trainer.train()
+    assert trainer.state.best_global_step == 4
+    state = loss.corrector.state_dict()
+    assert all(torch.equal(value, states[1][name]) for name, value in state.items())
+    assert any(not torch.equal(value, states[2][name]) for name, value in state.items())
+    assert loss.search.steps == 4
+
+
+def test_a_checkpoint_of_something_else_is_refused(corpus, tmp_path):
+    trainer_of(corpus, tmp_path).train()
+    with pytest.raises(InputError, match=r"corrector: MLPCorrector.* there, RidgeCorrector.* here"):
+        trainer_of(corpus, tmp_path, corrector="ridge").train(resume_from_checkpoint=True)
+    loss = CorrectedMultipleNegativesLoss(
+        make_static_model(), corpus, EmbeddingCache.from_tensor(torch.randn(200, 24)), num_negatives=4
+    )
+    with pytest.raises(InputError, match="cache: "):
+        load_losses({"loss": loss}, tmp_path / "checkpoint-6")
+    with pytest.raises(CacheError, match="holds no state of the corrector"):
+        load_losses({"other": loss}, tmp_path / "checkpoint-6")
+    file = tmp_path / "checkpoint-6" / FOLDER / "loss-00000-of-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CacheError, match="is damaged"):
+        trainer_of(corpus, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_the_state_is_not_pushed(corpus, tmp_path):
+    trainer = trainer_of(corpus, tmp_path)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-6"
+    assert (checkpoint / FOLDER).is_dir() and FOLDER in trainer._checkpoint_push_skip_names(str(checkpoint))

@@ -1,0 +1,194 @@
+"""Several processes against one with the whole batch, each a real training started by torchrun.
+
+It is what ``accelerate launch`` starts them by, too, where there are GPUs; on CPUs that needs MPI (and without a host file
+quietly starts one process).
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training import CASES
+
+from st_corrector import EmbeddingCache, InputError
+from st_corrector.distributed import Processes, checksum
+
+HERE = Path(__file__).parent
+
+
+def launch(folder, processes, *arguments, check=True):
+    """Run ``training.py`` with so many processes; its output."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["HF_DATASETS_CACHE"] = str(folder.parent / "datasets")
+    done = subprocess.run(
+        [*command, str(HERE / "training.py"), str(folder), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=500,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done
+
+
+def results(folder, processes, name="run", case=0):
+    return [
+        torch.load(folder / str(case) / f"results-{name}-{rank}-of-{processes}.pt", weights_only=True)
+        for rank in range(processes)
+    ]
+
+
+def gathered(runs):
+    """What all processes have written back, by row."""
+    overlays = [run["overlay"] for run in runs if run["overlay"]]
+    if not overlays:
+        return None
+    merged = {name: torch.cat([each[name] for each in overlays]) for name in overlays[0]}
+    order = merged["rows"].argsort()
+    return {name: value[order] for name, value in merged.items()}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one") / "run"
+    launch(folder, 1)
+    return folder
+
+
+def assert_same_training(runs, reference, case):
+    """That ``runs``, of all processes, are the ``reference``, of one, up to the order of summation."""
+    settings = CASES[case]
+    losses = [entry["task_loss"] for entry in reference["log"]]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.5, f"it learns: {losses}"
+    assert any((reference["model"][name] - value).abs().max() > 1e-2 for name, value in reference["before"].items())
+    rows = sorted(run["rows"] for run in runs)
+    if settings.get("num_negatives", 1):
+        assert [end for _, end in rows[:-1]] == [first for first, _ in rows[1:]] and rows[-1][1] == 223
+        assert len(reference["selected"]) == 20 - settings.get("corrector_warmup_steps", 0) * (
+            settings.get("corrector_warmup_negatives") == "in-batch"
+        )
+    for run in runs:
+        for ours, theirs in zip(run["selected"], reference["selected"], strict=True):
+            if "candidates" in settings:
+                # Two rows with the same words, encoded by different processes, may come in either order.
+                ours, theirs = ((rows % 203).sort(dim=1).values for rows in (ours, theirs))
+            assert torch.equal(ours, theirs)
+        for ours, theirs in zip(run["log"], reference["log"], strict=True):
+            for name in ("task_loss", "correction_loss", "drift", "corrected_error", "hardness", "seen", "age"):
+                assert (name in ours) == (name in theirs)
+                if name in theirs:
+                    assert ours[name] == pytest.approx(theirs[name], abs=2e-4, rel=2e-4), name
+        for name, value in reference["model"].items():
+            torch.testing.assert_close(
+                run["model"][name], value, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        assert run["steps"] == reference["steps"] and run["targets_encoded"] == reference["targets_encoded"]
+        assert run["corrector"].keys() == reference["corrector"].keys() == runs[0]["corrector"].keys()
+        for name, value in runs[0]["corrector"].items():
+            assert torch.equal(run["corrector"][name], value), f"bit for bit on all processes: {name}"
+    for name, value in reference["corrector"].items():
+        # Adam's first steps have the size of its rate however small a gradient is, rounding included.
+        torch.testing.assert_close(runs[0]["corrector"][name].float(), value.float(), atol=5e-3, rtol=2e-2)
+    ours, theirs = gathered(runs), gathered([reference])
+    if theirs is not None:
+        assert torch.equal(ours["rows"], theirs["rows"]) and torch.equal(ours["written_at"], theirs["written_at"])
+        torch.testing.assert_close(ours["vectors"], theirs["vectors"], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_several_processes_train_what_one_does(one, tmp_path, processes):
+    folder = tmp_path / "run"
+    launch(folder, processes)
+    for number, case in enumerate(CASES):
+        try:
+            assert_same_training(results(folder, processes, case=number), results(one, 1, case=number)[0], case)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+def test_four_processes_select_what_one_does(one, tmp_path):
+    cases = list(CASES)[:2]
+    launch(tmp_path / "run", 4, "--cases", json.dumps(cases))
+    for number, case in enumerate(cases):
+        assert_same_training(results(tmp_path / "run", 4, case=number), results(one, 1, case=number)[0], case)
+
+
+def test_shares_are_consecutive_and_cover_everything():
+    for count in (0, 1, 3, 10, 223):
+        shares = Processes(0, 4).shares(count)
+        assert [row for share in shares for row in range(count)[share]] == list(range(count))
+        sizes = [len(range(count)[share]) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_one_process_exchanges_nothing():
+    alone, tensor = Processes(), torch.randn(3, 2, requires_grad=True)
+    assert torch.equal(alone.gather(tensor), tensor) and alone.gather_with_grad(tensor, [3]) is tensor
+    assert alone.sum(tensor) is tensor and alone.broadcast(tensor) is tensor and alone.counts(3, tensor.device) == [3]
+    assert alone.bytes_received == 0
+
+
+def _exchange_ragged(rank, store):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
+    processes, counts = Processes.current(), [2, 0, 3]
+    assert (processes.rank, processes.size) == (rank, 3)
+    everything = torch.arange(10.0).view(5, 2)
+    mine = everything[sum(counts[:rank]) : sum(counts[: rank + 1])].clone().requires_grad_()
+    assert processes.counts(len(mine), mine.device) == counts
+    assert torch.equal(processes.gather(mine, counts), everything)
+    gathered = processes.gather_with_grad(mine, counts)
+    assert torch.equal(gathered, everything)
+    # Every process weighs every row; what all of them say of a row comes back to the one that sent it.
+    (gathered * torch.arange(5.0)[:, None] * (rank + 1)).sum().backward()
+    expected = torch.arange(5.0)[sum(counts[:rank]) : sum(counts[: rank + 1]), None].expand(-1, 2) * 6
+    assert torch.equal(mine.grad, expected)
+    assert int(processes.broadcast(torch.tensor([rank + 7]))) == 7
+    assert processes.sum(torch.tensor([rank])).tolist() == [3]
+    assert processes.bytes_received > 0
+    processes.require_same(torch.tensor([5]), "This")
+    with pytest.raises(InputError, match=r"That differs between processes: that of rank \[2\]"):
+        processes.require_same(torch.tensor([rank // 2]), "That")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_exchange_what_is_of_unequal_length(tmp_path):
+    torch.multiprocessing.spawn(_exchange_ragged, args=(str(tmp_path / "store"),), nprocs=3)
+
+
+def test_a_checksum_tells_one_bit():
+    tensors = {"a": torch.randn(50), "b": torch.arange(5)}
+    other = {name: value.clone() for name, value in tensors.items()}
+    assert torch.equal(checksum(tensors), checksum(other))
+    other["a"].view(torch.int32)[17] ^= 1
+    assert not torch.equal(checksum(tensors), checksum(other))
+    swapped = {"a": tensors["a"].flip(0), "b": tensors["b"]}
+    assert not torch.equal(checksum(tensors), checksum(swapped))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_a_part_of_a_cache_is_these_rows_of_it(dtype):
+    vectors = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    cache = EmbeddingCache.from_blocks(vectors.split(30), dtype)
+    part = cache.part(slice(25, 70))
+    assert len(part) == 45 and part.corpus_size == 100 and (part.first_row, part.end) == (25, 70)
+    rows = torch.tensor([69, 25, 40])
+    assert torch.equal(part[rows], cache[rows])
+    chunks = list(part.chunks(20))
+    assert [first for first, _ in chunks] == [25, 30, 50, 60]
+    assert torch.equal(torch.cat([chunk.float() for _, chunk in chunks]), cache[range(25, 70)])
+    assert torch.equal(part.to(dtype=torch.float32)[rows], cache[rows])
+    for wrong in (24, 70):
+        with pytest.raises(IndexError, match="25 … 69"):
+            part[[wrong]]

@@ -1,0 +1,149 @@
+"""One training run of the tests, by however many processes a launcher starts; see ``--help``.
+
+It says in ``results.pt`` what each step selected and lost, and what was learnt in the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import load_bert_model, make_bert_model, make_static_model, make_texts
+from datasets import disable_progress_bars
+from transformers import TrainerCallback
+
+from st_corrector import (
+    Corpus,
+    CorrectorTrainer,
+    CorrectorTrainingArguments,
+    Shortlist,
+)
+from st_corrector.distributed import Processes
+
+CASES: dict[str, dict] = {
+    "mlp": {"corrector_settings": {"hidden": 16}},
+    "ridge, gumbel, int8": {"corrector": "ridge", "sampler": "gumbel", "cache_dtype": "int8"},
+    "mixed, stale warm-up": {"sampler": "mixed", "corrector_warmup_steps": 5},
+    "verified, with background and margin": {"candidates": 12, "background_targets": 7, "relative_margin": 0.02},
+    "the batch's budget, in-batch warm-up": {
+        "budget": "batch",
+        "corrector_warmup_steps": 3,
+        "corrector_warmup_negatives": "in-batch",
+    },
+    "in-batch": {"num_negatives": 0},
+    "refreshed": {"refresh_every": 4, "corrector": "identity"},
+    "shortlist": {"corrector": "ridge"},
+    "gradient cache": {"mini_batch_size": 3},
+}
+
+
+class KillAt(TrainerCallback):
+    """Kills this process, as nothing can prevent, in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer:
+    queries, texts = make_texts(203)
+    corpus = Corpus.from_texts([*texts, *texts[:20]])  # two rows with the same words score the same: a tie
+    ids = [str(n) for n in range(len(texts))]
+    corpus.add_split("train", dict(zip(ids, queries, strict=True)), {id: [id] for id in ids})
+    transformer = case == "gradient cache"
+    training = CorrectorTrainingArguments(
+        output_dir=str(folder / "out"),
+        **{"num_negatives": 5, "dataloader_drop_last": True, **CASES[case]},
+        cache_path=str(folder / "cache"),
+        per_device_train_batch_size=args.batch_size // int(os.environ.get("WORLD_SIZE", 1)),
+        max_steps=args.steps,
+        learning_rate=0.02 if not transformer else 1e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="steps" if args.save_every else "no",
+        save_steps=args.save_every or 500,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        ddp_find_unused_parameters=True,
+        seed=3,
+    )
+    processes = Processes.current()
+    if transformer and processes.rank == 0:
+        make_bert_model(folder)
+    processes.wait()
+    model = load_bert_model(folder / "bert-right") if transformer else make_static_model()
+    if transformer:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # processes draw masks of their own
+    loss = None
+    if case == "shortlist":
+        from st_corrector import CorrectedMultipleNegativesLoss, EmbeddingCache, RidgeCorrector
+
+        cache = EmbeddingCache.build(model, corpus, folder / "cache", progress=False)
+        corrector = RidgeCorrector(cache.dim, normalize=False)
+        shortlist = Shortlist("Flat", size=30, check_every=4)
+        loss = CorrectedMultipleNegativesLoss(model, corpus, cache, 5, corrector, shortlist=shortlist)
+    callbacks = [] if args.kill_at is None else [KillAt(args.kill_at)]
+    return CorrectorTrainer(model, training, corpus=corpus, loss=loss, callbacks=callbacks)
+
+
+def run(folder: Path, case: str, args: argparse.Namespace) -> None:
+    trainer = build(folder, case, args)
+    (loss,) = trainer._corrected_losses().values()
+    selected = []
+    select = loss.select
+
+    def recording(*inputs, **settings):
+        selection = select(*inputs, **settings)
+        selected.append(selection.rows)
+        return selection
+
+    loss.select = recording
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train(resume_from_checkpoint=args.resume)
+    search = loss._search
+    results = {
+        "selected": selected,
+        "log": [entry for entry in trainer.state.log_history if "task_loss" in entry],
+        "before": before,
+        "model": trainer.model.state_dict(),
+        "corrector": search.corrector.state_dict() if search else {},
+        "overlay": search.overlay.state_dict() if search else {},
+        "steps": search.steps if search else 0,
+        "rows": (search.cache.first_row, search.cache.end) if search else (0, 0),
+        "targets_encoded": loss.targets_encoded,
+    }
+    torch.save(results, folder / f"results-{args.name}-{loss.processes.rank}-of-{loss.processes.size}.pt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--cases", type=json.loads, default=list(CASES))
+    parser.add_argument("--name", default="run")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch_size", type=int, default=16, help="of all processes together")
+    parser.add_argument("--save_every", type=int)
+    parser.add_argument("--kill_at", type=int)
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    disable_progress_bars()
+    torch.set_num_threads(1)
+    for number, case in enumerate(args.cases):
+        run(args.folder / str(number), case, args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
