@@ -6,11 +6,13 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 from datasets import Dataset
 from datasets import config as datasets_config
+from filelock import FileLock
 
 
 def default_cache_dir() -> Path:
@@ -28,8 +30,9 @@ def write_arrow(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Da
     path.parent.mkdir(parents=True, exist_ok=True)
     # What a killed process has left of this file; one that is still being written is younger.
     for leftover in path.parent.glob(f"{path.name}.*.partial"):
-        if time.time() - leftover.stat().st_mtime > 3600:
-            leftover.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process has just finished it
+            if time.time() - leftover.stat().st_mtime > 3600:
+                leftover.unlink()
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
@@ -42,8 +45,13 @@ def write_arrow(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Da
 
 
 def read_or_write_arrow(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Dataset:
-    """The file at ``path``, written from ``tables`` first if it is not there (they are not read otherwise)."""
-    return Dataset.from_file(str(path)) if path.exists() else write_arrow(path, schema, tables)
+    """The file at ``path``, written from ``tables`` first if it is not there (they are not read otherwise).
+
+    Of several processes one writes, the others wait for it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        return Dataset.from_file(str(path)) if path.exists() else write_arrow(path, schema, tables)
 
 
 def batched_tables(records: Iterable[dict], schema: pa.Schema, batch_size: int = 10_000) -> Iterator[pa.Table]:

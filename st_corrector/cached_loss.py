@@ -22,7 +22,7 @@ from .errors import InputError
 from .loss import Column, CorrectedMultipleNegativesLoss
 
 
-class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, CachedLossMixin):
+class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, CachedLossMixin):  # type: ignore[misc]
     def __init__(
         self,
         model: SentenceTransformer,
@@ -91,7 +91,7 @@ class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, Cache
                 _backward_hook,
                 sentence_features=list(features),
                 loss_obj=self,
-                cache=[[piece.grad for piece in column.pieces] for column in columns],
+                cache=[[piece.grad for piece in column.pieces] for column in columns],  # type: ignore[misc]
                 random_states=list(random_states),
                 ranges=list(ranges),
             )

@@ -77,7 +77,9 @@ def missing_from(checkpoint: str | os.PathLike) -> str | None:
         return "trainer_state.json"
     for path in (folder / FOLDER).glob("*.safetensors"):
         match = _PART.fullmatch(path.name)
-        for rank in range(int(match["size"])) if match else ():
+        if match is None:
+            continue
+        for rank in range(int(match["size"])):
             part = path.with_name(f"{match['name']}-{rank:05}-of-{match['size']}.safetensors")
             if not part.exists():
                 return f"{FOLDER}/{part.name}"

@@ -116,7 +116,7 @@ class DocumentEncoder:
         """Whether nothing of what encodes documents can be trained: their embeddings do not change then."""
         modules = list(unwrap(model).children())
         if isinstance(modules[0], Router):
-            modules = [*modules[0].sub_modules["document"], *modules[1:]]
+            modules = [modules[0].sub_modules["document"], *modules[1:]]
         return not any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
     def fingerprint(self, model: SentenceTransformer, weights: bool = True) -> dict[str, Any]:

@@ -245,8 +245,8 @@ class CorrectedSearch:
         if not drawn:
             return Found(best, rows, too_similar)
         keys, others = sampled.best
-        _, others, scores = self._merge(keys, others, self.score(queries, others))
-        return Found(*_first_others(best, rows, scores, others, drawn), too_similar)
+        _, others, of_others = self._merge(keys, others, self.score(queries, others))
+        return Found(*_first_others(best, rows, of_others, others, drawn), too_similar)
 
     def _merge(self, keys: Tensor, rows: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
         """Of what every process has found, ``(B, k)`` each, the ``k`` largest keys, equal ones by row; what belongs to

@@ -158,7 +158,8 @@ class ShortlistSearch(CorrectedSearch):
         scores = scores.gather(1, order)
         scores, order = (each[:, :k] for each in scores.sort(dim=1, descending=True, stable=True))
         rows = rows.gather(1, order).masked_fill(scores == -math.inf, NO_ROW)
-        return Found(*self._merge(scores, rows), self.processes.sum(above.sum(1) + best.too_similar))
+        scores, rows = self._merge(scores, rows)
+        return Found(scores, rows, self.processes.sum(above.sum(1) + best.too_similar))
 
     def _best_written(self, queries: Tensor, k: int, exclude: Tensor | None, limit: Tensor) -> Found:
         """The best of all rows that have been written back, exactly."""

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from torch import nn
@@ -81,7 +81,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
             if self.args.probe_every is not None:
                 self.add_callback(FidelityCallback(loss, self.args.probe_every))
 
-    def get_default_loss(self, model: SentenceTransformer) -> nn.Module:
+    def get_default_loss(self, model: SentenceTransformer) -> nn.Module:  # type: ignore[override]
         """:class:`CorrectedMultipleNegativesLoss` over :attr:`corpus`, as the arguments say.
 
         Raises:
@@ -93,7 +93,9 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         cache, settings = None, args.loss_settings
         if args.num_negatives:
             cache = self._cache(model, self.corpus)
-            settings["corrector"] = make_corrector(args.corrector, cache.dim, **args.corrector_settings)
+            settings["corrector"] = make_corrector(
+                args.corrector, cache.dim, **cast(dict[str, Any], args.corrector_settings)
+            )
         if args.mini_batch_size is not None:
             return CachedCorrectedMultipleNegativesLoss(
                 model, self.corpus, cache, mini_batch_size=args.mini_batch_size, **settings
@@ -113,7 +115,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
             return cache
         return cache.part(Processes.current().share(len(corpus))).to(args.device)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """As the plain trainer's, after the memory plan.
 
         Args:
@@ -143,7 +145,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
 
     def _last_complete_checkpoint(self) -> str | bool:
         incomplete = []
-        for checkpoint in reversed(sort_checkpoints(self.args.output_dir)):
+        for checkpoint in reversed(sort_checkpoints(str(self.args.output_dir))):
             missing = missing_from(checkpoint)
             if missing is None:
                 return checkpoint

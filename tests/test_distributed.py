@@ -1,10 +1,9 @@
 """Several processes against one with the whole batch, each a real training started by torchrun.
 
-It is what ``accelerate launch`` starts them by, too, where there are GPUs; on CPUs that needs MPI (and without a host file
-quietly starts one process).
+It is what ``accelerate launch`` starts them by, too, where there are GPUs; on CPUs that needs MPI (and without a host
+file quietly starts one process).
 """
 
-import json
 import os
 import socket
 import subprocess
@@ -116,13 +115,6 @@ def test_several_processes_train_what_one_does(one, tmp_path, processes):
             assert_same_training(results(folder, processes, case=number), results(one, 1, case=number)[0], case)
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}") from error
-
-
-def test_four_processes_select_what_one_does(one, tmp_path):
-    cases = list(CASES)[:2]
-    launch(tmp_path / "run", 4, "--cases", json.dumps(cases))
-    for number, case in enumerate(cases):
-        assert_same_training(results(tmp_path / "run", 4, case=number), results(one, 1, case=number)[0], case)
 
 
 def test_shares_are_consecutive_and_cover_everything():
