@@ -144,7 +144,7 @@ def train(
             loss_settings |= {"num_negatives": 0, "candidates": None}
         using: str | Corrector = "identity"
         if cache is not None and chosen.name == "corrected":
-            using = make_corrector(args.corrector, cache.dim, **args.corrector_settings)
+            using = make_corrector(args.corrector, cache.dim, **args.corrector_options)
         loss = CorrectedMultipleNegativesLoss(model, corpus, cache, corrector=using, **loss_settings)
         if chosen.every is not None:
             callbacks.append(RefreshCallback(loss, chosen.every, chosen.unit))

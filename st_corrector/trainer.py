@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from torch import nn
@@ -93,9 +93,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         cache, settings = None, args.loss_settings
         if args.num_negatives:
             cache = self._cache(model, self.corpus)
-            settings["corrector"] = make_corrector(
-                args.corrector, cache.dim, **cast(dict[str, Any], args.corrector_settings)
-            )
+            settings["corrector"] = make_corrector(args.corrector, cache.dim, **args.corrector_options)
         if args.mini_batch_size is not None:
             return CachedCorrectedMultipleNegativesLoss(
                 model, self.corpus, cache, mini_batch_size=args.mini_batch_size, **settings

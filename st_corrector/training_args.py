@@ -39,8 +39,8 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
     )
     num_negatives: int = field(default=16, metadata={"help": "Targets that each query takes as negatives."})
     corrector: str = field(default="mlp", metadata={"help": f"One of {', '.join(CORRECTORS)}."})
-    corrector_settings: dict[str, Any] | str = field(
-        default_factory=dict, metadata={"help": "The corrector's settings as JSON, e.g. '{\"hidden\": 128}'."}
+    corrector_settings: str = field(
+        default="{}", metadata={"help": "The corrector's settings as JSON (or a dict), e.g. '{\"hidden\": 128}'."}
     )
     corrector_warmup_steps: int = field(
         default=0, metadata={"help": "Steps in which the corrector learns, but does not choose yet."}
@@ -95,17 +95,26 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.corrector_settings, str):
-            try:
-                self.corrector_settings = json.loads(self.corrector_settings)
-            except ValueError as error:
-                raise InputError(f"corrector_settings is no JSON object: {error}.") from error
-        if not isinstance(self.corrector_settings, dict):
-            raise InputError(f"corrector_settings must be a JSON object, got {self.corrector_settings!r}.")
+        if isinstance(self.corrector_settings, dict):
+            self.corrector_settings = json.dumps(self.corrector_settings)
+        try:
+            understood = isinstance(self.corrector_options, dict)
+        except ValueError:
+            understood = False
+        if not understood:
+            raise InputError(
+                f"corrector_settings must be a JSON object such as '{{\"hidden\": 128}}', got "
+                f"{self.corrector_settings!r}."
+            )
         if self.corrector not in CORRECTORS:
             raise InputError(f"corrector {self.corrector!r} is not one of {', '.join(CORRECTORS)}.")
         if self.sampler not in SAMPLERS:
             raise InputError(f"sampler {self.sampler!r} is not one of {', '.join(SAMPLERS)}.")
+
+    @property
+    def corrector_options(self) -> dict[str, Any]:
+        """:attr:`corrector_settings`, read."""
+        return json.loads(self.corrector_settings)
 
     @property
     def loss_settings(self) -> dict[str, Any]:

@@ -4,10 +4,12 @@ It is what ``accelerate launch`` starts them by, too, where there are GPUs; on C
 file quietly starts one process).
 """
 
+import json
 import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,11 @@ from st_corrector.distributed import Processes, checksum
 HERE = Path(__file__).parent
 
 
+def environment(folder):
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder.parent / "datasets")}
+    return {**os.environ, **own, "TOKENIZERS_PARALLELISM": "false"}
+
+
 def launch(folder, processes, *arguments, check=True):
     """Run ``training.py`` with so many processes; its output."""
     with socket.socket() as free:
@@ -28,15 +35,8 @@ def launch(folder, processes, *arguments, check=True):
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment["HF_DATASETS_CACHE"] = str(folder.parent / "datasets")
-    done = subprocess.run(
-        [*command, str(HERE / "training.py"), str(folder), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=500,
-    )
+    command += [str(HERE / "training.py"), str(folder), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(folder), timeout=500)
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done
@@ -115,6 +115,57 @@ def test_several_processes_train_what_one_does(one, tmp_path, processes):
             assert_same_training(results(folder, processes, case=number), results(one, 1, case=number)[0], case)
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}") from error
+
+
+@pytest.fixture
+def hosts():
+    """Two hosts with addresses of their own, on one wire: network namespaces."""
+    names, addresses = (f"stc{os.getpid()}a", f"stc{os.getpid()}b"), ("10.213.7.1", "10.213.7.2")
+    commands = [f"ip netns add {name}" for name in names]
+    commands.append(f"ip link add name v0 netns {names[0]} type veth peer name v0 netns {names[1]}")
+    for name, address in zip(names, addresses, strict=True):
+        commands += [f"ip -n {name} addr add {address}/24 dev v0", f"ip -n {name} link set v0 up"]
+        commands += [f"ip -n {name} link set lo up"]
+    try:
+        for command in commands:
+            try:
+                done = subprocess.run(command.split(), capture_output=True, text=True)
+            except FileNotFoundError:
+                pytest.skip("network namespaces need the ip command (Debian package iproute2)")
+            if done.returncode:
+                pytest.skip(f"network namespaces are not permitted here: {command}: {done.stderr.strip()}")
+        yield dict(zip(names, addresses, strict=True))
+    finally:
+        for name in names:
+            with suppress(FileNotFoundError):
+                subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.long
+def test_two_hosts_train_what_one_does(one, tmp_path, hosts):
+    cases, folder = list(CASES)[:3], tmp_path / "run"
+    (first, master), _ = hosts.items()
+    running = []
+    for rank, host in enumerate(hosts):
+        command = f"ip netns exec {host} {sys.executable} -m torch.distributed.run --nnodes 2 --nproc_per_node 1"
+        command += f" --node_rank {rank} --master_addr {master} --master_port 29500 {HERE / 'training.py'} {folder}"
+        settings = environment(folder) | {"GLOO_SOCKET_IFNAME": "v0"}
+        running.append(
+            subprocess.Popen(
+                [*command.split(), "--cases", json.dumps(cases)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=settings,
+            )
+        )
+    for process in running:
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output[-4000:]
+    for number, case in enumerate(cases):
+        assert_same_training(results(folder, 2, case=number), results(one, 1, case=number)[0], case)
+    alone = subprocess.run(["ip", "netns", "exec", first, "hostname", "-I"], capture_output=True, text=True)
+    assert alone.stdout.split() == [master], "each host has its own address and no other"
 
 
 def test_shares_are_consecutive_and_cover_everything():
