@@ -62,6 +62,56 @@ class Step:
         return time.perf_counter()
 
 
+def page(folder: Path) -> str:
+    """All results of the folder as one table."""
+    head = (
+        "device, encoder",
+        "processes × threads",
+        "targets",
+        "texts a step",
+        "step, s",
+        "encode",
+        "exchange",
+        "select",
+    )
+    head += ("correct", "backward", "optimizer", "plain loss, s", "its texts", "overhead a text", "MB exchanged")
+    rows, commands = [], []
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        each = result["medians"]
+        seconds = [each[f"ours_{name}" if name in OWN else name] for name in ("step", *PARTS)]
+        rows.append(
+            [
+                ", ".join(path.stem.split("-")[:2]),
+                f"{result['processes']} × {result['threads_of_each']}",
+                f"{result['targets']:,}",
+                f"{each['texts']:.0f}",
+                *(f"{value:.3f}" for value in seconds),
+                f"{each['reference_step']:.3f}",
+                f"{each['reference_texts']:.0f}",
+                f"{each['overhead']:+.1%} ({min(result['overheads']):+.1%} … {max(result['overheads']):+.1%})",
+                f"{each['bytes_exchanged'] / 1e6:.2f}",
+            ]
+        )
+        machine = result["machine"]
+        commands.append(
+            f"- `{path.name}`: `{result['command']}`; {machine['cpu']}, torch {machine['versions']['torch']}"
+        )
+    lines = ["| " + " | ".join(row) + " |" for row in (list(head), *rows)]
+    table = "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+    return (
+        "# What a training step costs\n\nMedians over steps of one process's batch. *Plain loss*: "
+        "`MultipleNegativesRankingLoss` over the same queries, positives and negatives, turn by turn in the same "
+        "process, *its texts*: with the last column filled up. *Overhead a text*: of the corrected loss's step over "
+        "the plain one's, each divided by its texts (in brackets from the least to the most of all steps).\n\n"
+        f"{table}\n\n" + "\n".join(commands) + "\n"
+    )
+
+
+PARTS = ("encode", "exchange", "select", "correct", "backward", "optimizer")
+OWN = ("step", "backward", "optimizer")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="a BEIR folder")
@@ -152,6 +202,7 @@ def main() -> None:
         args.results.mkdir(parents=True, exist_ok=True)
         name = f"{accelerator.device.type}-{args.encoder}-{accelerator.num_processes}.json"
         (args.results / name).write_text(json.dumps(result, indent=1) + "\n")
+        (args.results / "README.md").write_text(page(args.results), encoding="utf-8")
         print(json.dumps(medians, indent=1), os.linesep, args.results / name)
     if dist.is_initialized():
         dist.destroy_process_group()

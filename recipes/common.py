@@ -153,7 +153,8 @@ def train(
             callbacks.append(probe)
     prepared = time.perf_counter()
     trainer = CorrectorTrainer(model=model, args=args, train_dataset=dataset, loss=loss, callbacks=callbacks)
-    trainer.train()
+    resume: str | bool | None = args.resume_from_checkpoint
+    trainer.train({"True": True, "true": True, "False": None}.get(str(resume), resume))
     trained = time.perf_counter()
     after = evaluator(model)
     evaluated = time.perf_counter()

@@ -69,6 +69,15 @@ class RecipeArguments:
         metadata={"help": "static: the mean of the model's token vectors and a residual dense block, for the CPU."},
     )
     from_scratch: bool = field(default=False, metadata={"help": "Initialise the transformer's weights at random."})
+    lora_r: int | None = field(
+        default=None,
+        metadata={"help": "Train a LoRA adapter of this rank instead of the model's weights (needs peft)."},
+    )
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter's scale is lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: str | None = field(
+        default=None, metadata={"help": "Names of the layers that get one, with commas; by default the model's usual."}
+    )
     num_layers: int | None = field(
         default=None, metadata={"help": "Keep only the first layers of a BERT: a smaller model, with more to learn."}
     )
@@ -113,6 +122,19 @@ def load_model(args: RecipeArguments, seed: int) -> SentenceTransformer:
         pretrained.load_state_dict(type(pretrained)(pretrained.config).state_dict())
     if args.max_seq_length:
         model.max_seq_length = args.max_seq_length
+    if args.lora_r:
+        try:
+            from peft import LoraConfig, TaskType
+        except ImportError as error:
+            raise InputError("--lora_r needs peft: pip install 'st-corrector[peft]'") from error
+        adapter = LoraConfig(
+            task_type=TaskType.FEATURE_EXTRACTION,
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=args.lora_target_modules.split(",") if args.lora_target_modules else None,
+        )
+        model.add_adapter(adapter)
     return model
 
 
@@ -150,6 +172,8 @@ def parse_arguments() -> tuple[RecipeArguments, CorrectorTrainingArguments]:
         parser.error(str(error))
     if recipe.from_scratch and recipe.encoder == "static":
         parser.error("--from_scratch is for transformers: the static encoder is made of pretrained token vectors")
+    if recipe.lora_r is not None and (recipe.encoder == "static" or recipe.lora_r < 1):
+        parser.error("--lora_r is the rank of a transformer's adapter: at least 1, and not with static")
     if recipe.num_layers is not None and (recipe.encoder == "static" or recipe.num_layers < 1):
         parser.error("--num_layers is how many layers of a transformer are kept: at least 1, and not with static")
     if not strategy.chooses:

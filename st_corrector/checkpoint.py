@@ -1,6 +1,6 @@
 """What a checkpoint holds beside the model: the corrector, what has been written back, and how far the loss has come.
 
-In a checkpoint it is a folder of its own, which is never pushed to the Hub::
+In a checkpoint it is a folder of its own, which is not pushed to the Hub with the model::
 
     st_corrector/<loss>-<rank>-of-<processes>.safetensors
 
@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,6 +40,9 @@ def save_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint
     folder.mkdir(parents=True, exist_ok=True)
     for name, loss in losses.items():
         processes = loss.processes
+        for old in folder.glob("*.safetensors"):  # of as many processes as had begun this checkpoint and were killed
+            if (match := _PART.fullmatch(old.name)) and match["name"] == name and int(match["size"]) != processes.size:
+                old.unlink(missing_ok=True)
         path = folder / f"{name}-{processes.rank:05}-of-{processes.size:05}.safetensors"
         partial = path.with_suffix(f".{os.getpid()}.partial")
         tensors, description = _state(loss)
@@ -48,10 +50,15 @@ def save_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    for loss in losses.values():
+        loss.processes.wait()  # before the first process says that all is there, and removes older checkpoints
 
 
 def load_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint: str | os.PathLike) -> None:
     """Take over what :func:`save_losses` has written, with as many processes or another number of them.
+
+    Where the cache had been refreshed it is refreshed again, by the model as it was saved, and the corrector starts
+    anew: embeddings of the whole corpus are in no checkpoint.
 
     Raises:
         CacheError: a file is missing or damaged.
@@ -110,25 +117,24 @@ def _restore(loss: CorrectedMultipleNegativesLoss, parts: list[tuple[dict[str, T
         "cache": json.loads(json.dumps(search.cache.fingerprint)),
         "rows": search.cache.corpus_size,
     }
-    if not description["refreshed"] and (
-        different := [
-            f"{name}: {description[name]} there, {value} here"
-            for name, value in expected.items()
-            if description[name] != value
-        ]
-    ):
+    refreshed = description["refreshed"] or loss.refreshed
+    compared = ("corrector", "rows") if refreshed else expected
+    different = [
+        f"{name}: {description[name]} there, {expected[name]} here"
+        for name in compared
+        if description[name] != expected[name]
+    ]
+    if different:
         raise InputError(
             "The checkpoint's corrector has learnt from something else:\n  " + "\n  ".join(different) + "\nGo on with "
             "the corrector, corpus and cache that the run was begun with."
         )
-    if description["refreshed"]:
-        loss.refresh()  # with the model as it was saved; the embeddings of the last refresh are gone
+    if refreshed:
+        loss.refresh()  # with the model as it was saved: the embeddings of the refresh before it are gone
         search = loss.search
     else:
-        state = parts[0][0]
-        search.corrector.load_state_dict(_under("corrector.", state))
-        overlays = [_under("overlay.", tensors) for tensors, _ in parts]
-        search.overlay.load_state_dict({name: torch.cat([each[name] for each in overlays]) for name in overlays[0]})
+        search.corrector.load_state_dict(_under("corrector.", parts[0][0]))
+        search.overlay.load_state_dicts(_under("overlay.", tensors) for tensors, _ in parts)
     search.steps = description["steps"]
     for name in _COUNTERS:
         setattr(loss, name, description[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from sentence_transformers.util import all_gather_with_grad
 from torch import Tensor
 
 from .errors import InputError
+
+_TIMEOUT = timedelta(seconds=1800)  # transformers' own default for training
 
 
 class Processes:
@@ -32,10 +35,11 @@ class Processes:
     @classmethod
     def current(cls) -> Processes:
         """Those of ``torch.distributed``'s process group, which accelerate sets up; where a launcher has started
-        several processes and nobody has done so yet, it is set up here.
+        several processes and nobody has done so yet, it is set up here: make the training arguments first if their
+        ``ddp_timeout`` is to count.
         """
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and dist.is_available() and not dist.is_initialized():
-            PartialState()
+            PartialState(timeout=_TIMEOUT)
         several = dist.is_available() and dist.is_initialized()
         return cls(dist.get_rank(), dist.get_world_size()) if several else cls()
 

@@ -113,7 +113,18 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
             chunk_size = max(1, min(self.chunk_size, _SCORES_AT_ONCE // len(queries)))
             for start in range(0, len(self.corpus), chunk_size):
                 rows = np.arange(start, min(start + chunk_size, len(self.corpus)))
-                embeddings = encoder.encode(model, rows, batch_size=self.batch_size, bar=bar)
+                if getattr(model, "_distributed_inference", None) is None:
+                    embeddings = encoder.encode(model, rows, batch_size=self.batch_size, bar=bar)
+                else:  # in a trainer of several processes the others wait to serve encode(), and nothing else
+                    embeddings = model.encode(
+                        self.corpus.texts(rows),
+                        prompt=encoder.prompt,
+                        task="document",
+                        batch_size=self.batch_size,
+                        convert_to_tensor=True,
+                        show_progress_bar=False,
+                    ).float()
+                    bar.update(len(rows))
                 # encode_query cuts to model.truncate_dim where that is set; the targets are cut to the same width.
                 best.update(compare(embeddings[:, : queries.shape[1]]) @ queries.T, start)
         return best.best[1].cpu()

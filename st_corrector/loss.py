@@ -330,9 +330,9 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         if rows is None or not training:
             return {"task_loss": self.calculate_loss([each.pieces for each in columns], self._in_batch(columns, rows))}
 
+        received = self.processes.bytes_received
         with self._timed("exchange"):
             batch = self._gather(columns, rows)
-        received = self.processes.bytes_received
         self.targets_encoded += len(batch.rows)
         selection, negative_rows = None, batch.rows[:0]
         if self.num_negatives and not (self._is_warming_up and self.warmup_negatives == "in-batch"):
@@ -520,10 +520,11 @@ class CorrectedMultipleNegativesLoss(nn.Module):
 
     @torch.no_grad()
     def _is_fresh(self, cache: EmbeddingCache) -> bool:
-        """Whether the model says of some targets what the cache has of them."""
-        rows = np.linspace(0, len(self.corpus) - 1, min(8, len(self.corpus))).astype(np.int64)
-        fresh = self.encoder.encode(unwrap(self.model), rows).cpu()
-        return bool((F.cosine_similarity(cache[rows].cpu(), fresh) > _SAME_EMBEDDING).all())
+        """Whether the model says of some targets what the cache has of them; the same on all processes."""
+        rows = np.linspace(cache.first_row, cache.end - 1, min(8, len(cache))).astype(np.int64)
+        fresh = self.encoder.encode(unwrap(self.model), rows)
+        others = F.cosine_similarity(cache[rows].to(fresh.device), fresh) < _SAME_EMBEDDING
+        return int(self.processes.sum(others.sum())) == 0
 
     def pop_metrics(self) -> dict[str, float]:
         """What the steps since the last call measured, for logging.
@@ -632,6 +633,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         once = ~repeats_earlier(rows)
         rows, fresh = rows[once], fresh[once]
         search = self.search
+        search.corrector.to(rows.device)  # while warming up, no search has done so
         stale, cached = search.stale(rows), search.cached(rows)
         corrected = search.corrector(stale)
         self.metrics.add(**staleness(cached, corrected, fresh))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -77,7 +79,7 @@ class Overlay:
         self.to(vectors.device)
         vectors = vectors.detach().float()
         # Of all that are written, the others' too: whether the queries are corrected must not differ between parts.
-        self.unit = self.unit and bool(((vectors.norm(dim=-1) - 1).abs() < 1e-5).all())
+        self.unit = self.unit and _are_unit(vectors)
         step = torch.as_tensor(step, device=rows.device).expand(len(rows))
         mine = self.holds(rows)
         rows, vectors, step = rows[mine], vectors[mine], step[mine]
@@ -129,11 +131,18 @@ class Overlay:
         return {"rows": self.rows.clone(), "vectors": self.vectors.clone(), "written_at": written_at.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` of overlays of the same corpus returned; of it what is for its targets."""
+        """Take over what :meth:`state_dict` of an overlay of the same corpus returned."""
+        self.load_state_dicts([state])
+
+    def load_state_dicts(self, states: Iterable[dict[str, Tensor]]) -> None:
+        """The same from overlays of parts of the corpus, one after the other; of them what is for its targets."""
         self._slot.fill_(-1)
         self._used, self.unit = 0, True
-        rows, vectors, written_at = (state[name].to(self._slot.device) for name in ("rows", "vectors", "written_at"))
-        self.write(rows, vectors, written_at)
+        for state in states:
+            rows, vectors, written_at = (state[name] for name in ("rows", "vectors", "written_at"))
+            self.unit = self.unit and _are_unit(vectors)
+            mine = self.holds(rows)
+            self.write(*(each[mine].to(self._slot.device) for each in (rows, vectors, written_at)))
 
     def to(self, device: torch.device | str) -> Overlay:
         """Move everything to ``device``, in place; returns itself."""
@@ -142,3 +151,7 @@ class Overlay:
                 each.to(device) for each in (self._slot, self._rows, self._vectors, self._written_at)
             )
         return self
+
+
+def _are_unit(vectors: Tensor) -> bool:
+    return bool(((vectors.norm(dim=-1) - 1).abs() < 1e-5).all())

@@ -383,8 +383,12 @@ class CorrectedSearch:
         if self._factors is None:
             self._factors = torch.ones(len(self.cache), device=values.device)
         here = self._place(first_row, values)
-        self._factors[here] = norms.clamp_min_(1e-12).reciprocal_()
-        return self._factors[here]
+        factors = norms.clamp_min_(1e-12).reciprocal_()
+        if self.cache.dtype == torch.float32:
+            # Rounding is no reason to multiply; nor may the first pass, after a resumption say, differ from the others.
+            factors.masked_fill_((factors - 1).abs() < _UNIT, 1.0)
+        self._factors[here] = factors
+        return factors
 
     def _place(self, first_row: int, values: Tensor) -> slice:
         """Where some rows stand among those that the cache holds."""
@@ -392,8 +396,7 @@ class CorrectedSearch:
         return slice(start, start + len(values))
 
     def _finish_pass(self) -> None:
-        exact = self.cache.dtype == torch.float32
-        if exact and self._factors is not None and (self._factors - 1).abs().max() < _UNIT:
+        if self._factors is not None and (self._factors == 1).all():
             self._factors = None
         self._passed = True
 

@@ -7,7 +7,9 @@ import math
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from datasets import IterableDataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from torch import nn
 from transformers.trainer_utils import sort_checkpoints
@@ -49,8 +51,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
             say of negatives goes into a loss that is made here, not into one that is passed.
 
     Raises:
-        InputError: a loss is to be made without a corpus, or several data sets are to be trained on by several
-            processes, which may draw different ones in one step.
+        InputError: a loss is to be made without a corpus, several data sets are to be trained on by several
+            processes, which may draw different ones in one step, or batches of an IterableDataset are to be dispatched.
     """
 
     training_args_class = CorrectorTrainingArguments
@@ -68,6 +70,15 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         if corpus is not None and kwargs.get("train_dataset") is None:
             kwargs["train_dataset"] = corpus.pairs("train" if args is None else args.train_split)
         super().__init__(model, args, **kwargs)
+        if (
+            isinstance(self.train_dataset, IterableDataset)
+            and self.args.accelerator_config.dispatch_batches is not False
+        ):
+            raise InputError(
+                "When accelerate dispatches batches, as it does for an IterableDataset, it cuts every tensor to as many "
+                "rows as there are pairs, the token ids of a static encoder too, and fails with several processes: pass "
+                "accelerator_config={'dispatch_batches': False} in the arguments."
+            )
         losses = self._corrected_losses()
         several = isinstance(self.train_dataset, dict) and len(self.train_dataset) > 1
         if losses and several and self.args.world_size > 1:
@@ -104,8 +115,9 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         """The cache of the model as it is now, which is where training starts, also where it is resumed."""
         args, path = self.args, self.args.cache_path
         if path is None:
+            # What begins with "_" the trainer does not push to the Hub.
             fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
-            path = os.path.join(str(args.output_dir), f"cache-{digest_json(fingerprint)[:12]}")
+            path = os.path.join(str(args.output_dir), f"_cache-{digest_json(fingerprint)[:12]}")
         cache = EmbeddingCache.build(
             model, corpus, path, args.cache_batch_size, args.cache_dtype, progress=not args.disable_tqdm
         )
@@ -131,7 +143,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         else:
             data = self.train_dataset
             pairs = sum(map(len, data.values())) if isinstance(data, dict) else len(data)  # type: ignore[arg-type]
-            batches = math.ceil(pairs / batch_size * self.args.num_train_epochs)
+            batches = math.ceil(pairs / (batch_size * self.args.world_size) * self.args.num_train_epochs)
         for name, loss in self._corrected_losses().items():
             if needs := loss.memory(batch_size, batches):
                 require_memory(needs, self.args.device)
@@ -177,18 +189,23 @@ class CorrectorTrainer(SentenceTransformerTrainer):
 
     def _stateful_losses(self) -> dict[str, CorrectedMultipleNegativesLoss]:
         """Those that have a corrector, by a name that can stand in a file's name."""
-        return {name or "loss": loss for name, loss in self._corrected_losses().items() if loss.corrector is not None}
+        return {
+            quote(name, safe="") or "loss": loss
+            for name, loss in self._corrected_losses().items()
+            if loss.corrector is not None
+        }
 
     def _corrected_losses(self) -> dict[str, CorrectedMultipleNegativesLoss]:
         """The corrected losses among what is trained with, inside wrappers too, each once, by their data set's name:
-        nothing, where there is one data set.
+        nothing, where there is one data set. Of several inside one wrapper the others are numbered.
         """
         losses = self.loss if isinstance(self.loss, dict) else {"": self.loss}
         found: dict[str, CorrectedMultipleNegativesLoss] = {}
         for name, loss in losses.items():
             for module in loss.modules():
                 if isinstance(module, CorrectedMultipleNegativesLoss) and module not in found.values():
-                    found[name] = module
+                    number = sum(each.partition("#")[0] == name for each in found)
+                    found[f"{name}#{number}" if number else name] = module
         return found
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_static_model
 from test_distributed import launch, results
+from transformers import TrainerCallback
 
 from st_corrector import (
     CacheError,
@@ -39,10 +40,14 @@ def identical(one, other):
 def killed_and_resumed(folder, case, kill_at, save_every, processes=1, resumed_by=None):
     arguments = ["--cases", json.dumps([case]), "--save_every", save_every]
     done = launch(folder, processes, *arguments, "--kill_at", kill_at, check=False)
-    assert done.returncode in (-signal.SIGKILL, 1), done.stderr[-3000:]
+    assert done.returncode == (-signal.SIGKILL if processes == 1 else 1), done.stderr[-3000:]
+    assert "SIGKILL" in done.stderr or processes == 1, done.stderr[-3000:]
     assert not list(folder.rglob("results-*")), "it did not get to its end"
     launch(folder, resumed_by or processes, *arguments, "--name", "resumed", "--resume")
-    return results(folder, resumed_by or processes, "resumed")
+    resumed = results(folder, resumed_by or processes, "resumed")
+    for run in resumed:
+        assert len(run["selected"]) == 20 - kill_at // save_every * save_every, "it did go on, not start anew"
+    return resumed
 
 
 @pytest.mark.parametrize("case", RESUMED[-1:])
@@ -101,6 +106,16 @@ def arguments(folder, **settings):
     )
 
 
+class Steps(TrainerCallback):
+    """Which steps were taken."""
+
+    def __init__(self):
+        self.taken = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.taken.append(state.global_step)
+
+
 def trainer_of(corpus, folder, **settings):
     torch.manual_seed(0)
     return CorrectorTrainer(make_static_model(), arguments(folder, **settings), corpus=corpus)
@@ -117,9 +132,12 @@ def test_a_checkpoint_whose_writing_was_cut_short_is_passed_over(corpus, tmp_pat
         tmp_path / "checkpoint-4" / FOLDER / "loss-00000-of-00002.safetensors"
     )
     resumed = trainer_of(corpus, tmp_path)
+    steps = Steps()
+    resumed.add_callback(steps)
     resumed.train(resume_from_checkpoint=True)
     assert "checkpoint-6 lacks trainer_state.json" in caplog.text
     assert "checkpoint-4 lacks st_corrector/loss-00001-of-00002.safetensors" in caplog.text
+    assert steps.taken == [2, 3, 4, 5]
     for name, value in expected.items():
         assert torch.equal(resumed.model.state_dict()[name], value)
     for step in (2, 4, 6):

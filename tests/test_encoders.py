@@ -5,6 +5,7 @@ import torch
 from conftest import make_bert_model, make_static_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
+from test_checkpoint import Steps
 from test_loss import same, weights
 
 from st_corrector import (
@@ -12,6 +13,7 @@ from st_corrector import (
     CorrectorTrainer,
     CorrectorTrainingArguments,
     EmbeddingCache,
+    InputError,
     MLPCorrector,
 )
 
@@ -95,7 +97,10 @@ def test_only_adapters_are_trained_with_lora(corpus, tmp_path):
     other = make_bert_model(tmp_path)
     other.add_adapter(adapter)
     again = CorrectedMultipleNegativesLoss(other, corpus, cache, num_negatives=4, corrector=MLPCorrector(32, hidden=8))
-    CorrectorTrainer(other, arguments, corpus=corpus, loss=again).train(str(tmp_path / "out" / "checkpoint-20"))
+    steps = Steps()
+    resumed = CorrectorTrainer(other, arguments, corpus=corpus, loss=again, callbacks=[steps])
+    resumed.train(str(tmp_path / "out" / "checkpoint-20"))
+    assert steps.taken == list(range(20, 30))
     assert same(weights(other), weights(model)) and same(again.corrector.state_dict(), loss.corrector.state_dict())
 
     # Merged into the weights that were frozen, the adapter says the same; without it, something else.
@@ -162,6 +167,7 @@ def test_data_that_comes_in_other_ways(corpus, tmp_path, kind):
         logging_steps=1,
         disable_tqdm=True,
         dataloader_num_workers=2 if kind == "workers" else 0,
+        accelerator_config={"dispatch_batches": False} if kind == "iterable" else None,
     )
     before = weights(model)
     trainer = CorrectorTrainer(model, arguments, train_dataset=data, loss=loss)
@@ -170,3 +176,7 @@ def test_data_that_comes_in_other_ways(corpus, tmp_path, kind):
     assert len(log) == 20 and sum(log[-5:]) < sum(log[:5]) - 1
     assert not any(torch.equal(value, before[name]) for name, value in weights(model).items())
     assert loss.search.steps == 20 and loss.corrector.weight.abs().max() > 1e-3
+    if kind == "iterable":
+        arguments = CorrectorTrainingArguments(output_dir=str(tmp_path / "out"), max_steps=2, report_to="none")
+        with pytest.raises(InputError, match="'dispatch_batches': False"):
+            CorrectorTrainer(model, arguments, train_dataset=data, loss=loss)

@@ -3,6 +3,7 @@ import csv
 import gzip
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 
@@ -104,6 +105,44 @@ def test_accelerate_launches_train_nq_with_the_static_encoder_and_refreshes(smal
     assert results["targets_encoded_for_cache"] == 2 * 200, "before steps 3 and 5"
     assert results["before"] != results["after"]
     assert results["corrector"].startswith("IdentityCorrector")
+
+
+@pytest.mark.long
+def test_a_lora_adapter_is_trained_alone_saved_alone_and_resumed(small_nq, minilm_path, tmp_path):
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    options = ["--max_steps", 4, "--per_device_train_batch_size", 8, "--num_negatives", 2, "--max_seq_length", 32]
+    options += ["--lora_r", 4, "--learning_rate", 1e-3, "--save_strategy", "steps", "--save_steps", 2]
+    command = ["train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3, *options]
+    command += ["--caches", tmp_path / "caches", "--output_dir", tmp_path / "out"]
+    run(*command)
+    results = check_results(tmp_path / "out" / "results.json", "corrected", 4)
+    assert results["before"] != results["after"]
+    saved = tmp_path / "out" / "final"
+    assert (saved / "adapter_model.safetensors").stat().st_size < 2e6 and not (saved / "model.safetensors").exists()
+    whole = (saved / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    shutil.rmtree(saved)
+    run(*command, "--resume_from_checkpoint", "True")
+    assert (saved / "adapter_model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.long
+def test_two_processes_run_the_recipe_as_one_does(small_nq, minilm_path, tmp_path):
+    found = {}
+    for processes in (1, 2):
+        options = ["--max_steps", 5, "--per_device_train_batch_size", 8 // processes, "--encoder", "static"]
+        launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571")
+        run(
+            *("train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3, "--num_negatives", 2),
+            *(*options, "--batch_sampler", "batch_sampler", "--output_dir", tmp_path / f"out-{processes}"),
+            *("--dataloader_drop_last", "True", "--caches", tmp_path / "caches", "--use_cpu", "True"),
+            launcher=launcher if processes == 2 else (),
+        )
+        found[processes] = check_results(tmp_path / f"out-{processes}" / "results.json", "corrected", 5)
+    assert found[1]["targets_encoded"] == found[2]["targets_encoded"] > 5 * 8
+    assert found[1]["after"] == pytest.approx(found[2]["after"], abs=0.02) and found[1]["after"] != found[1]["before"]
+    for one, two in zip(found[1]["log"], found[2]["log"], strict=True):
+        assert two["task_loss"] == pytest.approx(one["task_loss"], rel=1e-3) and two["bytes_exchanged"] > 0
 
 
 def test_an_unknown_strategy_is_refused_before_anything_is_loaded(tmp_path):
