@@ -75,8 +75,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
             and self.args.accelerator_config.dispatch_batches is not False
         ):
             raise InputError(
-                "When accelerate dispatches batches, as it does for an IterableDataset, it cuts every tensor to as many "
-                "rows as there are pairs, the token ids of a static encoder too, and fails with several processes: pass "
+                "When accelerate dispatches batches, as it does for an IterableDataset, it cuts every tensor to as "
+                "many rows as there are pairs, a static encoder's token ids too, and fails with several processes: pass "
                 "accelerator_config={'dispatch_batches': False} in the arguments."
             )
         losses = self._corrected_losses()
