@@ -76,8 +76,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         ):
             raise InputError(
                 "When accelerate dispatches batches, as it does for an IterableDataset, it cuts every tensor to as "
-                "many rows as there are pairs, a static encoder's token ids too, and fails with several processes: pass "
-                "accelerator_config={'dispatch_batches': False} in the arguments."
+                "many rows as there are pairs, a static encoder's token ids too, and fails with several processes: "
+                "pass accelerator_config={'dispatch_batches': False} in the arguments."
             )
         losses = self._corrected_losses()
         several = isinstance(self.train_dataset, dict) and len(self.train_dataset) > 1
