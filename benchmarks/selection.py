@@ -429,13 +429,13 @@ def ratio(seconds: dict[str, list[float]], way: str, other: str | None) -> float
 
 def engines(rows: int) -> Iterator[tuple[str, str, str, int | None, int | None]]:
     """What is tried at a size: index, its parameters, corrector, candidates that are rescored, steps between copies."""
-    lists, rescored = f"IVF{round(rows**0.5)}", 4 * BASE.k
+    lists, rescored = f"IVF{round(4 * rows**0.5)}", 4 * BASE.k
     if rows >= 10_000_000:  # vectors in 8 bits, as the cache's: in float32 they would not fit into memory beside it
         for probes in (4, 16, 64):
             yield f"{lists},SQ8", f"nprobe={probes}", "ridge, query side", rescored, None
         yield f"{lists},SQ8", "nprobe=64", "mlp-128", None, None
         return
-    for probes in (4, 8, 16, 32):
+    for probes in (8, 16, 32, 64):
         yield f"{lists},Flat", f"nprobe={probes}", "ridge, query side", None, None
     yield f"{lists},PQ48", "nprobe=32", "ridge, query side", rescored, None
     yield f"{lists},Flat", "nprobe=32", "mlp-128", None, None
