@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from selection import GRID, OTHERS
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "selection"
 HEAD = (
@@ -67,8 +68,8 @@ def section(title: str, results: list[dict]) -> str:
     return f"## {title}\n\n" + table(("N", "d", "B", "k", "dtype", "stored", "written back", *HEAD), rows)
 
 
-def growth(results: list[dict], base: dict, path: Path) -> None:
-    """Seconds against the number of targets, on log axes."""
+def growth(results: list[dict], base: dict, path: Path) -> bool:
+    """Seconds against the number of targets, on log axes; whether there is anything to be seen."""
     figure, axes = plt.subplots(figsize=(6, 4))
     comparable = [
         r for r in results if all(r[name] == base[name] for name in ("dim", "batch", "k", "dtype", "stored", "written"))
@@ -77,6 +78,9 @@ def growth(results: list[dict], base: dict, path: Path) -> None:
         points = sorted((r["rows"], r["seconds"]["search"]) for r in comparable if r["corrector"] == name)
         if len(points) > 1:
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    if not axes.lines:
+        plt.close(figure)
+        return False
     axes.set(xscale="log", yscale="log", xlabel="targets", ylabel="seconds a search")
     axes.set_title(f"B = {base['batch']}, k = {base['k']}, d = {base['dim']}, {base['dtype']}")
     axes.grid(alpha=0.3)
@@ -87,6 +91,14 @@ def growth(results: list[dict], base: dict, path: Path) -> None:
         metadata = {"Date": None} if suffix == "svg" else None
         figure.savefig(path.with_suffix(f".{suffix}"), bbox_inches="tight", dpi=120, metadata=metadata)
     plt.close(figure)
+    return True
+
+
+def not_measured(done: dict, device: str) -> str:
+    """Which parts of the benchmark have not been run, or not to their end."""
+    parts = [part for part in GRID if (part == "gpu") == (device == "cuda") or part in ("base", "dtypes", "growth")]
+    open_parts = [part for part in parts if not all(", ".join(map(str, s)) in done["settings"] for s in GRID[part])]
+    return ", ".join([*open_parts, *(part for part in OTHERS if part not in done and device == "cpu")])
 
 
 def page(done: dict, folder: Path, device: str) -> str:
@@ -142,9 +154,11 @@ def page(done: dict, folder: Path, device: str) -> str:
             f"long compiled, apart from {each['seconds_to_compile']:.0f} s to compile it."
         )
     if rest := [r for r in results if shape(r) != shape(first)]:
-        growth(results, first, folder / f"growth-{device}")
-        parts.append(f"## Growth\n\n![seconds against targets](growth-{device}.png)")
+        if growth(results, first, folder / f"growth-{device}"):
+            parts.append(f"## Growth\n\n![seconds against targets](growth-{device}.png)")
         parts.append(section("Other sizes, dtypes and places", rest))
+    if missing := not_measured(done, device):
+        parts.append(f"Not run yet, or not to the end: `python benchmarks/selection.py --only` {missing}.")
     return "\n\n".join(parts)
 
 

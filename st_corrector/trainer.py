@@ -70,10 +70,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         if corpus is not None and kwargs.get("train_dataset") is None:
             kwargs["train_dataset"] = corpus.pairs("train" if args is None else args.train_split)
         super().__init__(model, args, **kwargs)
-        if (
-            isinstance(self.train_dataset, IterableDataset)
-            and self.args.accelerator_config.dispatch_batches is not False
-        ):
+        dispatched = getattr(self.args.accelerator_config, "dispatch_batches", None) is not False
+        if isinstance(self.train_dataset, IterableDataset) and dispatched:
             raise InputError(
                 "When accelerate dispatches batches, as it does for an IterableDataset, it cuts every tensor to as "
                 "many rows as there are pairs, a static encoder's token ids too, and fails with several processes: "
