@@ -395,7 +395,7 @@ def measure(setting: Setting, cache: EmbeddingCache, vectors: Tensor, queries: T
     # What takes tenths of a second is easily disturbed; and FAISS and torch have threads of their own, which for a
     # while wait for more work by spinning: so the others are timed apart, with pauses.
     seconds = timed_in_turns(ways, (5 if light else 2) * turns, args.device)
-    against = timed_in_turns(others, turns, args.device, pause=0.5)
+    against = timed_in_turns(others, turns, args.device, pause=0.0 if args.rows else 0.5)
     if "faiss" in others:
         found = others["faiss"]()
         offset = corrector.on_query_side(queries).offset if corrector.leaves_corpus(unit=True) else queries.new_zeros(1)

@@ -71,6 +71,7 @@ def test_a_run_killed_at_any_step_goes_on_where_it_was(tmp_path):
         identical(whole[case], resumed)
 
 
+@pytest.mark.long
 def test_two_killed_processes_go_on_where_they_were(tmp_path):
     case = RESUMED[0]
     launch(tmp_path / "whole", 2, "--cases", json.dumps([case]))
