@@ -79,6 +79,7 @@ def test_the_smoke_preset_runs_resumes_and_is_reported(beir, minilm_path, tmp_pa
     assert (ROOT / "README.md").read_bytes() == readme
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_cost_of_selection_is_measured_resumed_and_reported(beir, tmp_path):
     results = tmp_path / "results" / "cpu.json"
