@@ -1,7 +1,7 @@
 """What selecting negatives costs: the search against its own matrix products, the naive way, and FAISS.
 
-    python benchmarks/selection.py --dataset data/nq                  # an hour on two cores
-    python benchmarks/selection.py --dataset data/nq --only base      # the one setting, minutes
+    python benchmarks/selection.py --dataset data/nq                  # hours on two cores
+    python benchmarks/selection.py --dataset data/nq --only base      # the one setting: 20 minutes
     python benchmarks/selection.py --dataset data/nq --device cuda    # on a GPU, 21 million rows too
 
 Vectors are real: passages through the pretrained model, repeated with noise until there are enough. Each result is
