@@ -50,7 +50,7 @@ from st_corrector.scoring import Scorer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
-from common import default_model, static_encoder, versions  # noqa: E402
+from common import commit, default_model, static_encoder, versions  # noqa: E402
 
 PASSAGES = 20_000
 CORRECTORS: dict[str, Callable[[int], Corrector]] = {
@@ -416,6 +416,7 @@ def measure(setting: Setting, cache: EmbeddingCache, vectors: Tensor, queries: T
         "extra_bytes": memory["bytes"],
         "planned_bytes": sum(search.memory(setting.batch, setting.k, args.device).values()),
         "cache_bytes": cache.nbytes,
+        **commit(),
     }
     return result
 

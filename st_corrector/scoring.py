@@ -87,11 +87,11 @@ class Scorer:
             if factors is not None:
                 out.mul_(factors[:, None])
 
-    def room(self, rows: int) -> ChunkScores:
-        """Room for the scores of a chunk, the same for one chunk after another."""
+    def room(self, rows: int, first_row: int) -> ChunkScores:
+        """Room for the scores of so many rows, the same memory each time."""
         batch_size, device = len(self.offset), self.offset.device
         keys = self._buffers.get("keys", rows, batch_size, device)
-        return ChunkScores(keys, self._buffers.get("maxima", rows // BLOCK, batch_size, device))
+        return ChunkScores(keys, self._buffers.get("maxima", rows // BLOCK, batch_size, device), first_row)
 
     def operands(self, values: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """What :meth:`score` multiplies: vectors ``(C, d)`` of any dtype, probes ``(d, B)``, and factors ``(C,)``."""
@@ -132,21 +132,41 @@ class Excluded:
 
 
 class ChunkScores:
-    """Scores of consecutive rows, beside the largest of each whole block of 64 of them.
+    """Scores of consecutive rows, beside the largest of each whole block of 64 of them; it is filled from the start.
 
     Args:
-        keys: scores, ``(C, B)``.
-        maxima: ``(C // 64, B)``.
+        keys: room for scores, ``(C, B)``.
+        maxima: room for maxima, ``(C // 64, B)``.
+        first_row: the first row's number.
     """
 
-    def __init__(self, keys: Tensor, maxima: Tensor) -> None:
-        self.keys, self.maxima = keys, maxima
+    def __init__(self, keys: Tensor, maxima: Tensor, first_row: int = 0) -> None:
+        self.first_row = first_row
+        self._keys, self._maxima, self._rows = keys, maxima, 0
         self._blocks = keys[: len(maxima) * BLOCK].view(-1, BLOCK, keys.shape[1])
 
-    def update_maxima(self, first: int, end: int) -> None:
-        """Find the maxima of the rows ``first … end − 1``, a multiple of 64 from the start, while they are at hand."""
-        blocks = slice(first // BLOCK, end // BLOCK)
-        torch.amax(self._blocks[blocks], 1, out=self.maxima[blocks])
+    def __len__(self) -> int:
+        return self._rows
+
+    @property
+    def keys(self) -> Tensor:
+        """The scores that are there, ``(len(self), B)``."""
+        return self._keys[: self._rows]
+
+    @property
+    def maxima(self) -> Tensor:
+        """The largest of each whole block, ``(len(self) // 64, B)``."""
+        return self._maxima[: self._rows // BLOCK]
+
+    def room(self, rows: int) -> Tensor:
+        """Where the scores of the next rows belong, ``(rows, B)``."""
+        return self._keys[self._rows : self._rows + rows]
+
+    def add(self, rows: int) -> None:
+        """Count in the next rows, whose scores are in their place: their maxima are found while they are at hand."""
+        before, self._rows = self._rows, self._rows + rows
+        blocks = slice(before // BLOCK, self._rows // BLOCK)
+        torch.amax(self._blocks[blocks], 1, out=self._maxima[blocks])
 
     def mask(self, rows: Tensor, queries: Tensor) -> None:
         """Set the scores of some rows ``(m,)`` for some queries ``(m,)`` to −∞."""

@@ -7,7 +7,7 @@ the memory is ``C·d`` for its corrected embeddings and ``B·C`` for their score
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -221,12 +221,12 @@ class CorrectedSearch:
         chunk_size = self._chunk_size(batch_size, device)
         if drawn:
             chunk_size = max(1, chunk_size // 8)
-        for first_row, chunk in on_device(self.cache.chunks(chunk_size), device):
-            if fused:
+        chunks = on_device(self.cache.chunks(chunk_size), device)
+        if fused:
+            for first_row, chunk in chunks:
                 self._update_fused(largest, scorer, first_row, chunk, excluded)
-                continue
-            scores = self._score_chunk(scorer, first_row, chunk)
-            keys = scores.keys
+        for scores in () if fused else self._scored(scorer, chunks, chunk_size):
+            first_row, keys = scores.first_row, scores.keys
             if excluded is not None:
                 scores.mask(*excluded.between(first_row, first_row + len(keys)))
             if limit is not None:
@@ -289,25 +289,38 @@ class CorrectedSearch:
             raise InputError(f"Queries {bad[:5].tolist()} of {len(queries)} hold NaN or infinite numbers.")
         return queries.detach().float()
 
-    def _score_chunk(self, scorer: Scorer, first_row: int, chunk: Shard) -> ChunkScores:
-        """Scores of a chunk's rows, those written back by what was written; they may be overwritten.
+    def _scored(self, scorer: Scorer, chunks: Iterable[tuple[int, Shard]], chunk_size: int) -> Iterator[ChunkScores]:
+        """The scores of all chunks, as many chunks together as make ``chunk_size`` rows: what is done with scores costs
+        by the time, and shards are small. They may be overwritten.
+        """
+        scores: ChunkScores | None = None
+        for first_row, chunk in chunks:
+            if scores is not None and len(scores) + len(chunk.values) > chunk_size:
+                yield scores
+                scores = None
+            if scores is None:
+                scores = scorer.room(min(chunk_size, self.cache.end - first_row), first_row)
+            self._score_chunk(scorer, first_row, chunk, scores)
+        if scores is not None:
+            yield scores
+
+    def _score_chunk(self, scorer: Scorer, first_row: int, chunk: Shard, scores: ChunkScores) -> None:
+        """Add the scores of a chunk's rows to ``scores``, those written back by what was written.
 
         In strips that stay in a CPU's caches from their vectors to the maxima of their scores.
         """
-        size = chunk.values.shape[0]
-        scores = scorer.room(size)
-        strip = size
-        if scores.keys.device.type == "cpu":
+        size = strip = chunk.values.shape[0]
+        if chunk.values.device.type == "cpu":
             strip = _STRIP if self.corrects_queries else _STRIP // 2
         starts = range(0, size, strip)
-        written, vectors = self.overlay.between(first_row, first_row + size, scores.keys.device)
+        written, vectors = self.overlay.between(first_row, first_row + size, chunk.values.device)
         # Which of the written ones lie in which strip.
         bounds = torch.arange(0, size + strip, strip, device=written.device)
         places = torch.searchsorted(written, bounds).tolist() if written.shape[0] else [0] * (len(starts) + 1)
         factors = self._factors_of(chunk, first_row) if self._passed else None
         for start, first, last in zip(starts, places, places[1:], strict=False):
             end = min(start + strip, size)
-            here, keys = slice(start, end), scores.keys[start:end]
+            here, keys = slice(start, end), scores.room(end - start)
             values = scorer.as_float(chunk.values[here])
             if self._passed:
                 of_strip = None if factors is None else factors[here]
@@ -319,8 +332,7 @@ class CorrectedSearch:
                 self._score_with_written(
                     scorer, values, of_strip, written[first:last] - start, vectors[first:last], keys
                 )
-            scores.update_maxima(start, end)
-        return scores
+            scores.add(end - start)
 
     def _score_with_written(
         self, scorer: Scorer, values: Tensor, factors: Tensor | None, written: Tensor, vectors: Tensor, keys: Tensor

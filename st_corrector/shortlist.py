@@ -174,7 +174,7 @@ class ShortlistSearch(CorrectedSearch):
         for start in range(0, len(overlay), _WRITTEN_AT_ONCE):
             keys = scorer.of(overlay.vectors[start : start + _WRITTEN_AT_ONCE])
             scores = ChunkScores(keys, keys.new_empty(len(keys) // BLOCK, len(queries)))
-            scores.update_maxima(0, len(keys))
+            scores.add(len(keys))
             if excluded is not None:
                 scores.mask(*excluded.between(start, start + len(keys)))
             too_similar += scores.mask_above(limit - scorer.offset)
