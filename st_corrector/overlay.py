@@ -107,13 +107,13 @@ class Overlay:
         self._rows, self._vectors, self._written_at = grown_rows, grown_vectors, grown_times
 
     def between(self, first_row: int, end: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """What has been written of rows ``first_row … end − 1``: places from the first ``(n,)``, vectors ``(n, d)``."""
+        """What has been written of rows ``first_row … end − 1``: places from the first ``(n,)``, ascending, and where
+        each is in :attr:`vectors` ``(n,)``.
+        """
         self.to(device)
-        if not self._used:
-            return self._rows[:0], self._vectors[:0]
-        slot = self._slot[first_row - self._first_row : end - self._first_row]
+        slot = self._slot[first_row - self._first_row : end - self._first_row] if self._used else self._slot[:0]
         written = (slot >= 0).nonzero().flatten()
-        return written, self._vectors[slot[written].long()]
+        return written, slot[written]
 
     def replace(self, stale: Tensor, rows: Tensor) -> Tensor:
         """``stale`` ``(n, d)``, the cache's vectors of ``rows``, with those rows replaced that have been written."""

@@ -71,6 +71,18 @@ class Scorer:
             return values
         return values.mul_(factors[:, None]) if self._buffers.holds(values) else values * factors[:, None]
 
+    def gathered(self, vectors: Tensor, slots: Tensor) -> Tensor:
+        """``vectors[slots]``, ``(n, d)``, in a buffer of its own."""
+        out = self._buffers.get("gathered", len(slots), vectors.shape[1], vectors.device)
+        return torch.index_select(vectors, 0, slots, out=out)
+
+    def replaced(self, values: Tensor, factors: Tensor | None, places: Tensor, others: Tensor) -> Tensor:
+        """``values`` ``(C, d)``, of any dtype, multiplied by ``factors`` ``(C,)``, but ``others`` ``(n, d)`` at
+        ``places`` ``(n,)``: in a buffer.
+        """
+        out = self._buffers.get("values", len(values), values.shape[1], values.device).copy_(values)
+        return self.multiplied(out, factors).index_copy_(0, places, others)
+
     def score(self, values: Tensor, factors: Tensor | None, out: Tensor) -> None:
         """Put scores of ``values`` ``(C, d)``, multiplied by ``factors`` ``(C,)``, into ``out`` ``(C, B)``."""
         if self._corrects_vectors:

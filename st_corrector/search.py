@@ -313,7 +313,7 @@ class CorrectedSearch:
         if chunk.values.device.type == "cpu":
             strip = _STRIP if self.corrects_queries else _STRIP // 2
         starts = range(0, size, strip)
-        written, vectors = self.overlay.between(first_row, first_row + size, chunk.values.device)
+        written, slots = self.overlay.between(first_row, first_row + size, chunk.values.device)
         # Which of the written ones lie in which strip.
         bounds = torch.arange(0, size + strip, strip, device=written.device)
         places = torch.searchsorted(written, bounds).tolist() if written.shape[0] else [0] * (len(starts) + 1)
@@ -321,29 +321,31 @@ class CorrectedSearch:
         for start, first, last in zip(starts, places, places[1:], strict=False):
             end = min(start + strip, size)
             here, keys = slice(start, end), scores.room(end - start)
-            values = scorer.as_float(chunk.values[here])
+            values = chunk.values[here]
             if self._passed:
                 of_strip = None if factors is None else factors[here]
             else:
-                of_strip = self._find_factors(values, chunk.at(here), first_row + start)
-            if first == last:
-                scorer.score(values, of_strip, out=keys)
-            else:
-                self._score_with_written(
-                    scorer, values, of_strip, written[first:last] - start, vectors[first:last], keys
-                )
+                of_strip = self._find_factors(scorer.as_float(values), chunk.at(here), first_row + start)
+            self._score_strip(scorer, values, of_strip, written[first:last] - start, slots[first:last], keys)
             scores.add(end - start)
 
-    def _score_with_written(
-        self, scorer: Scorer, values: Tensor, factors: Tensor | None, written: Tensor, vectors: Tensor, keys: Tensor
+    def _score_strip(
+        self, scorer: Scorer, values: Tensor, factors: Tensor | None, written: Tensor, slots: Tensor, keys: Tensor
     ) -> None:
-        """Scores of ``values`` into ``keys``, those at ``written`` ``(n,)`` by ``vectors`` ``(n, d)`` instead."""
-        # Where much is written it is cheaper to put it in its place than to score what it replaces in vain.
-        if len(written) > len(values) // 4:
-            scorer.score(scorer.multiplied(values, factors).index_copy(0, written, vectors), None, out=keys)
-            return
-        scorer.score(values, factors, out=keys)
-        keys[written] = scorer.of(vectors)
+        """Scores of ``values`` ``(C, d)``, as they are stored, into ``keys`` ``(C, B)``; those at ``written`` ``(n,)``
+        by the overlay's vectors at ``slots`` ``(n,)`` instead.
+        """
+        count, vectors = len(written), self.overlay.vectors
+        if count == len(values):
+            scorer.score(scorer.gathered(vectors, slots), None, out=keys)
+        elif count > len(values) // 8:
+            # Putting it in its place is cheaper than scoring what it replaces in vain.
+            others = scorer.gathered(vectors, slots)
+            scorer.score(scorer.replaced(values, factors, written, others), None, out=keys)
+        else:
+            scorer.score(scorer.as_float(values), factors, out=keys)
+            if count:
+                keys.index_copy_(0, written, scorer.of(scorer.gathered(vectors, slots)))
 
     def _of_written(self, scorer: Scorer, vectors: Tensor) -> Tensor:
         """Scores of vectors that were written back, ``(n, d)`` → ``(n, B)``."""
@@ -355,14 +357,14 @@ class CorrectedSearch:
         """Let ``best`` take in a chunk, of whose scores only those are stored that it looks at."""
         end = first_row + len(chunk.values)
         factors = self._factors_of(chunk, first_row)
-        written, vectors = self.overlay.between(first_row, end, chunk.values.device)
+        written, slots = self.overlay.between(first_row, end, chunk.values.device)
         left_out = torch.zeros(len(chunk.values), dtype=torch.bool, device=written.device)
         left_out[written] = True
         pairs = None if excluded is None else excluded.between(first_row, end)
         scores = BlockScores(*scorer.operands(chunk.values, factors), left_out, pairs)
         best.update_blocks(scores.maxima, scores.of, first_row)
         if len(written):
-            keys = self._of_written(scorer, vectors)
+            keys = self._of_written(scorer, self.overlay.vectors[slots])
             if pairs is not None:
                 slot = torch.full_like(left_out, -1, dtype=torch.int64)
                 slot[written] = torch.arange(len(written), device=written.device)

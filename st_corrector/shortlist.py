@@ -43,6 +43,7 @@ class Shortlist:
             corrected, and 8 times as many where they are not.
         every: correct the whole cache into a copy in bfloat16, ``2·N·d`` bytes, and search that, made anew whenever so
             many steps have passed; None searches the stale vectors as they are. A FAISS index is built anew each time.
+            No checkpoint holds the copy: a run that is resumed makes it anew at once, by the corrector as it is then.
         parameters: what a FAISS index made from a string is searched with, such as ``"nprobe=32"``.
         check_every: at the first search, and once in so many, some queries are searched exactly as well, which measures
             recall.
@@ -243,11 +244,11 @@ class _Scan(CorrectedSearch):
     def candidates(self, queries: Tensor, count: int) -> Tensor:
         return self.search(queries, count).rows
 
-    def _score_with_written(
-        self, scorer: Scorer, values: Tensor, factors: Tensor | None, written: Tensor, vectors: Tensor, keys: Tensor
+    def _score_strip(
+        self, scorer: Scorer, values: Tensor, factors: Tensor | None, written: Tensor, slots: Tensor, keys: Tensor
     ) -> None:
-        scorer.score(values, factors, out=keys)
-        keys[written] = -math.inf
+        scorer.score(scorer.as_float(values), factors, out=keys)
+        keys.index_fill_(0, written, -math.inf)
 
     def _of_written(self, scorer: Scorer, vectors: Tensor) -> Tensor:
         return torch.full_like(scorer.of(vectors), -math.inf)

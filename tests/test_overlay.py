@@ -45,7 +45,8 @@ def test_a_parts_overlay_keeps_its_own_rows_and_knows_of_no_others():
     assert whole.rows.tolist() == rows.tolist() and part.rows.tolist() == [79, 50]
     assert part.has(rows).tolist() == part.holds(rows).tolist() == [True, False, True, False, False]
     assert torch.equal(part.vectors, vectors[[0, 2]]) and part.written_at(part.rows).tolist() == [0, 2]
-    places, found = part.between(50, 80, "cpu")
+    places, slots = part.between(50, 80, "cpu")
+    found = part.vectors[slots]
     assert places.tolist() == [0, 29] and torch.equal(found, vectors[[2, 0]])
     other = Overlay(30, 2, first_row=50)
     other.load_state_dict(whole.state_dict())
