@@ -30,6 +30,7 @@ TITLES = {
     "nq-coverage-0.05": "Very low coverage",
     "nq-coverage-15": "Very high coverage",
     "minilm-2-layers": "A transformer: the first two layers of all-MiniLM-L6-v2",
+    "minilm-2-layers-lora": "The same with LoRA: adapters of rank 8 are all that is trained",
     "minilm-cpu": "A transformer that knows it already: all-MiniLM-L6-v2",
     "minilm-2e-5": "all-MiniLM-L6-v2, learning rate 2e-5",
     "minilm-1e-4": "all-MiniLM-L6-v2, learning rate 1e-4",

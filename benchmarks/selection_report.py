@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -40,9 +42,19 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def cells(result: dict) -> list[str]:
-    ratios = [number(result[f"ratio_{name}"]) for name in ("to_floor", "of_best_to_floor", "to_naive", "to_faiss")]
+    ratios = [number(result[f"ratio_{name}"]) for name in ("of_best_to_floor", "to_naive", "to_faiss")]
     memory = [f"{result[name] / 1e6:,.0f}" for name in ("extra_bytes", "planned_bytes")]
-    return [f"{result['seconds']['search']:.3f}", *ratios, *memory]
+    return [f"{result['seconds']['search']:.3f}", to_floor(result), *ratios, *memory]
+
+
+def to_floor(result: dict) -> str:
+    """Median and quartiles of the turns' ratios."""
+    if result["floor"] is None:
+        return ""
+    turns = result["all_seconds"]["floors"]
+    ratios = [own / floor for own, floor in zip(turns["search"], turns[result["floor"]], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{middle:.2f} ({low:.2f} … {high:.2f})"
 
 
 def shape(result: dict) -> tuple:
@@ -94,6 +106,12 @@ def growth(results: list[dict], base: dict, path: Path) -> bool:
     return True
 
 
+def commits(results: list[dict]) -> str:
+    """At which commit how many settings were measured."""
+    counts = Counter(r.get("commit", "earlier ones") for r in results)
+    return "Settings measured at commit: " + ", ".join(f"{name} ({count})" for name, count in counts.items()) + "."
+
+
 def not_measured(done: dict, device: str) -> str:
     """Which parts of the benchmark have not been run, or not to their end."""
     parts = [part for part in GRID if (part == "gpu") == (device == "cuda") or part in ("base", "dtypes", "growth")]
@@ -112,7 +130,7 @@ def page(done: dict, folder: Path, device: str) -> str:
         f"# On {device.upper()}\n\n{machine}. {versions}. `{done['command']}`.",
         f"## {first['rows']:,} targets of {first['dim']} dimensions, {first['batch']} queries, top {first['k']}\n\n"
         + table(HEAD, [[r["corrector"], *cells(r)] for r in base])
-        + f"\n\nThe floor is the fastest of the ways tried to compute the same products ({floors}).",
+        + f"\n\nThe floor is the fastest of the ways tried to compute the same products ({floors}). {commits(results)}",
     ]
     if engines := [*done.get("indices", []), *done.get("indices-10M", [])]:
         rows = [
@@ -172,9 +190,9 @@ def main() -> None:
         "matrix products alone; *best of best*: the same for the fastest turn of each, which is what is left when "
         "nobody else uses the machine; *of naive*: over correcting everything, one product and `topk`; *of FAISS "
         "Flat*: over correcting everything, handing it to an `IndexFlatIP` and searching that (with corrected queries, "
-        "over its search alone). Medians of ratios within one turn; every result is checked against the naive one "
-        "first. *Extra memory*: what the process had at most beyond what it had before the search; *planned*: what "
-        "`CorrectedSearch.memory` had said. The vectors are passages of Natural Questions through all-MiniLM-L6-v2 "
+        "over its search alone). Medians (and quartiles) of ratios within one turn; every result is checked against "
+        "the naive one first. *Extra memory*: what the process had at most beyond what it had before the search; "
+        "*planned*: what `CorrectedSearch.memory` had said. The vectors are passages of Natural Questions through all-MiniLM-L6-v2 "
         "(beyond 384 dimensions beside the means of its token vectors), repeated with noise.",
     ]
     for device in ("cpu", "cuda"):

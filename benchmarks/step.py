@@ -62,6 +62,10 @@ class Step:
         return time.perf_counter()
 
 
+def launched_by(processes: int) -> str:
+    return "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
+
+
 def page(folder: Path) -> str:
     """All results of the folder as one table."""
     head = (
@@ -197,7 +201,7 @@ def main() -> None:
             "medians": medians,
             "overheads": [each["overhead"] for each in measured],
             "machine": machine(accelerator.device.type),
-            "command": " ".join(["python", *sys.argv]),
+            "command": " ".join([launched_by(accelerator.num_processes), *sys.argv]),
         }
         args.results.mkdir(parents=True, exist_ok=True)
         name = f"{accelerator.device.type}-{args.encoder}-{accelerator.num_processes}.json"

@@ -61,6 +61,9 @@ REGIMES = {
     # learnt these questions already; its first two layers have not.
     "minilm-cpu": gold(max_steps=60, per_device_train_batch_size=16, learning_rate="1e-4"),
     "minilm-2-layers": gold(num_layers=2, max_steps=100, per_device_train_batch_size=32, learning_rate="5e-4"),
+    "minilm-2-layers-lora": gold(
+        num_layers=2, lora_r=8, max_steps=100, per_device_train_batch_size=32, learning_rate="5e-3"
+    ),
     **{f"minilm-{rate}": transformer(learning_rate=rate) for rate in ("2e-5", "1e-4")},
     "bert-from-scratch": transformer(learning_rate="1e-4", from_scratch=True),
 }
@@ -71,6 +74,7 @@ PROBES = {
     "nq-high-coverage": options(probe_every=19, probe_targets=30_000),
     "minilm-cpu": options(probe_every=19, probe_targets=1_000),
     "minilm-2-layers": options(probe_every=19, probe_targets=9_383),
+    "minilm-2-layers-lora": options(probe_every=19, probe_targets=9_383),
     "nq-low-coverage": options(probe_every=7, probe_targets=99_471),
     **{
         f"nq-rate-{rate}": options(probe_every=10, probe_targets=10_000)
@@ -206,6 +210,7 @@ PRESETS = {
         *(Block(name, DRIFT, (0,)) for name in REGIMES if name.startswith("nq-rate-")),
         Block("minilm-2-layers", TRANSFORMER, (0,)),
         Block("minilm-2-layers", ("in-batch", "stale", "stale-write-back", "mlp-pull-back"), (1, 2)),
+        Block("minilm-2-layers-lora", ("in-batch", "stale", "stale-write-back", "mlp-pull-back"), (0,)),
         Block("minilm-cpu", TRANSFORMER, (0,)),
     ],
     "gpu": [

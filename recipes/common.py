@@ -38,7 +38,6 @@ from st_corrector import (
     RefreshCallback,
 )
 from st_corrector.correctors import Corrector, make_corrector
-from st_corrector.distributed import Processes
 from st_corrector.encoding import DocumentEncoder
 from st_corrector.fingerprint import digest_json
 from st_corrector.tokens import TokenizedCorpus
@@ -139,7 +138,7 @@ def train(
             folder = Path(cache_path) / digest_json(fingerprint)[:12]
             cache = EmbeddingCache.build(model, corpus, folder, args.cache_batch_size, args.cache_dtype)
             if args.cache_on_device:
-                cache = cache.part(Processes.current().share(len(corpus))).to(args.device)
+                cache = cache.share(args.device)
         else:
             loss_settings |= {"num_negatives": 0, "candidates": None}
         using: str | Corrector = "identity"

@@ -352,6 +352,15 @@ class EmbeddingCache:
                 shards.append(shard.at(slice(first - start, end - start)))
         return EmbeddingCache(shards, self.fingerprint, rows.start, self.corpus_size)
 
+    def share(self, device: torch.device | str) -> EmbeddingCache:
+        """The part of it that this process searches where several train together, in ``device``'s memory.
+
+        Raises:
+            CacheError: there are fewer rows than processes.
+            InputError: the device has no room for it.
+        """
+        return self.part(Processes.current().share(len(self))).to(device)
+
     def __getitem__(self, rows: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """The stale embeddings of ``rows``: float32, shape ``(len(rows), d)``, on the device that holds the cache.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses import gradcache
 from sentence_transformers.base.losses.gradcache import (
     CachedLossMixin,
     _backward_hook,
@@ -57,8 +59,9 @@ class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, Cache
             +--------------------------+----------------------------+
 
         Raises:
-            InputError: ``mini_batch_size`` is below 1, or a static encoder, whose texts cannot be cut into
-                mini-batches (and need not be); besides what :class:`CorrectedMultipleNegativesLoss` refuses.
+            InputError: ``mini_batch_size`` is below 1, a static encoder, whose texts cannot be cut into mini-batches
+                (and need not be), or several processes with a sentence-transformers that is too old for that; besides
+                what :class:`CorrectedMultipleNegativesLoss` refuses.
         """
         if mini_batch_size < 1:
             raise InputError(f"mini_batch_size must be at least 1, got {mini_batch_size}.")
@@ -68,10 +71,15 @@ class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, Cache
                 "memory: use CorrectedMultipleNegativesLoss."
             )
         super().__init__(model, corpus, cache, num_negatives, **settings)
+        if self.processes.size > 1 and not hasattr(gradcache, "_ddp_replay_context"):
+            raise InputError(
+                "This sentence-transformers exchanges gradients after every mini-batch, of which processes may have "
+                "different numbers, and would wait forever: upgrade it (6.2.0 will do), or use one process."
+            )
         self.mini_batch_size = mini_batch_size
         self.show_progress_bar = show_progress_bar
 
-    def _embed(self, features: dict[str, Tensor]) -> Column:
+    def _embed(self, features: dict[str, Tensor], earlier: Sequence[Column]) -> Column:
         training = torch.is_grad_enabled()
         # Modules may change the features in place: the second pass must cut them where the first one did.
         ranges = _minibatch_ranges(features, self.mini_batch_size)

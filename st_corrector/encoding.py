@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .corpus import Corpus
@@ -29,6 +30,23 @@ def unwrap(model: nn.Module) -> SentenceTransformer:
             raise TypeError(f"Expected a SentenceTransformer, got a {type(model).__name__}.")
         model = inner
     return getattr(model, "_orig_mod", model)
+
+
+@contextmanager
+def returning_also(model: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
+    """Let ``tensors``, of earlier calls of ``model``, be among what its next call returns.
+
+    DistributedDataParallel does not wait for the gradients of parameters on which nothing depends that its last call
+    has returned: of a ``Router``'s two routes, those of the one that was called before.
+    """
+    if not tensors or not isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel):
+        yield
+        return
+    handle = unwrap(model).register_forward_hook(lambda module, inputs, output: {**output, "earlier": tensors})
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def document_prompt(model: SentenceTransformer, prompt: str | None) -> str:

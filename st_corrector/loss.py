@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from .checks import check_cache, check_labels, check_settings, require_finite
 from .corpus import Corpus
 from .correctors import Corrector, IdentityCorrector, make_corrector
 from .distributed import Processes, checksum
-from .encoding import DocumentEncoder, unwrap
+from .encoding import DocumentEncoder, returning_also, unwrap
 from .errors import InputError
 from .filters import FalseNegativeFilter, is_in, known_positives, pad_rows, repeats_earlier
 from .search import CorrectedSearch, Sampler
@@ -324,7 +324,9 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         if training or labels is not None:
             rows = check_labels(self.encoder, self.model, labels, features[1])
         with self._timed("encode", training):
-            columns = [self._embed(each) for each in features]
+            columns: list[Column] = []
+            for each in features:
+                columns.append(self._embed(each, columns))
         require_finite(columns[0].embeddings, "queries in this batch")
         require_finite(columns[1].embeddings, "positives in this batch", rows)
         if rows is None or not training:
@@ -348,7 +350,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             with self._timed("encode"):
                 # All processes call the model, since it may exchange something itself; who has no share drops a text.
                 to_encode = share if len(share) else negative_rows[:1]
-                columns.append(self._embed(self.encoder.features(to_encode.cpu().numpy(), batch.rows.device)))
+                features_of_negatives = self.encoder.features(to_encode.cpu().numpy(), batch.rows.device)
+                columns.append(self._embed(features_of_negatives, columns))
             require_finite(columns[2].embeddings, "negatives", to_encode)
             with self._timed("exchange"):
                 negatives = self.comparable(columns[2].embeddings)[: len(share)]
@@ -368,9 +371,12 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             self.metrics.add(bytes_exchanged=float(self.processes.bytes_received - received))
         return {"task_loss": task_loss, **learnt}
 
-    def _embed(self, features: dict[str, Tensor]) -> Column:
-        """Embeddings of a column; their gradients go where :meth:`_connected` sends them."""
-        embeddings = self.model(features)["sentence_embedding"]
+    def _embed(self, features: dict[str, Tensor], earlier: Sequence[Column]) -> Column:
+        """Embeddings of a column; their gradients go where :meth:`_connected` sends them, with those of the step's
+        ``earlier`` columns.
+        """
+        with returning_also(self.model, [column.origin for column in earlier]):
+            embeddings = self.model(features)["sentence_embedding"]
         return Column([embeddings.detach().requires_grad_(torch.is_grad_enabled())], embeddings)
 
     def _connected(self, loss: Tensor, columns: list[Column]) -> Tensor:
@@ -452,7 +458,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             for check in self.selector.false_negatives.checks:
                 if check.everywhere:
                     forbidden |= check(batch.rows[mine], columns.expand(len(target), -1))
-        forbidden |= batch.queries[mine] @ fresh.T > ceiling[mine, None]
+        if not torch.isposinf(ceiling).all():
+            forbidden |= batch.queries[mine] @ fresh.T > ceiling[mine, None]
         forbidden[:, : len(batch.rows)] |= repeats_earlier(batch.rows)  # a positive that two share is one candidate
         forbidden[torch.arange(len(target), device=target.device), target] = False
         weight = len(target) * self.processes.size / len(batch.rows)

@@ -12,6 +12,7 @@ from urllib.parse import quote
 from datasets import IterableDataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import sort_checkpoints
 
 from .cache import EmbeddingCache
@@ -20,7 +21,6 @@ from .callbacks import FidelityCallback, RefreshCallback
 from .checkpoint import FOLDER, load_losses, missing_from, save_losses
 from .corpus import Corpus
 from .correctors import make_corrector
-from .distributed import Processes
 from .encoding import DocumentEncoder
 from .errors import CacheError, InputError
 from .fingerprint import digest_json
@@ -52,7 +52,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
 
     Raises:
         InputError: a loss is to be made without a corpus, several data sets are to be trained on by several
-            processes, which may draw different ones in one step, or batches of an IterableDataset are to be dispatched.
+            processes, which may draw different ones in one step, batches of an IterableDataset are to be dispatched, or
+            the encoder's weights are to be cut between processes.
     """
 
     training_args_class = CorrectorTrainingArguments
@@ -78,6 +79,12 @@ class CorrectorTrainer(SentenceTransformerTrainer):
                 "pass accelerator_config={'dispatch_batches': False} in the arguments."
             )
         losses = self._corrected_losses()
+        if losses and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise InputError(
+                "FSDP and DeepSpeed's ZeRO-3 cut the encoder's weights between processes, which then have to call it "
+                "equally often, while each encodes its own share of targets here: use DDP, with mini_batch_size, LoRA "
+                "or gradient checkpointing where memory is short."
+            )
         several = isinstance(self.train_dataset, dict) and len(self.train_dataset) > 1
         if losses and several and self.args.world_size > 1:
             raise InputError(
@@ -121,7 +128,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         )
         if not args.cache_on_device:
             return cache
-        return cache.part(Processes.current().share(len(corpus))).to(args.device)
+        return cache.share(args.device)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """As the plain trainer's, after the memory plan.

@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -71,6 +71,13 @@ def make_bert_model(folder: Path, padding_side: str = "right") -> SentenceTransf
 
 def load_bert_model(path: Path) -> SentenceTransformer:
     return SentenceTransformer(modules=[Transformer(str(path)), Pooling(32), Normalize()], device="cpu")
+
+
+def router_of(query: SentenceTransformer, document: SentenceTransformer) -> SentenceTransformer:
+    """One encoder for queries and one for documents."""
+    return SentenceTransformer(
+        modules=[Router.for_query_document(query_modules=list(query), document_modules=list(document))], device="cpu"
+    )
 
 
 def make_texts(targets: int = 200, seed: int = 0) -> tuple[list[str], list[str]]:

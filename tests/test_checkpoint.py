@@ -21,7 +21,16 @@ from st_corrector import (
 from st_corrector.checkpoint import FOLDER, load_losses, missing_from
 
 # What has something to lose: learnt by moments or by normal equations, drawn by chance, written back, re-embedded.
-RESUMED = ["mlp", "ridge, gumbel, int8", "verified, with background and margin"]
+RESUMED = [
+    "mlp",
+    "ridge, gumbel, int8",
+    "mixed, stale warm-up",
+    "the batch's budget, in-batch warm-up",
+    "shortlist",
+    "gradient cache",
+    "accumulated",
+    "verified, with background and margin",
+]
 
 
 def identical(one, other):

@@ -1,10 +1,12 @@
 """Encoders that are not one plain model: two towers, adapters, low precision; and data that is not one plain table."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from conftest import make_bert_model, make_static_model
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Router
+from accelerate.state import AcceleratorState
+from conftest import make_bert_model, make_static_model, router_of
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from test_checkpoint import Steps
 from test_loss import same, weights
 
@@ -16,12 +18,6 @@ from st_corrector import (
     InputError,
     MLPCorrector,
 )
-
-
-def router_of(query, document):
-    return SentenceTransformer(
-        modules=[Router.for_query_document(query_modules=list(query), document_modules=list(document))], device="cpu"
-    )
 
 
 def test_a_frozen_document_tower_is_not_corrected(corpus, tmp_path):
@@ -180,3 +176,84 @@ def test_data_that_comes_in_other_ways(corpus, tmp_path, kind):
         arguments = CorrectorTrainingArguments(output_dir=str(tmp_path / "out"), max_steps=2, report_to="none")
         with pytest.raises(InputError, match="'dispatch_batches': False"):
             CorrectorTrainer(model, arguments, train_dataset=data, loss=loss)
+
+
+def test_a_compiled_encoder_is_trained_as_a_plain_one(corpus, tmp_path):
+    trained = []
+    for compiled in (False, True):
+        model = make_bert_model(tmp_path)
+        before = weights(model)
+        cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
+        loss = CorrectedMultipleNegativesLoss(model, corpus, cache, num_negatives=4, corrector="ridge", candidates=8)
+        arguments = CorrectorTrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            per_device_train_batch_size=16,
+            max_steps=6,
+            learning_rate=1e-3,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            torch_compile=compiled,
+            torch_compile_backend="eager" if compiled else None,  # what matters here is what is around the model
+        )
+        kinds = set()
+        model.register_forward_hook(lambda *_, loss=loss, kinds=kinds: kinds.add(type(loss.model).__name__))
+        CorrectorTrainer(model, arguments, corpus=corpus, loss=loss).train()
+        assert kinds == {"OptimizedModule" if compiled else "SentenceTransformer"}
+        assert not same(before, weights(model))
+        trained.append((weights(model), loss.corrector.state_dict(), loss.search.overlay.rows))
+    for name, value in trained[0][0].items():
+        torch.testing.assert_close(trained[1][0][name], value, atol=1e-5, rtol=1e-4)
+    assert torch.equal(trained[0][2], trained[1][2])
+
+
+def test_what_cannot_work_with_several_processes_is_refused(corpus, tmp_path, monkeypatch):
+    model = make_static_model()
+    cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
+    loss = CorrectedMultipleNegativesLoss(model, corpus, cache, num_negatives=4)
+    arguments = CorrectorTrainingArguments(output_dir=str(tmp_path / "out"), max_steps=2, report_to="none")
+    with monkeypatch.context() as patched:
+        patched.setattr(CorrectorTrainingArguments, "world_size", property(lambda self: 2))
+        data = {"first": corpus.pairs("train"), "second": corpus.pairs("train")}
+        with pytest.raises(InputError, match="each process draws its own in every step"):
+            CorrectorTrainer(model, arguments, train_dataset=data, loss=loss)
+    with monkeypatch.context() as patched:
+        plugin = SimpleNamespace(activation_checkpointing=False, fsdp_version=2)
+        patched.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
+        with pytest.raises(InputError, match="cut the encoder's weights between processes"):
+            CorrectorTrainer(model, arguments, corpus=corpus, loss=loss)
+        CorrectorTrainer(
+            model, arguments, train_dataset=corpus.pairs("train"), loss=MultipleNegativesRankingLoss(model)
+        )
+
+
+def test_queries_and_documents_have_maximum_lengths_of_their_own(corpus, tmp_path):
+    query, document = (make_bert_model(tmp_path / name) for name in ("query", "document"))
+    query.max_seq_length, document.max_seq_length = 4, 7
+    model = router_of(query, document)
+    cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
+    expected = model.encode_document(corpus.texts(range(200)), convert_to_tensor=True)
+    torch.testing.assert_close(cache[range(200)], expected, atol=1e-5, rtol=1e-5)
+    loss = CorrectedMultipleNegativesLoss(model, corpus, cache, num_negatives=4, corrector="ridge")
+    arguments = CorrectorTrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        router_mapping={"anchor": "query", "positive": "document"},
+        per_device_train_batch_size=16,
+        max_steps=5,
+        learning_rate=1e-3,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    widths: dict[str, set[int]] = {"query": set(), "document": set()}
+    model.register_forward_pre_hook(
+        lambda module, inputs: widths[inputs[0]["task"]].add(inputs[0]["input_ids"].shape[1])
+    )
+    before = weights(model)
+    CorrectorTrainer(model, arguments, corpus=corpus, loss=loss).train()
+    assert widths == {"query": {4}, "document": {7}}
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert any("query" in name for name in moved) and any("document" in name for name in moved)
+    model.max_seq_length = 6
+    with pytest.raises(InputError, match="max_seq_length"):
+        CorrectedMultipleNegativesLoss(model, corpus, cache, num_negatives=4)

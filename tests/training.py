@@ -13,14 +13,21 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import load_bert_model, make_bert_model, make_static_model, make_texts
+from conftest import load_bert_model, make_bert_model, make_static_model, make_texts, router_of
 from datasets import disable_progress_bars
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from transformers import TrainerCallback
 
 from st_corrector import (
     Corpus,
+    CorpusRetrievalEvaluator,
+    CorrectedMultipleNegativesLoss,
     CorrectorTrainer,
     CorrectorTrainingArguments,
+    EmbeddingCache,
+    MLPCorrector,
+    RidgeCorrector,
     Shortlist,
 )
 from st_corrector.distributed import Processes
@@ -28,7 +35,7 @@ from st_corrector.distributed import Processes
 CASES: dict[str, dict] = {
     "mlp": {"corrector_settings": {"hidden": 16}},
     "ridge, gumbel, int8": {"corrector": "ridge", "sampler": "gumbel", "cache_dtype": "int8"},
-    "mixed, stale warm-up": {"sampler": "mixed", "corrector_warmup_steps": 5},
+    "mixed, stale warm-up": {"sampler": "mixed", "corrector_warmup_steps": 5, "cache_on_device": True},
     "verified, with background and margin": {"candidates": 12, "background_targets": 7, "relative_margin": 0.02},
     "the batch's budget, in-batch warm-up": {
         "budget": "batch",
@@ -39,7 +46,19 @@ CASES: dict[str, dict] = {
     "refreshed": {"refresh_every": 4, "corrector": "identity"},
     "shortlist": {"corrector": "ridge"},
     "gradient cache": {"mini_batch_size": 3},
+    "accumulated": {"gradient_accumulation_steps": 2},
+    "evaluated": {"eval_strategy": "steps", "eval_steps": 5},
+    "Matryoshka": {},
+    "two towers": {"router_mapping": {"anchor": "query", "positive": "document"}},
+    "frozen documents": {"router_mapping": {"anchor": "query", "positive": "document"}},
+    "two towers, gradient cache": {
+        "router_mapping": {"anchor": "query", "positive": "document"},
+        "mini_batch_size": 3,
+    },
+    "adapters": {},
 }
+TRANSFORMERS = ("gradient cache", "two towers, gradient cache", "adapters")
+"""Cases whose encoders are transformers; the others' are static."""
 
 
 class KillAt(TrainerCallback):
@@ -58,14 +77,14 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
     corpus = Corpus.from_texts([*texts, *texts[:20]])  # two rows with the same words score the same: a tie
     ids = [str(n) for n in range(len(texts))]
     corpus.add_split("train", dict(zip(ids, queries, strict=True)), {id: [id] for id in ids})
-    transformer = case == "gradient cache"
+    transformer = case in TRANSFORMERS
     training = CorrectorTrainingArguments(
         output_dir=str(folder / "out"),
         **{"num_negatives": 5, "dataloader_drop_last": True, **CASES[case]},
         cache_path=str(folder / "cache"),
         per_device_train_batch_size=args.batch_size // int(os.environ.get("WORLD_SIZE", 1)),
         max_steps=args.steps,
-        learning_rate=0.02 if not transformer else 1e-3,
+        learning_rate={"adapters": 5e-3}.get(case, 1e-3 if transformer else 0.02),
         lr_scheduler_type="constant",
         logging_steps=1,
         save_strategy="steps" if args.save_every else "no",
@@ -76,25 +95,48 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
         ddp_find_unused_parameters=True,
         seed=3,
     )
+    model, loss = encoder(folder, case), None
+    if case in ("shortlist", "Matryoshka"):
+        cache = EmbeddingCache.build(model, corpus, folder / "cache", progress=False)
+        settings = {
+            "shortlist": {
+                "corrector": RidgeCorrector(cache.dim, normalize=False),
+                "shortlist": Shortlist("Flat", size=30, check_every=4),
+            },
+            "Matryoshka": {"corrector": MLPCorrector(cache.dim, hidden=16)},
+        }[case]
+        loss = CorrectedMultipleNegativesLoss(model, corpus, cache, 5, **settings)
+        if case == "Matryoshka":
+            loss = MatryoshkaLoss(model, loss, [24, 8])
+    callbacks = [] if args.kill_at is None else [KillAt(args.kill_at)]
+    evaluator = CorpusRetrievalEvaluator(corpus, "train") if case == "evaluated" else None
+    return CorrectorTrainer(model, training, corpus=corpus, loss=loss, callbacks=callbacks, evaluator=evaluator)
+
+
+def encoder(folder: Path, case: str) -> SentenceTransformer:
+    """A case's encoder, the same in every process."""
+    if case not in TRANSFORMERS:
+        if "router_mapping" not in CASES[case]:
+            return make_static_model()
+        model = router_of(make_static_model(), make_static_model())
+        model[0].sub_modules["document"].requires_grad_(case != "frozen documents")
+        return model
     processes = Processes.current()
-    if transformer and processes.rank == 0:
+    if processes.rank == 0:
         make_bert_model(folder)
     processes.wait()
-    model = load_bert_model(folder / "bert-right") if transformer else make_static_model()
-    if transformer:
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # processes draw masks of their own
-    loss = None
-    if case == "shortlist":
-        from st_corrector import CorrectedMultipleNegativesLoss, EmbeddingCache, RidgeCorrector
+    model = load_bert_model(folder / "bert-right")
+    if "router_mapping" in CASES[case]:
+        model = router_of(model, load_bert_model(folder / "bert-right"))
+    if case == "adapters":
+        from peft import LoraConfig, TaskType
 
-        cache = EmbeddingCache.build(model, corpus, folder / "cache", progress=False)
-        corrector = RidgeCorrector(cache.dim, normalize=False)
-        shortlist = Shortlist("Flat", size=30, check_every=4)
-        loss = CorrectedMultipleNegativesLoss(model, corpus, cache, 5, corrector, shortlist=shortlist)
-    callbacks = [] if args.kill_at is None else [KillAt(args.kill_at)]
-    return CorrectorTrainer(model, training, corpus=corpus, loss=loss, callbacks=callbacks)
+        torch.manual_seed(0)
+        model.add_adapter(LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, r=8, lora_alpha=32, lora_dropout=0.0))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # processes draw masks of their own
+    return model
 
 
 def run(folder: Path, case: str, args: argparse.Namespace) -> None:
@@ -115,6 +157,11 @@ def run(folder: Path, case: str, args: argparse.Namespace) -> None:
     results = {
         "selected": selected,
         "log": [entry for entry in trainer.state.log_history if "task_loss" in entry],
+        "evaluations": [
+            {name: value for name, value in entry.items() if "@" in name}
+            for entry in trainer.state.log_history
+            if any("@" in name for name in entry)
+        ],
         "before": before,
         "model": trainer.model.state_dict(),
         "corrector": search.corrector.state_dict() if search else {},
