@@ -192,8 +192,8 @@ def main() -> None:
         "Flat*: over correcting everything, handing it to an `IndexFlatIP` and searching that (with corrected queries, "
         "over its search alone). Medians (and quartiles) of ratios within one turn; every result is checked against "
         "the naive one first. *Extra memory*: what the process had at most beyond what it had before the search; "
-        "*planned*: what `CorrectedSearch.memory` had said. The vectors are passages of Natural Questions through all-MiniLM-L6-v2 "
-        "(beyond 384 dimensions beside the means of its token vectors), repeated with noise.",
+        "*planned*: what `CorrectedSearch.memory` had said. The vectors are passages of Natural Questions through "
+        "all-MiniLM-L6-v2 (beyond 384 dimensions beside the means of its token vectors), repeated with noise.",
     ]
     for device in ("cpu", "cuda"):
         path = folder / f"{device}.json"
