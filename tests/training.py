@@ -72,6 +72,16 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class BeganAt(TrainerCallback):
+    """Notes how many steps had been taken when this run took its first."""
+
+    step: int | None = None
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if self.step is None:
+            self.step = state.global_step
+
+
 def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer:
     queries, texts = make_texts(203)
     corpus = Corpus.from_texts([*texts, *texts[:20]])  # two rows with the same words score the same: a tie
@@ -152,9 +162,12 @@ def run(folder: Path, case: str, args: argparse.Namespace) -> None:
 
     loss.select = recording
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    began = BeganAt()
+    trainer.add_callback(began)
     trainer.train(resume_from_checkpoint=args.resume)
     search = loss._search
     results = {
+        "began_at": began.step,
         "selected": selected,
         "log": [entry for entry in trainer.state.log_history if "task_loss" in entry],
         "evaluations": [
