@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "step")
     parser.add_argument("--outputs", type=Path, default=ROOT / "outputs" / "selection")
     args = parser.parse_args()
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     torch.manual_seed(0)
     corpus = Corpus.from_beir(args.dataset, max_targets=args.targets)
     if args.encoder == "static":

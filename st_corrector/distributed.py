@@ -37,11 +37,21 @@ class Processes:
         """Those of ``torch.distributed``'s process group, which accelerate sets up; where a launcher has started
         several processes and nobody has done so yet, it is set up here: make the training arguments first if their
         ``ddp_timeout`` is to count.
+
+        Raises:
+            InputError: accelerate takes each of several processes for the only one, and would train as many encoders.
         """
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and dist.is_available() and not dist.is_initialized():
-            PartialState(timeout=_TIMEOUT)
-        several = dist.is_available() and dist.is_initialized()
-        return cls(dist.get_rank(), dist.get_world_size()) if several else cls()
+            PartialState(cpu=not torch.accelerator.is_available(), timeout=_TIMEOUT)
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        if PartialState._shared_state and PartialState().num_processes != dist.get_world_size():
+            raise InputError(
+                f"{dist.get_world_size()} processes have been started, but accelerate takes each for the only one, as "
+                "it does where there is no GPU and nobody has said so: each would train an encoder of its own. Pass "
+                "use_cpu=True in the training arguments, or Accelerator(cpu=True)."
+            )
+        return cls(dist.get_rank(), dist.get_world_size())
 
     def __repr__(self) -> str:
         return f"Processes(rank={self.rank}, size={self.size})"

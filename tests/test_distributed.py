@@ -194,6 +194,22 @@ def test_two_hosts_train_what_one_does(one, tmp_path, hosts):
     assert alone.stdout.split() == [master], "each host has its own address and no other"
 
 
+@pytest.mark.long
+def test_processes_that_do_not_know_of_one_another_are_refused(tmp_path):
+    script = tmp_path / "script.py"
+    lines = ["import sys", "from accelerate import Accelerator", "from st_corrector.distributed import Processes"]
+    lines += ["Accelerator(cpu=True) if sys.argv[1:] else Accelerator()", "print(Processes.current().size)"]
+    script.write_text("\n".join(lines))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    refused = subprocess.run([*command, script], capture_output=True, text=True, env=environment(tmp_path / "x"))
+    if not torch.accelerator.is_available():
+        assert refused.returncode and "2 processes have been started, but accelerate takes each" in refused.stderr
+    together = subprocess.run(
+        [*command, script, "cpu"], capture_output=True, text=True, env=environment(tmp_path / "x")
+    )
+    assert together.returncode == 0 and "".join(together.stdout.split()) == "22", together.stderr
+
+
 def test_shares_are_consecutive_and_cover_everything():
     for count in (0, 1, 3, 10, 223):
         shares = Processes(0, 4).shares(count)
