@@ -35,6 +35,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 from common import default_model, static_encoder  # noqa: E402
 
+PARTS = ("encode", "exchange", "select", "correct", "backward", "optimizer")
+OWN = ("step", "backward", "optimizer")  # measured here, of both losses; the others the loss measures itself
+
 
 class Step:
     """One loss, and the optimizer of the model that it trains."""
@@ -110,10 +113,6 @@ def page(folder: Path) -> str:
         "the plain one's, each divided by its texts (in brackets from the least to the most of all steps).\n\n"
         f"{table}\n\n" + "\n".join(commands) + "\n"
     )
-
-
-PARTS = ("encode", "exchange", "select", "correct", "backward", "optimizer")
-OWN = ("step", "backward", "optimizer")
 
 
 def main() -> None:

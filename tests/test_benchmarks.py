@@ -107,6 +107,21 @@ def test_the_cost_of_selection_is_measured_resumed_and_reported(beir, tmp_path):
     assert "# On CUDA\n\nNot run yet: `python benchmarks/selection.py" in page
 
 
+@pytest.mark.long
+def test_the_cost_of_a_step_is_measured_and_reported(beir, tmp_path):
+    run(
+        *(BENCHMARKS / "step.py", "--dataset", beir, "--encoder", "static", "--steps", 3, "--batch_size", 8),
+        *("--results", tmp_path / "results", "--outputs", tmp_path / "outputs"),
+    )
+    found = json.loads((tmp_path / "results" / "cpu-static-1.json").read_text())
+    seconds, counts = found["medians"], (found["medians"]["texts"], found["medians"]["reference_texts"])
+    assert 2 * 8 < counts[0] <= counts[1] and len(found["overheads"]) == 3
+    parts = [seconds[name] for name in ("encode", "select", "correct", "ours_backward", "ours_optimizer")]
+    assert all(part > 0 for part in parts) and sum(parts) < 1.5 * seconds["ours_step"]
+    page = (tmp_path / "results" / "README.md").read_text()
+    assert f"| {seconds['ours_step']:.3f} |" in page and found["command"] in page
+
+
 def test_every_strategy_of_every_preset_is_a_command_that_the_recipe_understands(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
