@@ -44,7 +44,7 @@ from st_corrector import (
     Shortlist,
     ShortlistSearch,
 )
-from st_corrector.cache import Shard
+from st_corrector.shard import Shard
 from st_corrector.correctors import Corrector
 from st_corrector.scoring import Scorer
 

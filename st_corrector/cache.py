@@ -1,79 +1,34 @@
 """The stale buffer: for every target, what the encoder said when the cache was built.
 
-On disk it is a folder of safetensors shards of consecutive rows and one ``manifest.json``::
-
-    manifest.json            what the embeddings are: schema, rows, dim, dtype, fingerprint
-    embeddings-000000.safetensors, embeddings-000001.safetensors, …    "embeddings", and "scales" where they are int8
-
-Nothing writes to it once it is built; training reads it memory-mapped.
+Nothing writes to it once it is built (:mod:`.cache_folder` has its files); training reads it memory-mapped.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .cache_folder import CacheFolder, Description
 from .corpus import Corpus
 from .distributed import Processes
 from .encoding import DocumentEncoder
 from .errors import CacheError
-from .fingerprint import differences
 from .memory import require_memory
+from .shard import DTYPES, Shard
 
-SCHEMA = 1
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
-_MANIFEST = "manifest.json"
-_KEY, _SCALES = "embeddings", "scales"
+logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 16_384
-
-
-class Shard(NamedTuple):
-    """Embeddings of consecutive rows, as they are stored.
-
-    Args:
-        values: ``(n, d)``, in one of :data:`DTYPES`.
-        scales: what the values of each row are multiplied with, float32 ``(n,)``; only with int8.
-    """
-
-    values: Tensor
-    scales: Tensor | None = None
-
-    @classmethod
-    def store(cls, embeddings: Tensor, dtype: torch.dtype) -> Shard:
-        """Floating-point ``embeddings`` ``(n, d)`` in ``dtype``; int8 by the largest absolute value of each row."""
-        if dtype != torch.int8:
-            return cls(embeddings.to(dtype))
-        scales = embeddings.float().abs().amax(1) / 127
-        return cls((embeddings / scales.clamp_min(1e-30)[:, None]).round_().to(torch.int8), scales)
-
-    def float(self) -> Tensor:
-        """The embeddings in float32, ``(n, d)``: the stored memory itself where it is float32."""
-        values = self.values.float()
-        return values if self.scales is None else values.mul_(self.scales[:, None])
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Shard:
-        """The same with ``function`` applied to what it consists of."""
-        return Shard(function(self.values), None if self.scales is None else function(self.scales))
-
-    def at(self, rows: slice | Tensor) -> Shard:
-        """Some of its rows."""
-        return self.map(lambda each: each[rows])
-
-    def not_finite(self) -> Tensor:
-        """Positions of rows that hold what is NaN or infinite, ``(m,)``."""
-        checked = self.values if self.scales is None else self.scales[:, None]
-        return (~torch.isfinite(checked).all(1)).nonzero().flatten()
 
 
 class EmbeddingCache:
@@ -172,8 +127,9 @@ class EmbeddingCache:
             progress: show a progress bar.
 
         Raises:
-            CacheError: ``path`` holds a cache of another model, corpus, prompt or dtype (it says which),
-                an unknown dtype is asked for, an embedding is not finite, or another process's files are not seen.
+            CacheError: ``path`` holds a cache of another model, corpus, prompt or dtype (it says which) or is being
+                built in by somebody else, an unknown dtype is asked for, an embedding is not finite, the disk has no
+                room for it, or another process's files are not seen.
         """
         if dtype not in DTYPES:
             raise CacheError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
@@ -181,123 +137,95 @@ class EmbeddingCache:
             raise CacheError(f"batch_size and shard_size must be at least 1, got {batch_size} and {shard_size}.")
         processes = Processes.current()
         encoder = DocumentEncoder(model, corpus, progress=progress)
-        folder = Path(path)
-        manifest = {
-            "schema": SCHEMA,
-            "rows": len(corpus),
-            "dim": encoder.encode(model, [0]).shape[1],
-            "dtype": dtype,
-            "fingerprint": encoder.fingerprint(model),
-        }
-        if processes.rank:  # the first one makes the folder
-            processes.wait()
-            if not (folder / _MANIFEST).exists():
-                raise CacheError(
-                    f"Process {processes.rank} does not see the cache that process 0 has begun in {folder}: choose a "
-                    "folder on a file system that all nodes share."
-                )
-        if (folder / _MANIFEST).exists():
-            found = _read_manifest(folder)
-            # A build that was begun with shards of another size goes on with those.
-            shard_size = found["shard_size"]
-            if different := differences(_flat(found), _flat({**manifest, "shard_size": shard_size})):
-                raise CacheError(
-                    f"{folder} holds a cache of something else:\n  " + "\n  ".join(different) + "\nBuild into another "
-                    "folder, or delete this one if it is no longer needed."
-                )
-        elif folder.is_dir() and any(file.suffix != ".partial" for file in folder.iterdir()):
-            raise CacheError(f"{folder} is not empty and holds no embedding cache: choose an empty or new folder.")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_atomically(folder / _MANIFEST, json.dumps({**manifest, "shard_size": shard_size}, indent=2).encode())
-        if processes.rank == 0:
-            processes.wait()
-        numbers = range(-(-len(corpus) // shard_size))
-        missing = [number for number in numbers if not _shard_path(folder, number).exists()]
-        processes.wait()  # all have looked before anybody writes
-        progress = progress and processes.rank == 0
-        with tqdm(total=len(corpus), desc="Building the cache", unit=" targets", disable=not progress) as bar:
-            bar.update(len(corpus) - sum(len(_rows_of(number, shard_size, len(corpus))) for number in missing))
-            for number in missing[processes.rank :: processes.size]:
-                rows = _rows_of(number, shard_size, len(corpus))
-                shard = _shard_path(folder, number)
-                # Checked in the stored dtype: float16 overflows at 65,504.
-                embeddings = encoder.encode(model, rows, batch_size=batch_size, bar=bar)
-                stored = Shard.store(embeddings.cpu(), DTYPES[dtype])
-                if len(bad := rows[stored.not_finite().numpy()]):
-                    raise CacheError(
-                        f"The embeddings of {len(bad)} targets are NaN or infinite, e.g. rows {bad[:3].tolist()} "
-                        f"(ids {corpus.ids(bad[:3])}), in {dtype}: check the model's weights, or choose another dtype."
-                    )
-                _write_shard(shard, stored)
-            processes.wait()
-            bar.update(len(corpus) - bar.n)  # what the others have done
-        return cls.load(folder)
+        folder = CacheFolder(Path(path))
+        dim = encoder.encode(model, [0]).shape[1]
+        description = Description(len(corpus), dim, dtype, shard_size, encoder.fingerprint(model))
+        # The first process answers for the folder; what stops one of them stops all.
+        with ExitStack() as held:
+            with processes.together("Beginning the cache"):
+                if processes.rank == 0:
+                    held.enter_context(folder.locked())
+                    folder.begin(description)
+            with processes.together("Looking for the cache that process 0 has begun, on a file system that all share,"):
+                description = folder.description()
+                missing = [] if folder.is_finished else folder.missing(description)
+            progress = progress and processes.rank == 0
+            with tqdm(total=len(corpus), desc="Building the cache", unit=" targets", disable=not progress) as bar:
+                bar.update(len(corpus) - sum(len(description.rows_of(number)) for number in missing))
+                with processes.together("Building the cache"):
+                    for number in missing[processes.rank :: processes.size]:
+                        rows = np.asarray(description.rows_of(number))
+                        # Checked in the stored dtype: float16 overflows at 65,504.
+                        embeddings = encoder.encode(model, rows, batch_size=batch_size, bar=bar)
+                        stored = Shard.store(embeddings.cpu(), DTYPES[dtype])
+                        if len(bad := rows[stored.not_finite().numpy()]):
+                            raise CacheError(
+                                f"The embeddings of {len(bad)} targets are NaN or infinite, e.g. rows "
+                                f"{bad[:3].tolist()} (ids {corpus.ids(bad[:3])}), in {dtype}: check the model's "
+                                "weights, or choose another dtype."
+                            )
+                        folder.write(number, stored)
+                bar.update(len(corpus) - bar.n)  # what the others have done
+            with processes.together("Finishing the cache"):
+                if processes.rank == 0 and not folder.is_finished:
+                    folder.finish(description)
+        return cls.load(path)
+
+    @classmethod
+    def repair(
+        cls, model: SentenceTransformer, corpus: Corpus, path: str | os.PathLike, batch_size: int = 64
+    ) -> EmbeddingCache:
+        """Encode anew what is damaged or missing in the cache of ``model`` and ``corpus`` in ``path``: all of it is read
+        and compared with what was written.
+
+        Raises:
+            CacheError: it is a cache of something else, or what :meth:`build` refuses.
+        """
+        folder, processes = CacheFolder(Path(path)), Processes.current()
+        with processes.together("Looking for damage"):
+            found = folder.description()
+            if processes.rank == 0 and folder.is_finished:
+                encoder = DocumentEncoder(model, corpus)
+                folder.require(replace(found, rows=len(corpus), fingerprint=encoder.fingerprint(model)))
+                with folder.locked():
+                    if damaged := folder.damaged():
+                        logger.warning("Encoding anew:\n  %s", "\n  ".join(damaged.values()))
+                        folder.reopen(list(damaged))
+        return cls.build(model, corpus, path, batch_size, found.dtype)
 
     def save(self, path: str | os.PathLike) -> EmbeddingCache:
         """Write it into the new folder ``path``, as :meth:`build` would have; returns it memory-mapped from there.
 
         Raises:
-            CacheError: there is something in ``path``, or this is only a part of a cache.
+            CacheError: there is something in ``path``, this is only a part of a cache, or the disk has no room for it.
         """
         if len(self) != self.corpus_size:
             raise CacheError(f"{self!r} is a part of a cache: save the whole one.")
-        folder = Path(path)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CacheError(f"{folder} is not empty: choose a new folder to save the cache in.")
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, start in enumerate(range(0, len(self), _ROWS_AT_ONCE)):
-            parts = [chunk for _, chunk in self.chunks(_ROWS_AT_ONCE, start, start + _ROWS_AT_ONCE)]
-            values = torch.cat([part.values for part in parts]).cpu()
-            scales = [part.scales for part in parts if part.scales is not None]
-            _write_shard(_shard_path(folder, number), Shard(values, torch.cat(scales).cpu() if scales else None))
-        manifest = {
-            "schema": SCHEMA,
-            "rows": len(self),
-            "dim": self.dim,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "fingerprint": self.fingerprint,
-            "shard_size": _ROWS_AT_ONCE,
-        }
-        # Last: a folder without it is no cache.
-        _write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
-        return self.load(folder)
+        folder = CacheFolder(Path(path))
+        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+            raise CacheError(f"{path} is not empty: choose a new folder to save the cache in.")
+        dtype = str(self.dtype).removeprefix("torch.")
+        description = Description(len(self), self.dim, dtype, _ROWS_AT_ONCE, self.fingerprint)
+        with folder.locked():
+            folder.begin(description)
+            for number in description.shards:
+                rows = description.rows_of(number)
+                parts = [chunk for _, chunk in self.chunks(_ROWS_AT_ONCE, rows.start, rows.stop)]
+                values = torch.cat([part.values for part in parts]).cpu()
+                scales = [part.scales for part in parts if part.scales is not None]
+                folder.write(number, Shard(values, torch.cat(scales).cpu() if scales else None))
+            folder.finish(description)
+        return self.load(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> EmbeddingCache:
         """The finished cache in the folder ``path``, memory-mapped: nothing is read until it is used.
 
         Raises:
-            CacheError: there is no cache, its build was not finished, or a shard is damaged.
+            CacheError: there is no cache, its build was not finished, or a shard is missing, cut short or another's.
         """
-        folder = Path(path)
-        manifest = _read_manifest(folder)
-        rows, size, dim = manifest["rows"], manifest["shard_size"], manifest["dim"]
-        paths = [_shard_path(folder, number) for number in range(-(-rows // size))]
-        missing = [file.name for file in paths if not file.exists()]
-        if missing:
-            raise CacheError(
-                f"The cache in {folder} is not finished: {len(missing)} of {len(paths)} shards are missing, e.g. "
-                f"{missing[0]}. Call EmbeddingCache.build with the same model and corpus to complete it."
-            )
-        shards = []
-        for number, file in enumerate(paths):
-            expected = (min(size, rows - number * size), dim)
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    values = opened.get_tensor(_KEY)
-                    scales = opened.get_tensor(_SCALES) if manifest["dtype"] == "int8" else None
-            except SafetensorError as error:
-                raise CacheError(
-                    f"{file} is damaged ({error}): delete it and call EmbeddingCache.build again."
-                ) from error
-            if tuple(values.shape) != expected or values.dtype != DTYPES[manifest["dtype"]]:
-                raise CacheError(
-                    f"{file} holds {values.dtype} of shape {tuple(values.shape)}, expected {manifest['dtype']} of "
-                    f"shape {expected}: delete it and call EmbeddingCache.build again."
-                )
-            shards.append(Shard(values, scales))
-        return cls(shards, manifest["fingerprint"])
+        description, shards = CacheFolder(Path(path)).read()
+        return cls(shards, description.fingerprint)
 
     # ------------------------------------------------------------------ reading
 
@@ -411,11 +339,6 @@ class EmbeddingCache:
         return EmbeddingCache([Shard(values, scales)], self.fingerprint, self.first_row, self.corpus_size)
 
 
-def _rows_of(number: int, shard_size: int, size: int) -> np.ndarray:
-    """The rows of a shard."""
-    return np.arange(number * shard_size, min((number + 1) * shard_size, size))
-
-
 def _require_finite(shard: Shard, first_row: int) -> None:
     bad = shard.not_finite()
     if len(bad):
@@ -423,56 +346,3 @@ def _require_finite(shard: Shard, first_row: int) -> None:
             f"The embedding of row {first_row + int(bad[0])} is NaN or infinite in {shard.values.dtype}; each target "
             "needs a finite one."
         )
-
-
-def _write_shard(path: Path, shard: Shard) -> None:
-    partial = _partial(path)
-    tensors = {_KEY: shard.values.contiguous()}
-    if shard.scales is not None:
-        tensors[_SCALES] = shard.scales.contiguous()
-    save_file(tensors, partial)
-    _sync(partial)
-    os.replace(partial, path)
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"embeddings-{number:06d}.safetensors"
-
-
-def _flat(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    rest = {key: value for key, value in manifest.items() if key != "fingerprint"}
-    return {**rest, **manifest["fingerprint"]}
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / _MANIFEST
-    if not path.is_file():
-        raise CacheError(f"{folder} holds no embedding cache (no {_MANIFEST}): build one with EmbeddingCache.build.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        complete = {"schema", "rows", "dim", "dtype", "fingerprint", "shard_size"} <= manifest.keys()
-    except (ValueError, AttributeError) as error:
-        raise CacheError(f"{path} is not readable ({error}): delete the folder and build the cache again.") from error
-    if not complete or manifest["schema"] != SCHEMA or manifest["dtype"] not in DTYPES:
-        raise CacheError(
-            f"{path} does not describe a cache of schema {SCHEMA}: it was written by another version of st_corrector, "
-            "or is damaged. Build the cache again in another folder."
-        )
-    return manifest
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    partial = _partial(path)
-    partial.write_bytes(data)
-    _sync(partial)
-    os.replace(partial, path)
-
-
-def _partial(path: Path) -> Path:
-    """A name of this process's own: two builders of one cache must not write into one file."""
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

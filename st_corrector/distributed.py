@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -12,7 +14,7 @@ from accelerate import PartialState
 from sentence_transformers.util import all_gather_with_grad
 from torch import Tensor
 
-from .errors import InputError
+from .errors import CacheError, InputError
 
 _TIMEOUT = timedelta(seconds=1800)  # transformers' own default for training
 
@@ -105,6 +107,30 @@ class Processes:
             dist.broadcast(tensor, 0)
             self.bytes_received += tensor.nbytes
         return tensor
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Run the block in every process; where it fails in one, all end with an error, instead of waiting for it.
+
+        Args:
+            what: what the block does, for the message.
+
+        Raises:
+            CacheError: it has failed in another process.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        if self.size > 1:
+            failed: list[str | None] = [None] * self.size
+            dist.all_gather_object(failed, None if error is None else f"{type(error).__name__}: {error}")
+            if error is None and any(failed):
+                which = "\n".join(f"  rank {rank}: {each}" for rank, each in enumerate(failed) if each)
+                raise CacheError(f"{what} has failed in another process:\n{which}")
+        if error is not None:
+            raise error
 
     def wait(self) -> None:
         """Until all are here."""

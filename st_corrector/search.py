@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import EmbeddingCache, Shard
+from .cache import EmbeddingCache
 from .correctors import Corrector, PullBack
 from .distributed import Processes
 from .errors import CacheError, InputError
@@ -22,6 +22,7 @@ from .gumbel import gumbel_noise
 from .kernels import BlockScores, usable
 from .overlay import Overlay
 from .scoring import Buffers, ChunkScores, Excluded, Scorer
+from .shard import Shard
 from .streaming import on_device
 from .topk import NO_ROW, RunningTopK
 

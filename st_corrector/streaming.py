@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .cache import Shard
+from .shard import Shard
 
 
 def on_device(chunks: Iterable[tuple[int, Shard]], device: torch.device) -> Iterator[tuple[int, Shard]]:

@@ -20,7 +20,7 @@ from st_corrector import (
     RidgeCorrector,
     RidgeMLPCorrector,
 )
-from st_corrector.cache import Shard
+from st_corrector.shard import Shard
 from st_corrector.gumbel import gumbel_noise
 
 

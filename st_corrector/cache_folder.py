@@ -1,0 +1,317 @@
+"""The files of an embedding cache::
+
+    build.json       while it is being built: what it will be
+    manifest.json    written last: the same, and every shard's size and digest
+    embeddings-000000.safetensors, embeddings-000001.safetensors, …    "embeddings", and "scales" where they are int8
+
+A folder without ``manifest.json`` is no cache yet, and nothing writes to one that has it. No file's name is read from
+another file, so that a folder from a stranger points to nothing outside of itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from .errors import CacheError
+from .files import require_space, write_whole
+from .fingerprint import differences
+from .shard import DTYPES, Shard
+
+SCHEMA = 2
+_MANIFEST, _BUILD, _LOCK = "manifest.json", "build.json", ".lock"
+_KEY, _SCALES, _DIGEST = "embeddings", "scales", "sha256"
+_LARGEST_JSON = 64 << 20  # of a manifest with a billion targets
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a cache is.
+
+    Args:
+        rows: targets ``N``.
+        dim: of their embeddings, ``d``.
+        dtype: one of :data:`DTYPES`.
+        shard_size: rows in one file.
+        fingerprint: what the embeddings depend on, by component.
+    """
+
+    rows: int
+    dim: int
+    dtype: str
+    shard_size: int
+    fingerprint: dict[str, Any]
+
+    @property
+    def shards(self) -> range:
+        """The shards' numbers."""
+        return range(-(-self.rows // self.shard_size))
+
+    def rows_of(self, shard: int) -> range:
+        """The corpus rows of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.rows))
+
+    def bytes_of(self, shard: int) -> int:
+        """What a shard's embeddings take, without its file's header."""
+        return len(self.rows_of(shard)) * (self.dim * DTYPES[self.dtype].itemsize + 4 * (self.dtype == "int8"))
+
+    def flat(self) -> dict[str, Any]:
+        """All components on one level, to be compared."""
+        return {**{name: value for name, value in asdict(self).items() if name != "fingerprint"}, **self.fingerprint}
+
+
+class CacheFolder:
+    """The folder of one cache.
+
+    Args:
+        path: it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it holds a whole cache."""
+        return (self.path / _MANIFEST).is_file()
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a cache is, or was, being built in it."""
+        return (self.path / _BUILD).is_file()
+
+    def description(self) -> Description:
+        """Of the cache that is there or is being built.
+
+        Raises:
+            CacheError: there is none, or its description is damaged.
+        """
+        return self._read_json()[0]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other builders out; a lock whose holder has died is free.
+
+        Raises:
+            CacheError: another process is building in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.path / _LOCK, timeout=0):
+                yield
+        except Timeout as error:
+            raise CacheError(
+                f"Another process is building a cache in {self.path}: wait for it, or build in another folder."
+            ) from error
+
+    def require(self, description: Description) -> Description:
+        """What is there, where it is what is described, but for the shards' size.
+
+        Raises:
+            CacheError: it is something else; it says in what.
+        """
+        found = self.description()
+        if different := differences(found.flat(), {**description.flat(), "shard_size": found.shard_size}):
+            raise CacheError(
+                f"{self.path} holds a cache of something else:\n  " + "\n  ".join(different) + "\nBuild into "
+                "another folder, or delete this one if it is no longer needed."
+            )
+        return found
+
+    def begin(self, description: Description) -> Description:
+        """Begin a cache, or go on with one; the description of what is there then, whose shard size may be another.
+
+        Raises:
+            CacheError: there is something else in the folder, or not enough room on its disk.
+        """
+        if self.is_finished or self.is_begun:
+            description = self.require(description)
+        elif any(file.suffix != ".partial" and file.name != _LOCK for file in self.path.iterdir()):
+            raise CacheError(f"{self.path} is not empty and holds no embedding cache: choose an empty or new folder.")
+        for leftover in self.path.glob("*.partial"):
+            leftover.unlink(missing_ok=True)
+        missing = self.missing(description)
+        require_space(self.path, sum(map(description.bytes_of, missing)), f"What is missing of {len(missing)} shards")
+        if not self.is_finished and not self.is_begun:
+            write_whole(self.path / _BUILD, _json({"schema": SCHEMA, **asdict(description)}))
+        return description
+
+    def missing(self, description: Description) -> list[int]:
+        """The shards that are not there."""
+        return [number for number in description.shards if not self._shard(number).exists()]
+
+    def write(self, number: int, shard: Shard) -> None:
+        """Write a shard.
+
+        Raises:
+            CacheError: it cannot be written.
+        """
+        tensors = {_KEY: shard.values.contiguous()}
+        if shard.scales is not None:
+            tensors[_SCALES] = shard.scales.contiguous()
+        write_whole(self._shard(number), save(tensors, {_DIGEST: _digest(shard)}))
+
+    def finish(self, description: Description) -> None:
+        """Say that all shards are there.
+
+        Raises:
+            CacheError: one is not, or is damaged.
+        """
+        shards = []
+        for number in description.shards:
+            _, digest = self._open(number, description)
+            shards.append({"bytes": self._shard(number).stat().st_size, _DIGEST: digest})
+        write_whole(self.path / _MANIFEST, _json({"schema": SCHEMA, **asdict(description), "shards": shards}))
+        (self.path / _BUILD).unlink(missing_ok=True)
+
+    def read(self) -> tuple[Description, list[Shard]]:
+        """A finished cache, memory-mapped; sizes and shapes are compared, contents are not read.
+
+        Raises:
+            CacheError: there is none, or a shard is missing or damaged.
+        """
+        description, recorded = self._read_json()
+        if recorded is None:
+            missing = self.missing(description)
+            raise CacheError(
+                f"The cache in {self.path} is not finished: {len(missing)} of {len(description.shards)} shards are "
+                f"missing{f', e.g. {self._shard(missing[0]).name}' if missing else ''}. Call EmbeddingCache.build with "
+                "the same model and corpus to complete it."
+            )
+        return description, [self._checked(number, description, recorded) for number in description.shards]
+
+    def damaged(self) -> dict[int, str]:
+        """Every shard of a finished cache that is not what was written, and why: all of it is read.
+
+        Raises:
+            CacheError: there is no finished cache.
+        """
+        description, recorded = self._read_json()
+        if recorded is None:
+            raise CacheError(f"The cache in {self.path} is not finished: EmbeddingCache.build completes it.")
+        found = {}
+        for number in description.shards:
+            try:
+                shard = self._checked(number, description, recorded)
+                if _digest(shard) != recorded[number][_DIGEST]:
+                    found[number] = f"{self._shard(number)} is damaged: its contents are not what was written."
+            except CacheError as error:
+                found[number] = str(error)
+        return found
+
+    def reopen(self, shards: list[int]) -> None:
+        """Make a finished cache one that lacks ``shards``, so that building completes it."""
+        description, _ = self._read_json()
+        write_whole(self.path / _BUILD, _json({"schema": SCHEMA, **asdict(description)}))
+        (self.path / _MANIFEST).unlink()
+        for number in shards:
+            self._shard(number).unlink(missing_ok=True)
+
+    def _shard(self, number: int) -> Path:
+        return self.path / f"embeddings-{number:06d}.safetensors"
+
+    def _checked(self, number: int, description: Description, recorded: list[dict[str, Any]]) -> Shard:
+        path = self._shard(number)
+        if not path.is_file():
+            raise CacheError(f"{path} is missing: {_REPAIR}")
+        if path.stat().st_size != recorded[number]["bytes"]:
+            raise CacheError(
+                f"{path} is damaged: it has {path.stat().st_size:,} bytes, {recorded[number]['bytes']:,} were written. "
+                + _REPAIR
+            )
+        shard, digest = self._open(number, description)
+        if digest != recorded[number][_DIGEST]:
+            raise CacheError(f"{path} is another than the one that was written. {_REPAIR}")
+        return shard
+
+    def _open(self, number: int, description: Description) -> tuple[Shard, str]:
+        """A shard, memory-mapped, and the digest that it had when it was written."""
+        path = self._shard(number)
+        try:
+            with safe_open(path, framework="pt") as file:
+                digest = (file.metadata() or {}).get(_DIGEST, "")
+                values = file.get_tensor(_KEY)
+                scales = file.get_tensor(_SCALES) if description.dtype == "int8" else None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CacheError(f"{path} is damaged ({error}). {_REPAIR}") from error
+        expected = (len(description.rows_of(number)), description.dim)
+        if tuple(values.shape) != expected or values.dtype != DTYPES[description.dtype]:
+            raise CacheError(
+                f"{path} holds {values.dtype} of shape {tuple(values.shape)}, expected {description.dtype} of shape "
+                f"{expected}. {_REPAIR}"
+            )
+        return Shard(values, scales), digest
+
+    def _read_json(self) -> tuple[Description, list[dict[str, Any]] | None]:
+        """The description, and what is recorded of each shard if the cache is finished."""
+        path = self.path / (_MANIFEST if self.is_finished else _BUILD)
+        if not path.is_file():
+            raise CacheError(f"{self.path} holds no embedding cache: build one with EmbeddingCache.build.")
+        found = _parse(path)
+        names = {field.name for field in fields(Description)}
+        if found.get("schema") != SCHEMA or not names <= found.keys():
+            raise CacheError(
+                f"{path} does not describe a cache of schema {SCHEMA}: it was written by another version of "
+                "st_corrector, or is damaged. Build the cache again in another folder."
+            )
+        description = Description(**{name: found[name] for name in names})
+        counts = (description.rows, description.dim, description.shard_size)
+        shards = found.get("shards")
+        if (
+            not all(type(count) is int and count > 0 for count in counts)
+            or description.dtype not in DTYPES
+            or not isinstance(description.fingerprint, dict)
+            or (path.name == _MANIFEST and not _fit(shards, len(description.shards)))
+        ):
+            raise CacheError(f"{path} is damaged: it contradicts itself. Build the cache again in another folder.")
+        return description, shards if path.name == _MANIFEST else None
+
+
+_REPAIR = "EmbeddingCache.repair (or `st-corrector cache repair`) encodes its targets anew."
+
+
+def _fit(shards: Any, count: int) -> bool:
+    """Whether what a manifest says of its shards has the form that it should have."""
+    return (
+        isinstance(shards, list)
+        and len(shards) == count
+        and all(
+            isinstance(each, dict) and type(each.get("bytes")) is int and isinstance(each.get(_DIGEST), str)
+            for each in shards
+        )
+    )
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"{path.stat().st_size:,} bytes")
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CacheError(f"{path} is not readable ({error}): delete the folder and build the cache again.") from error
+    return found
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=2).encode()
+
+
+def _digest(shard: Shard) -> str:
+    """SHA-256 of a shard's embeddings."""
+    total = hashlib.sha256()
+    for tensor in (shard.values, shard.scales):
+        if tensor is not None:
+            total.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()

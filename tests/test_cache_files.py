@@ -1,0 +1,292 @@
+"""What can happen to a cache's files: each fault is the real one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_static_model
+
+from st_corrector import CacheError, Corpus, EmbeddingCache
+from st_corrector.cache_folder import CacheFolder, Description
+from st_corrector.cli import main
+from st_corrector.distributed import Processes
+from st_corrector.shard import Shard
+
+BUILD = """
+import sys, time
+from datasets import config
+config.HF_DATASETS_CACHE = sys.argv[3]
+sys.path.insert(0, sys.argv[4])
+from conftest import make_static_model, make_texts
+from st_corrector import Corpus, EmbeddingCache
+model = make_static_model()
+corpus = Corpus.from_texts(make_texts(200)[1])
+print("ready", flush=True)
+EmbeddingCache.build(model, corpus, sys.argv[2], shard_size=2, progress=False)
+"""
+
+
+@pytest.fixture
+def built(static_model, corpus, tmp_path):
+    """A finished cache of four shards."""
+    EmbeddingCache.build(static_model, corpus, tmp_path / "cache", shard_size=64, progress=False)
+    return tmp_path / "cache"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def start(folder, tmp_path):
+    command = [sys.executable, "-c", BUILD, "-", str(folder), str(tmp_path / "datasets"), os.path.dirname(__file__)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def killed_builds(tmp_path, kills, seed):
+    """How many builds were killed before they had finished, each then resumed and compared."""
+    generator = np.random.default_rng(seed)
+    whole = start(tmp_path / "whole", tmp_path)
+    whole.stdout.readline()
+    began = time.monotonic()
+    assert whole.wait() == 0, whole.stderr.read()
+    duration = time.monotonic() - began
+    expected, unfinished = contents(tmp_path / "whole"), 0
+    for number in range(kills):
+        folder = tmp_path / f"killed-{number}"
+        process = start(folder, tmp_path)
+        process.stdout.readline()
+        time.sleep(generator.uniform(0, duration))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        unfinished += not CacheFolder(folder).is_finished
+        again = start(folder, tmp_path)
+        assert again.wait() == 0, again.stderr.read()
+        assert contents(folder) == expected
+    return unfinished
+
+
+def test_a_build_killed_at_any_moment_is_completed_to_the_same_bytes(tmp_path):
+    assert killed_builds(tmp_path, 2, seed=0) > 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_a_hundred_builds_killed_at_any_moment(tmp_path):
+    assert killed_builds(tmp_path, 100, seed=1) > 50
+
+
+@pytest.mark.parametrize("place", ["the embeddings", "the digest", "the header"])
+def test_a_flipped_bit_is_found_and_mended(static_model, corpus, built, capsys, place):
+    before = contents(built)
+    shard = built / "embeddings-000002.safetensors"
+    data = bytearray(shard.read_bytes())
+    position = {"the embeddings": len(data) - 100, "the digest": data.index(b"sha256") + 10, "the header": 9}[place]
+    data[position] ^= 1
+    shard.write_bytes(data)
+    assert main(["cache", "verify", str(built)]) == 1
+    said = capsys.readouterr().out
+    assert "embeddings-000002.safetensors" in said and "1 of 4 shards are damaged" in said
+    EmbeddingCache.repair(static_model, corpus, built)
+    assert contents(built) == before
+    assert main(["cache", "verify", str(built)]) == 0
+
+
+def test_a_shard_that_was_cut_short_or_is_missing_is_named_and_mended(static_model, corpus, built):
+    before = contents(built)
+    shard = built / "embeddings-000001.safetensors"
+    shard.write_bytes(before[shard.name][:-1])
+    with pytest.raises(CacheError, match=r"embeddings-000001\.safetensors is damaged: it has [\d,]+ bytes"):
+        EmbeddingCache.load(built)
+    EmbeddingCache.repair(static_model, corpus, built)
+    assert contents(built) == before
+    shard.unlink()
+    with pytest.raises(CacheError, match=r"embeddings-000001\.safetensors is missing"):
+        EmbeddingCache.load(built)
+    EmbeddingCache.repair(static_model, corpus, built)
+    assert contents(built) == before
+
+
+def test_only_what_is_damaged_is_encoded_anew(static_model, corpus, built, monkeypatch):
+    shard = built / "embeddings-000003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    encoded = []
+    from st_corrector.encoding import DocumentEncoder
+
+    encode = DocumentEncoder.encode
+    monkeypatch.setattr(
+        DocumentEncoder, "encode", lambda self, model, rows, **more: encoded.extend(rows) or encode(self, model, rows, **more)
+    )
+    EmbeddingCache.repair(static_model, corpus, built)
+    assert set(encoded) == {0, *range(192, 200)}  # row 0 says how wide embeddings are
+
+
+def test_a_cache_of_something_else_is_not_repaired_away(corpus, built):
+    before = contents(built)
+    (built / "embeddings-000003.safetensors").write_bytes(b"")
+    damaged = contents(built)
+    with pytest.raises(CacheError, match="weights: "):
+        EmbeddingCache.repair(make_static_model(1), corpus, built)
+    assert contents(built) == damaged != before
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if done.returncode:
+        pytest.skip(f"mounting a small file system is not permitted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_before_encoding(small_disk):
+    vectors = torch.randn(10_000, 64)
+    with pytest.raises(CacheError, match=r"takes 3 MB, and the disk of .* has 0 MB left"):
+        EmbeddingCache.from_tensor(vectors).save(small_disk / "cache")
+    assert not contents(small_disk / "cache")
+
+
+def test_a_disk_that_fills_up_loses_nothing_that_was_finished(static_model, corpus, small_disk, tmp_path):
+    EmbeddingCache.build(static_model, corpus, tmp_path / "whole", shard_size=10, progress=False)
+    folder = small_disk / "cache"
+    write, hog = CacheFolder.write, small_disk / "somebody else's"
+
+    def filling(self, number, shard):
+        if number == 7:
+            free = os.statvfs(small_disk)
+            hog.write_bytes(bytes(free.f_bavail * free.f_bsize))
+        write(self, number, shard)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(CacheFolder, "write", filling)
+        with pytest.raises(CacheError, match=r"cannot be written: No space left on device\. Make room"):
+            EmbeddingCache.build(static_model, corpus, folder, shard_size=10, progress=False)
+    assert sorted(contents(folder)) == ["build.json", *(f"embeddings-{n:06d}.safetensors" for n in range(7))]
+    hog.unlink()
+    EmbeddingCache.build(static_model, corpus, folder, progress=False)
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_a_read_only_folder_is_refused(static_model, corpus, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(CacheError, match=r"cannot be written|Read-only"):
+        EmbeddingCache.build(static_model, corpus, small_disk / "cache", progress=False)
+
+
+def test_a_folder_that_vanishes_is_an_error_and_not_half_a_cache(static_model, corpus, tmp_path, monkeypatch):
+    write, folder = CacheFolder.write, tmp_path / "cache"
+
+    def vanishing(self, number, shard):
+        if number == 2:
+            folder.rename(tmp_path / "elsewhere")
+        write(self, number, shard)
+
+    monkeypatch.setattr(CacheFolder, "write", vanishing)
+    with pytest.raises(CacheError, match=r"embeddings-000002\.safetensors cannot be written: No such file"):
+        EmbeddingCache.build(static_model, corpus, folder, shard_size=64, progress=False)
+    monkeypatch.undo()
+    assert len(EmbeddingCache.build(static_model, corpus, tmp_path / "elsewhere", progress=False)) == 200
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from st_corrector.cache_folder import CacheFolder
+with CacheFolder(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_builders_do_not_meet_and_a_dead_one_holds_nothing(static_model, corpus, tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "cache")], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(CacheError, match="Another process is building a cache in"):
+        EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert len(EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)) == 200
+
+
+def _fail_on_one(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    processes = Processes.current()
+    own = pytest.raises(ValueError, match="rank 1's own") if rank == 1 else pytest.raises(
+        CacheError, match=r"Working has failed in another process:\n  rank 1: ValueError: rank 1's own"
+    )
+    with own, processes.together("Working"):
+        if rank == 1:
+            raise ValueError("rank 1's own")
+    torch.distributed.destroy_process_group()
+
+
+def test_what_fails_in_one_process_ends_all_with_its_name(tmp_path):
+    torch.multiprocessing.spawn(_fail_on_one, args=(str(tmp_path),), nprocs=3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.update(rows=10**15),
+        lambda manifest: manifest.update(rows=-1),
+        lambda manifest: manifest.update(dim="24"),
+        lambda manifest: manifest.update(shard_size=0),
+        lambda manifest: manifest.update(dtype="pickle"),
+        lambda manifest: manifest.update(fingerprint=[]),
+        lambda manifest: manifest.update(shards=manifest["shards"][:-1]),
+        lambda manifest: manifest["shards"][0].update(bytes="many"),
+        lambda manifest: manifest["shards"].__setitem__(0, "../../etc/passwd"),
+        lambda manifest: manifest.pop("shards"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(built, change):
+    path = built / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CacheError, match=r"manifest\.json is damaged: it contradicts itself"):
+        EmbeddingCache.load(built)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"\xff", b"[" * 200_000, b'{"schema": 2}', b"1" * 10_000])
+def test_a_manifest_that_is_none_is_refused(built, data):
+    (built / "manifest.json").write_bytes(data)
+    with pytest.raises(CacheError, match="not readable|does not describe a cache of schema 2"):
+        EmbeddingCache.load(built)
+
+
+def test_a_shard_of_another_cache_is_told_apart(static_model, built, tmp_path):
+    other = Corpus.from_texts([f"word{n} word{n + 1}" for n in range(200)])
+    EmbeddingCache.build(static_model, other, tmp_path / "other", shard_size=64, progress=False)
+    name = "embeddings-000001.safetensors"
+    (built / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    with pytest.raises(CacheError, match=r"embeddings-000001\.safetensors is another than the one that was written"):
+        EmbeddingCache.load(built)
+
+
+def test_the_shell_says_what_a_cache_is(built, tmp_path, capsys):
+    assert main(["cache", "info", str(built)]) == 0
+    said = capsys.readouterr().out
+    assert "200 targets of 24 dimensions in float32, 4 shards" in said and "finished" in said and '"weights"' in said
+    folder = CacheFolder(tmp_path / "begun")
+    with folder.locked():
+        folder.begin(Description(200, 24, "float32", 64, {"corpus": "x"}))
+        folder.write(0, Shard(torch.zeros(64, 24)))
+    assert main(["cache", "info", str(tmp_path / "begun")]) == 0
+    assert "not finished: 3 shards are missing" in capsys.readouterr().out
+    assert main(["cache", "verify", str(tmp_path / "begun")]) == 1
+    assert "EmbeddingCache.build completes it" in capsys.readouterr().err
+    assert main(["cache", "info", str(tmp_path)]) == 1
+    assert "holds no embedding cache" in capsys.readouterr().err
