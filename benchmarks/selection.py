@@ -44,9 +44,9 @@ from st_corrector import (
     Shortlist,
     ShortlistSearch,
 )
-from st_corrector.shard import Shard
 from st_corrector.correctors import Corrector
 from st_corrector.scoring import Scorer
+from st_corrector.shard import Shard
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))

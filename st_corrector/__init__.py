@@ -16,7 +16,16 @@ from .correctors import (
     RidgeCorrector,
     RidgeMLPCorrector,
 )
-from .errors import CacheError, CorpusError, InputError, StCorrectorError
+from .errors import (
+    CacheError,
+    CheckpointError,
+    CorpusError,
+    InputError,
+    NonFiniteError,
+    ProcessError,
+    StCorrectorError,
+    StorageError,
+)
 from .evaluation import CorpusRetrievalEvaluator
 from .filters import AnswerCheck, Check, CrossEncoderCheck, FalseNegativeFilter
 from .index import FaissIndex
@@ -32,6 +41,7 @@ __all__ = [
     "CacheError",
     "CachedCorrectedMultipleNegativesLoss",
     "Check",
+    "CheckpointError",
     "Corpus",
     "CorpusError",
     "CorpusRetrievalEvaluator",
@@ -50,12 +60,15 @@ __all__ = [
     "KernelRidgeCorrector",
     "MLPCorrector",
     "MeanShiftCorrector",
+    "NonFiniteError",
     "OrthogonalCorrector",
+    "ProcessError",
     "RefreshCallback",
     "RidgeCorrector",
     "RidgeMLPCorrector",
     "Shortlist",
     "ShortlistSearch",
     "StCorrectorError",
+    "StorageError",
     "__version__",
 ]

@@ -23,7 +23,7 @@ from .cache_folder import CacheFolder, Description
 from .corpus import Corpus
 from .distributed import Processes
 from .encoding import DocumentEncoder
-from .errors import CacheError
+from .errors import CacheError, NonFiniteError
 from .memory import require_memory
 from .shard import DTYPES, Shard
 
@@ -68,6 +68,7 @@ class EmbeddingCache:
 
         Raises:
             CacheError: it is not a two-dimensional array of floating-point numbers.
+            NonFiniteError: an embedding is NaN or infinite.
         """
         tensor = torch.as_tensor(embeddings)
         if tensor.ndim != 2 or not tensor.is_floating_point() or 0 in tensor.shape:
@@ -92,7 +93,7 @@ class EmbeddingCache:
             first_row, corpus_size: of a part; see :class:`EmbeddingCache`.
 
         Raises:
-            CacheError: an embedding is not finite in that dtype.
+            NonFiniteError: an embedding is not finite in that dtype.
         """
         shards: list[Shard] = []
         row = first_row
@@ -128,8 +129,10 @@ class EmbeddingCache:
 
         Raises:
             CacheError: ``path`` holds a cache of another model, corpus, prompt or dtype (it says which) or is being
-                built in by somebody else, an unknown dtype is asked for, an embedding is not finite, the disk has no
-                room for it, or another process's files are not seen.
+                built in by somebody else, or an unknown dtype is asked for.
+            NonFiniteError: an embedding is NaN or infinite in that dtype.
+            StorageError: the disk has no room for it, or cannot be written to.
+            ProcessError: another of several processes has failed, or does not see the same folder.
         """
         if dtype not in DTYPES:
             raise CacheError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
@@ -159,7 +162,7 @@ class EmbeddingCache:
                         embeddings = encoder.encode(model, rows, batch_size=batch_size, bar=bar)
                         stored = Shard.store(embeddings.cpu(), DTYPES[dtype])
                         if len(bad := rows[stored.not_finite().numpy()]):
-                            raise CacheError(
+                            raise NonFiniteError(
                                 f"The embeddings of {len(bad)} targets are NaN or infinite, e.g. rows "
                                 f"{bad[:3].tolist()} (ids {corpus.ids(bad[:3])}), in {dtype}: check the model's "
                                 "weights, or choose another dtype."
@@ -175,8 +178,9 @@ class EmbeddingCache:
     def repair(
         cls, model: SentenceTransformer, corpus: Corpus, path: str | os.PathLike, batch_size: int = 64
     ) -> EmbeddingCache:
-        """Encode anew what is damaged or missing in the cache of ``model`` and ``corpus`` in ``path``: all of it is read
-        and compared with what was written.
+        """Encode anew what is damaged or missing in the cache of ``model`` and ``corpus`` in ``path``.
+
+        All of it is read, and compared with what was written.
 
         Raises:
             CacheError: it is a cache of something else, or what :meth:`build` refuses.
@@ -197,7 +201,8 @@ class EmbeddingCache:
         """Write it into the new folder ``path``, as :meth:`build` would have; returns it memory-mapped from there.
 
         Raises:
-            CacheError: there is something in ``path``, this is only a part of a cache, or the disk has no room for it.
+            CacheError: there is something in ``path``, or this is only a part of a cache.
+            StorageError: the disk has no room for it, or cannot be written to.
         """
         if len(self) != self.corpus_size:
             raise CacheError(f"{self!r} is a part of a cache: save the whole one.")
@@ -319,7 +324,7 @@ class EmbeddingCache:
         """The same cache in memory on ``device`` (a GPU that has room for it searches much faster), or in ``dtype``.
 
         Raises:
-            CacheError: an embedding is not finite in that dtype.
+            NonFiniteError: an embedding is not finite in that dtype.
             InputError: the device has no room for it.
         """
         device, dtype = torch.device(device or self.device), dtype or self.dtype
@@ -342,7 +347,7 @@ class EmbeddingCache:
 def _require_finite(shard: Shard, first_row: int) -> None:
     bad = shard.not_finite()
     if len(bad):
-        raise CacheError(
+        raise NonFiniteError(
             f"The embedding of row {first_row + int(bad[0])} is NaN or infinite in {shard.values.dtype}; each target "
             "needs a finite one."
         )

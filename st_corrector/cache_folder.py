@@ -21,17 +21,19 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from .errors import CacheError
-from .files import require_space, write_whole
+from .files import make_folder, require_space, storing, whole
 from .fingerprint import differences
 from .shard import DTYPES, Shard
 
 SCHEMA = 2
 _MANIFEST, _BUILD, _LOCK = "manifest.json", "build.json", ".lock"
 _KEY, _SCALES, _DIGEST = "embeddings", "scales", "sha256"
-_LARGEST_JSON = 64 << 20  # of a manifest with a billion targets
+_LARGEST_JSON = 64 << 20  # of a manifest with billions of targets
+_MOST_SHARDS = 1 << 20  # nothing that a file says makes us count further
+_GO_ON = "The same call goes on behind what is finished."
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,19 @@ class CacheFolder:
         Raises:
             CacheError: another process is building in it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
+        lock = FileLock(self.path / _LOCK, timeout=0)
+        with storing(self.path, _GO_ON):
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise CacheError(
+                    f"Another process is building a cache in {self.path}: wait for it, or build in another folder."
+                ) from error
         try:
-            with FileLock(self.path / _LOCK, timeout=0):
-                yield
-        except Timeout as error:
-            raise CacheError(
-                f"Another process is building a cache in {self.path}: wait for it, or build in another folder."
-            ) from error
+            yield
+        finally:
+            lock.release()
 
     def require(self, description: Description) -> Description:
         """What is there, where it is what is described, but for the shards' size.
@@ -132,7 +139,8 @@ class CacheFolder:
         """Begin a cache, or go on with one; the description of what is there then, whose shard size may be another.
 
         Raises:
-            CacheError: there is something else in the folder, or not enough room on its disk.
+            CacheError: there is something else in the folder.
+            StorageError: its disk has not enough room, or cannot be written to.
         """
         if self.is_finished or self.is_begun:
             description = self.require(description)
@@ -143,7 +151,7 @@ class CacheFolder:
         missing = self.missing(description)
         require_space(self.path, sum(map(description.bytes_of, missing)), f"What is missing of {len(missing)} shards")
         if not self.is_finished and not self.is_begun:
-            write_whole(self.path / _BUILD, _json({"schema": SCHEMA, **asdict(description)}))
+            self._write_json(_BUILD, asdict(description))
         return description
 
     def missing(self, description: Description) -> list[int]:
@@ -154,12 +162,13 @@ class CacheFolder:
         """Write a shard.
 
         Raises:
-            CacheError: it cannot be written.
+            StorageError: it cannot be written.
         """
         tensors = {_KEY: shard.values.contiguous()}
         if shard.scales is not None:
             tensors[_SCALES] = shard.scales.contiguous()
-        write_whole(self._shard(number), save(tensors, {_DIGEST: _digest(shard)}))
+        with whole(self._shard(number), _GO_ON) as path:
+            save_file(tensors, path, {_DIGEST: _digest(shard)})
 
     def finish(self, description: Description) -> None:
         """Say that all shards are there.
@@ -171,7 +180,7 @@ class CacheFolder:
         for number in description.shards:
             _, digest = self._open(number, description)
             shards.append({"bytes": self._shard(number).stat().st_size, _DIGEST: digest})
-        write_whole(self.path / _MANIFEST, _json({"schema": SCHEMA, **asdict(description), "shards": shards}))
+        self._write_json(_MANIFEST, {**asdict(description), "shards": shards})
         (self.path / _BUILD).unlink(missing_ok=True)
 
     def read(self) -> tuple[Description, list[Shard]]:
@@ -212,7 +221,7 @@ class CacheFolder:
     def reopen(self, shards: list[int]) -> None:
         """Make a finished cache one that lacks ``shards``, so that building completes it."""
         description, _ = self._read_json()
-        write_whole(self.path / _BUILD, _json({"schema": SCHEMA, **asdict(description)}))
+        self._write_json(_BUILD, asdict(description))
         (self.path / _MANIFEST).unlink()
         for number in shards:
             self._shard(number).unlink(missing_ok=True)
@@ -237,26 +246,37 @@ class CacheFolder:
     def _open(self, number: int, description: Description) -> tuple[Shard, str]:
         """A shard, memory-mapped, and the digest that it had when it was written."""
         path = self._shard(number)
+        _require_own(path)
         try:
             with safe_open(path, framework="pt") as file:
                 digest = (file.metadata() or {}).get(_DIGEST, "")
                 values = file.get_tensor(_KEY)
                 scales = file.get_tensor(_SCALES) if description.dtype == "int8" else None
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise CacheError(f"{path} is damaged ({error}). {_REPAIR}") from error
         expected = (len(description.rows_of(number)), description.dim)
-        if tuple(values.shape) != expected or values.dtype != DTYPES[description.dtype]:
+        found = (tuple(values.shape), values.dtype, None if scales is None else (tuple(scales.shape), scales.dtype))
+        if found != (
+            expected,
+            DTYPES[description.dtype],
+            None if scales is None else (expected[:1], torch.float32),
+        ):
             raise CacheError(
                 f"{path} holds {values.dtype} of shape {tuple(values.shape)}, expected {description.dtype} of shape "
                 f"{expected}. {_REPAIR}"
             )
         return Shard(values, scales), digest
 
+    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        with whole(self.path / name, _GO_ON) as path:
+            path.write_text(json.dumps({"schema": SCHEMA, **value}, indent=2), encoding="utf-8")
+
     def _read_json(self) -> tuple[Description, list[dict[str, Any]] | None]:
         """The description, and what is recorded of each shard if the cache is finished."""
         path = self.path / (_MANIFEST if self.is_finished else _BUILD)
         if not path.is_file():
             raise CacheError(f"{self.path} holds no embedding cache: build one with EmbeddingCache.build.")
+        _require_own(path)
         found = _parse(path)
         names = {field.name for field in fields(Description)}
         if found.get("schema") != SCHEMA or not names <= found.keys():
@@ -269,7 +289,8 @@ class CacheFolder:
         shards = found.get("shards")
         if (
             not all(type(count) is int and count > 0 for count in counts)
-            or description.dtype not in DTYPES
+            or -(-description.rows // description.shard_size) > _MOST_SHARDS
+            or description.dtype not in list(DTYPES)  # which need not be hashable
             or not isinstance(description.fingerprint, dict)
             or (path.name == _MANIFEST and not _fit(shards, len(description.shards)))
         ):
@@ -292,6 +313,12 @@ def _fit(shards: Any, count: int) -> bool:
     )
 
 
+def _require_own(path: Path) -> None:
+    """Refuse to read what lies elsewhere, to which a folder from a stranger may link."""
+    if path.resolve().parent != path.parent.resolve():
+        raise CacheError(f"{path} is a link to {path.resolve()}, outside of the cache: put the file itself there.")
+
+
 def _parse(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST_JSON:
@@ -304,14 +331,10 @@ def _parse(path: Path) -> dict[str, Any]:
     return found
 
 
-def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=2).encode()
-
-
 def _digest(shard: Shard) -> str:
     """SHA-256 of a shard's embeddings."""
     total = hashlib.sha256()
     for tensor in (shard.values, shard.scales):
         if tensor is not None:
-            total.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+            total.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

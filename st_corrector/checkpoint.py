@@ -21,11 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import CacheError, InputError
+from .errors import CheckpointError, InputError
+from .files import make_folder, whole
 from .loss import CorrectedMultipleNegativesLoss
 
 FOLDER = "st_corrector"
 _COUNTERS = ("targets_encoded", "targets_verified", "targets_reencoded")
+_GO_ON = "Then resume from the last checkpoint that is complete."
 _PART = re.compile(r"(?P<name>.+)-(?P<rank>\d{5})-of-(?P<size>\d{5})\.safetensors")
 
 
@@ -37,19 +39,16 @@ def save_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint
         checkpoint: the checkpoint's folder.
     """
     folder = Path(checkpoint) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, _GO_ON)
     for name, loss in losses.items():
         processes = loss.processes
         for old in folder.glob("*.safetensors"):  # of as many processes as had begun this checkpoint and were killed
             if (match := _PART.fullmatch(old.name)) and match["name"] == name and int(match["size"]) != processes.size:
                 old.unlink(missing_ok=True)
         path = folder / f"{name}-{processes.rank:05}-of-{processes.size:05}.safetensors"
-        partial = path.with_suffix(f".{os.getpid()}.partial")
         tensors, description = _state(loss)
-        save_file(tensors, partial, {"state": json.dumps(description)})
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with whole(path, _GO_ON) as partial:
+            save_file(tensors, partial, {"state": json.dumps(description)})
     for loss in losses.values():
         loss.processes.wait()  # before the first process says that all is there, and removes older checkpoints
 
@@ -61,13 +60,13 @@ def load_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint
     anew: embeddings of the whole corpus are in no checkpoint.
 
     Raises:
-        CacheError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged.
         InputError: the checkpoint is of another corrector or another cache.
     """
     for name, loss in losses.items():
         parts = _parts(Path(checkpoint) / FOLDER, name)
         if not parts:
-            raise CacheError(
+            raise CheckpointError(
                 f"{checkpoint} holds no state of the corrector (no {FOLDER}/{name}-*.safetensors): it was saved by "
                 "another trainer than CorrectorTrainer, or with save_only_model. Training would go on with a corrector "
                 "that has learnt nothing: start anew from this model, with a cache built by it."
@@ -150,7 +149,7 @@ def _parts(folder: Path, name: str) -> list[Path]:
         path for path in folder.glob("*.safetensors") if (m := _PART.fullmatch(path.name)) and m["name"] == name
     )
     if found and (match := _PART.fullmatch(found[0].name)) and len(found) != int(match["size"]):
-        raise CacheError(
+        raise CheckpointError(
             f"{folder} holds {len(found)} of the {int(match['size'])} files in which as many processes have saved the "
             "corrector's state: the checkpoint is not complete. Go on from an earlier one."
         )
@@ -163,4 +162,4 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             description = json.loads((file.metadata() or {})["state"])
             return {name: file.get_tensor(name) for name in file.keys()}, description  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CacheError(f"{path} is damaged ({error}): go on from an earlier checkpoint.") from error
+        raise CheckpointError(f"{path} is damaged ({error}): go on from an earlier checkpoint.") from error

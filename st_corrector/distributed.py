@@ -14,7 +14,7 @@ from accelerate import PartialState
 from sentence_transformers.util import all_gather_with_grad
 from torch import Tensor
 
-from .errors import CacheError, InputError
+from .errors import InputError, ProcessError
 
 _TIMEOUT = timedelta(seconds=1800)  # transformers' own default for training
 
@@ -116,7 +116,7 @@ class Processes:
             what: what the block does, for the message.
 
         Raises:
-            CacheError: it has failed in another process.
+            ProcessError: it has failed in another process.
         """
         error: Exception | None = None
         try:
@@ -128,7 +128,7 @@ class Processes:
             dist.all_gather_object(failed, None if error is None else f"{type(error).__name__}: {error}")
             if error is None and any(failed):
                 which = "\n".join(f"  rank {rank}: {each}" for rank, each in enumerate(failed) if each)
-                raise CacheError(f"{what} has failed in another process:\n{which}")
+                raise ProcessError(f"{what} has failed in another process:\n{which}")
         if error is not None:
             raise error
 
@@ -145,12 +145,12 @@ class Processes:
             what: what it is the checksum of, for the message.
 
         Raises:
-            InputError: they differ; it says on which ranks.
+            ProcessError: they differ; it says on which ranks.
         """
         checksums = self.gather(checksum).tolist()
         others = [rank for rank, each in enumerate(checksums) if each != checksums[0]]
         if others:
-            raise InputError(
+            raise ProcessError(
                 f"{what} differs between processes: that of rank {others} is not that of rank 0. All learn it from the "
                 "same pairs in the same order, so something was computed otherwise: the processes must run the same "
                 "versions on the same kind of device, and none may change it by itself."

@@ -15,5 +15,21 @@ class CacheError(StCorrectorError, ValueError):
     """An embedding cache is damaged, incomplete, or belongs to something else."""
 
 
+class CheckpointError(StCorrectorError, ValueError):
+    """A checkpoint is damaged, incomplete, or belongs to something else."""
+
+
+class StorageError(StCorrectorError, OSError):
+    """A file cannot be written: the disk is full, may not be written to, or is gone."""
+
+
 class InputError(StCorrectorError, ValueError):
     """An argument, or a batch that reached the loss, is not what was expected."""
+
+
+class NonFiniteError(InputError):
+    """Something is NaN or infinite: embeddings, the loss, the corrector or gradients."""
+
+
+class ProcessError(StCorrectorError, RuntimeError):
+    """Of several processes another one has failed, or they no longer agree."""

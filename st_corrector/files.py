@@ -4,32 +4,69 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import CacheError
+from safetensors import SafetensorError
+
+from .errors import StorageError
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors tells
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` holds all of it, or what it held before.
+@contextmanager
+def storing(path: Path, advice: str) -> Iterator[None]:
+    """Say of what the system refuses in this block that it is ``path`` that cannot be written, and how to go on.
+
+    Args:
+        advice: what to do when the cause is mended.
 
     Raises:
-        CacheError: it cannot be written; nothing of it is left.
+        StorageError: something cannot be written.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except (OSError, SafetensorError) as error:
+        told = _OS_ERROR.search(str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None) or 0
+        reason = os.strerror(number) if number else str(error)
+        raise StorageError(f"{path} cannot be written: {reason}. {_MEND.get(number, '')}{advice}") from error
+
+
+@contextmanager
+def whole(path: Path, advice: str = "Then call the same again.") -> Iterator[Path]:
+    """Give the block a file to write which becomes ``path`` when it is whole; before that ``path`` is what it was.
+
+    Raises:
+        StorageError: it cannot be written; nothing of it is left.
     """
     # A name of this process's own: two that write one file must not write into one another's.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except OSError as error:
+        with storing(path, advice):
+            yield partial
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+    finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise CacheError(f"{path} cannot be written: {error.strerror}. {_mend(error)}") from error
+
+
+def make_folder(path: Path, advice: str = "Choose another one.") -> None:
+    """Make a folder and those it is in, if they are not there.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    with storing(path, advice):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
@@ -40,22 +77,23 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         what: what they are needed for.
 
     Raises:
-        CacheError: there are fewer; it has the numbers.
+        StorageError: there are fewer; it has the numbers.
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise CacheError(
-            f"{what} takes {needed / 1e6:,.0f} MB, and the disk of {folder} has {free / 1e6:,.0f} MB left: make room, "
+        raise StorageError(
+            f"{what} takes {needed / 1e6:,.1f} MB, and the disk of {folder} has {free / 1e6:,.1f} MB left: make room, "
             "choose another folder, or a smaller dtype."
         )
 
 
-def _mend(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "Make room: the same call goes on behind what is finished."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "Choose a folder that can be written to."
-    return "The same call goes on behind what is finished."
+_MEND = {
+    errno.ENOSPC: "Make room. ",
+    errno.EDQUOT: "Make room within the quota. ",
+    errno.EACCES: "Choose a folder that can be written to. ",
+    errno.EPERM: "Choose a folder that can be written to. ",
+    errno.EROFS: "Choose a folder that can be written to. ",
+}
 
 
 def _sync_folder(folder: Path) -> None:

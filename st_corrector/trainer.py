@@ -22,7 +22,7 @@ from .checkpoint import FOLDER, load_losses, missing_from, save_losses
 from .corpus import Corpus
 from .correctors import make_corrector
 from .encoding import DocumentEncoder
-from .errors import CacheError, InputError
+from .errors import CheckpointError, InputError
 from .fingerprint import digest_json
 from .loss import CorrectedMultipleNegativesLoss
 from .memory import describe_memory, require_memory
@@ -140,7 +140,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
 
         Raises:
             InputError: what choosing negatives needs does not fit on the model's device.
-            CacheError: a checkpoint that is to be resumed is not complete.
+            CheckpointError: a checkpoint that is to be resumed is not complete.
         """
         batch_size = self.args.train_batch_size
         if self.args.max_steps > 0:
@@ -167,7 +167,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
             incomplete.append(f"{Path(checkpoint).name} lacks {missing}")
             logger.warning("Passing over a checkpoint that is not complete: %s.", incomplete[-1])
         if incomplete:
-            raise CacheError(f"No checkpoint in {self.args.output_dir} is complete: {'; '.join(incomplete)}.")
+            raise CheckpointError(f"No checkpoint in {self.args.output_dir} is complete: {'; '.join(incomplete)}.")
         return True  # the plain trainer says that there is none
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,8 +1,4 @@
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +7,7 @@ import torch
 from conftest import make_bert_model, make_static_model
 from sentence_transformers import SentenceTransformer
 
-from st_corrector import CacheError, Corpus, EmbeddingCache, InputError
+from st_corrector import CacheError, Corpus, EmbeddingCache, InputError, NonFiniteError
 from st_corrector.encoding import DocumentEncoder
 
 
@@ -73,7 +69,7 @@ def test_a_cache_changes_its_dtype_in_memory(static_model, corpus, tmp_path, mon
         assert cache.dtype == dtype and cache.fingerprint == exact.fingerprint
         torch.testing.assert_close(cache[range(200)], exact[range(200)], atol=0.01, rtol=0.01)
     assert torch.equal(exact.to("cpu")[range(200)], exact[range(200)])
-    with pytest.raises(CacheError, match=r"row 1 is NaN or infinite in torch\.float16"):
+    with pytest.raises(NonFiniteError, match=r"row 1 is NaN or infinite in torch\.float16"):
         EmbeddingCache.from_tensor(torch.tensor([[1.0], [1e6]])).to(dtype=torch.float16)
     monkeypatch.setattr("st_corrector.memory.available_memory", lambda device: 1_000)
     with pytest.raises(InputError, match=r"(?s)does not fit.*embedding cache, 200 × .* in torch.int8.*MB") as error:
@@ -105,44 +101,6 @@ def test_the_cache_is_memory_mapped(tmp_path):
     read = resident() - before
     size = 40_000 * 256 * 4
     assert loaded < size / 8 and read > size / 2, "loading reads nothing; reading does"
-
-
-BUILD = """
-import sys, time
-from datasets import config
-from sentence_transformers import SentenceTransformer
-from st_corrector import Corpus, EmbeddingCache
-config.HF_DATASETS_CACHE = sys.argv[3]
-texts = [f"text number {n} of {n * 7}" for n in range(300)]
-model = SentenceTransformer(sys.argv[1], device="cpu")
-EmbeddingCache.build(model, Corpus.from_texts(texts), sys.argv[2], shard_size=10)
-"""
-
-
-def test_a_killed_build_goes_on_where_it_stopped(minilm_path, tmp_path):
-    def start(folder):
-        return subprocess.Popen(
-            [sys.executable, "-c", BUILD, minilm_path, str(folder), str(tmp_path / "datasets")],
-            stderr=subprocess.DEVNULL,
-        )
-
-    folder = tmp_path / "killed"
-    process = start(folder)
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob("*.safetensors"))) < 3 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-    assert 3 <= len(done) < 30, "killed half-way"
-    with pytest.raises(CacheError, match=r"not finished: \d+ of 30 shards are missing"):
-        EmbeddingCache.load(folder)
-
-    assert start(folder).wait() == 0
-    assert start(tmp_path / "whole").wait() == 0
-    assert all(path.stat().st_mtime_ns == written for path, written in done.items()), "finished shards are kept"
-    resumed, whole = EmbeddingCache.load(folder), EmbeddingCache.load(tmp_path / "whole")
-    assert torch.equal(resumed[range(300)], whole[range(300)])
 
 
 def test_a_finished_cache_is_not_built_again(static_model, corpus, tmp_path, monkeypatch):
@@ -194,11 +152,8 @@ def test_damaged_and_foreign_folders_are_refused(static_model, corpus, tmp_path)
     shard.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CacheError, match=r"embeddings-000001\.safetensors is damaged"):
         EmbeddingCache.load(tmp_path / "cache")
-    shard.unlink()
-    assert len(EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)) == 200
-    assert shard.read_bytes() == whole
     (tmp_path / "cache" / "manifest.json").write_text("{}")
-    with pytest.raises(CacheError, match="does not describe a cache of schema 1"):
+    with pytest.raises(CacheError, match="does not describe a cache of schema 2"):
         EmbeddingCache.load(tmp_path / "cache")
 
 
@@ -206,7 +161,7 @@ def test_embeddings_that_are_not_finite_are_refused_with_their_rows(static_model
     token = static_model.tokenizer.encode(corpus.texts([42])[0], add_special_tokens=False).ids[0]
     with torch.no_grad():
         static_model[0].embedding.weight[token] = torch.nan
-    with pytest.raises(CacheError, match=r"NaN or infinite, e\.g\. rows \["):
+    with pytest.raises(NonFiniteError, match=r"NaN or infinite, e\.g\. rows \["):
         EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)
 
 
@@ -222,7 +177,7 @@ def test_from_tensor_wraps_and_checks():
         cache[[2, -1]]
 
     vectors[3, 1] = torch.inf
-    with pytest.raises(CacheError, match="The embedding of row 3 is NaN or infinite"):
+    with pytest.raises(NonFiniteError, match="The embedding of row 3 is NaN or infinite"):
         EmbeddingCache.from_tensor(vectors)
 
 
@@ -230,7 +185,7 @@ def test_what_overflows_the_stored_dtype_is_refused(corpus, tmp_path):
     model = SentenceTransformer(modules=list(make_static_model())[:-1], device="cpu")
     with torch.no_grad():
         model[0].embedding.weight *= 1e5
-    with pytest.raises(CacheError, match=r"NaN or infinite, e\.g\. rows \[0, 1, 2\] .* in float16"):
+    with pytest.raises(NonFiniteError, match=r"NaN or infinite, e\.g\. rows \[0, 1, 2\] .* in float16"):
         EmbeddingCache.build(model, corpus, tmp_path / "half", dtype="float16", progress=False)
     assert len(EmbeddingCache.build(model, corpus, tmp_path / "whole", dtype="bfloat16", progress=False)) == 200
 

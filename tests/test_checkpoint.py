@@ -11,7 +11,7 @@ from test_distributed import launch, results
 from transformers import TrainerCallback
 
 from st_corrector import (
-    CacheError,
+    CheckpointError,
     CorrectedMultipleNegativesLoss,
     CorrectorTrainer,
     CorrectorTrainingArguments,
@@ -153,7 +153,9 @@ def test_a_checkpoint_whose_writing_was_cut_short_is_passed_over(corpus, tmp_pat
         assert torch.equal(resumed.model.state_dict()[name], value)
     for step in (2, 4, 6):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink()
-    with pytest.raises(CacheError, match=r"No checkpoint in .* is complete: checkpoint-6 lacks trainer_state.json"):
+    with pytest.raises(
+        CheckpointError, match=r"No checkpoint in .* is complete: checkpoint-6 lacks trainer_state.json"
+    ):
         trainer_of(corpus, tmp_path).train(resume_from_checkpoint=True)
 
 
@@ -191,11 +193,11 @@ def test_a_checkpoint_of_something_else_is_refused(corpus, tmp_path):
     )
     with pytest.raises(InputError, match="cache: "):
         load_losses({"loss": loss}, tmp_path / "checkpoint-6")
-    with pytest.raises(CacheError, match="holds no state of the corrector"):
+    with pytest.raises(CheckpointError, match="holds no state of the corrector"):
         load_losses({"other": loss}, tmp_path / "checkpoint-6")
     file = tmp_path / "checkpoint-6" / FOLDER / "loss-00000-of-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(CacheError, match="is damaged"):
+    with pytest.raises(CheckpointError, match="is damaged"):
         trainer_of(corpus, tmp_path).train(resume_from_checkpoint=True)
 
 

@@ -17,7 +17,7 @@ import torch
 from sentence_transformers.base.losses import gradcache
 from training import CASES
 
-from st_corrector import EmbeddingCache, InputError
+from st_corrector import EmbeddingCache, ProcessError
 from st_corrector.distributed import Processes, checksum
 
 HERE = Path(__file__).parent
@@ -243,7 +243,7 @@ def _exchange_ragged(rank, store):
     assert processes.sum(torch.tensor([rank])).tolist() == [3]
     assert processes.bytes_received > 0
     processes.require_same(torch.tensor([5]), "This")
-    with pytest.raises(InputError, match=r"That differs between processes: that of rank \[2\]"):
+    with pytest.raises(ProcessError, match=r"That differs between processes: that of rank \[2\]"):
         processes.require_same(torch.tensor([rank // 2]), "That")
     torch.distributed.destroy_process_group()
 

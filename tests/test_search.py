@@ -20,8 +20,8 @@ from st_corrector import (
     RidgeCorrector,
     RidgeMLPCorrector,
 )
-from st_corrector.shard import Shard
 from st_corrector.gumbel import gumbel_noise
+from st_corrector.shard import Shard
 
 
 def trained(corrector, dim):
