@@ -3,6 +3,7 @@
 In a checkpoint it is a folder of its own, which is not pushed to the Hub with the model::
 
     st_corrector/<loss>-<rank>-of-<processes>.safetensors
+    st_corrector/digests.json    size and SHA-256 of every file of the checkpoint, written last
 
 Each process writes what has been written back of its part of the corpus, the first one the corrector as well. The cache
 itself stays where it is.
@@ -10,6 +11,7 @@ itself stays where it is.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -28,6 +30,8 @@ from .loss import CorrectedMultipleNegativesLoss
 FOLDER = "st_corrector"
 _COUNTERS = ("targets_encoded", "targets_verified", "targets_reencoded")
 _GO_ON = "Then resume from the last checkpoint that is complete."
+_DESCRIBED = {"corrector", "cache", "rows", "steps", "refreshed", "diverged", *_COUNTERS}
+_DIGESTS = "digests.json"
 _PART = re.compile(r"(?P<name>.+)-(?P<rank>\d{5})-of-(?P<size>\d{5})\.safetensors")
 
 
@@ -74,13 +78,46 @@ def load_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint
         _restore(loss, [_read(part) for part in parts])
 
 
-def missing_from(checkpoint: str | os.PathLike) -> str | None:
-    """What a checkpoint lacks whose writing was cut short; None if it is complete."""
+def seal(checkpoint: str | os.PathLike) -> None:
+    """Note what every file of a checkpoint is, when all processes have written theirs; one of them calls it.
+
+    Raises:
+        StorageError: the note cannot be written.
+    """
+    folder = Path(checkpoint)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".md", ".partial"))
+    described = {str(path.relative_to(folder)): _described(path) for path in files if path.name != _DIGESTS}
+    with whole(folder / FOLDER / _DIGESTS, _GO_ON) as partial:
+        partial.write_text(json.dumps(described, indent=2), encoding="utf-8")
+
+
+def unseal(checkpoint: str | os.PathLike) -> None:
+    """Say of a checkpoint that is about to be written once more that it is not complete."""
+    for name in ("trainer_state.json", f"{FOLDER}/{_DIGESTS}"):
+        (Path(checkpoint) / name).unlink(missing_ok=True)
+
+
+def fault_of(checkpoint: str | os.PathLike) -> str | None:
+    """What is wrong with a checkpoint whose writing was cut short, or that has been damaged since; None if nothing.
+
+    All of it is read, where :func:`seal` has noted what it was.
+    """
     folder = Path(checkpoint)
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # written last, by the first process
     except (OSError, ValueError):
-        return "trainer_state.json"
+        return "lacks trainer_state.json"
+    if (folder / FOLDER / _DIGESTS).exists():
+        try:
+            noted = json.loads((folder / FOLDER / _DIGESTS).read_text(encoding="utf-8")).items()
+        except (OSError, ValueError, AttributeError):
+            return f"has a damaged {FOLDER}/{_DIGESTS}"
+        for name, described in noted:
+            path = folder / name
+            if not path.is_file():
+                return f"lacks {name}"
+            if _described(path) != described:
+                return f"has a damaged {name}: it is not what was written"
     for path in (folder / FOLDER).glob("*.safetensors"):
         match = _PART.fullmatch(path.name)
         if match is None:
@@ -88,8 +125,16 @@ def missing_from(checkpoint: str | os.PathLike) -> str | None:
         for rank in range(int(match["size"])):
             part = path.with_name(f"{match['name']}-{rank:05}-of-{match['size']}.safetensors")
             if not part.exists():
-                return f"{FOLDER}/{part.name}"
+                return f"lacks {FOLDER}/{part.name}"
     return None
+
+
+def _described(path: Path) -> dict[str, Any]:
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return {"bytes": path.stat().st_size, "sha256": total.hexdigest()}
 
 
 def _state(loss: CorrectedMultipleNegativesLoss) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -97,12 +142,14 @@ def _state(loss: CorrectedMultipleNegativesLoss) -> tuple[dict[str, Tensor], dic
     tensors = {f"overlay.{name}": value for name, value in search.overlay.state_dict().items()}
     if loss.processes.rank == 0:
         tensors |= {f"corrector.{name}": value for name, value in search.corrector.state_dict().items()}
+        tensors["divergence"] = loss.divergence_watch.state
     description = {
         "corrector": repr(search.corrector),
         "cache": search.cache.fingerprint,
         "rows": search.cache.corpus_size,
         "steps": search.steps,
         "refreshed": loss.refreshed,
+        "diverged": loss.diverged,
         **{name: getattr(loss, name) for name in _COUNTERS},
     }
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, description
@@ -110,6 +157,8 @@ def _state(loss: CorrectedMultipleNegativesLoss) -> tuple[dict[str, Tensor], dic
 
 def _restore(loss: CorrectedMultipleNegativesLoss, parts: list[tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
     description = parts[0][1]
+    if loss.diverged != description["diverged"]:
+        loss.restart_corrector(description["diverged"])
     search = loss.search
     expected = {
         "corrector": repr(search.corrector),
@@ -134,6 +183,7 @@ def _restore(loss: CorrectedMultipleNegativesLoss, parts: list[tuple[dict[str, T
     else:
         search.corrector.load_state_dict(_under("corrector.", parts[0][0]))
         search.overlay.load_state_dicts(_under("overlay.", tensors) for tensors, _ in parts)
+        loss.divergence_watch.state = parts[0][0]["divergence"].to(search.cache.device)
     search.steps = description["steps"]
     for name in _COUNTERS:
         setattr(loss, name, description[name])
@@ -160,6 +210,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {})["state"])
-            return {name: file.get_tensor(name) for name in file.keys()}, description  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): go on from an earlier checkpoint.") from error
+    if not isinstance(description, dict) or not description.keys() >= _DESCRIBED:
+        raise CheckpointError(f"{path} was written by another version of st_corrector: go on with that one.")
+    return tensors, description

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .cache import EmbeddingCache
 from .encoding import DocumentEncoder, unwrap
-from .errors import InputError
+from .errors import InputError, NonFiniteError
 from .fingerprint import differences
 from .tokens import TokenizedCorpus
 
@@ -66,7 +66,7 @@ def require_finite(embeddings: Tensor, what: str, rows: Tensor | None = None) ->
         where = (
             f"positions {bad[:5].tolist()}" if rows is None else f"corpus rows {rows.to(bad.device)[bad[:5]].tolist()}"
         )
-        raise InputError(
+        raise NonFiniteError(
             f"The embeddings of {len(bad)} of {len(embeddings)} {what} are NaN or infinite ({where}). Training has "
             "diverged or a text breaks the encoder: lower the learning rate, clip gradients, or look at these texts."
         )

@@ -101,6 +101,10 @@ class Processes:
             self.bytes_received += 2 * tensor.nbytes * (self.size - 1) // self.size
         return tensor
 
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether it is so for any of them."""
+        return bool(self.sum(torch.tensor(int(flag), device=device))) if self.size > 1 else flag
+
     def broadcast(self, tensor: Tensor) -> Tensor:
         """What the first process has, in place: for draws from generators that may have moved apart."""
         if self.size > 1:

@@ -31,7 +31,9 @@ def storing(path: Path, advice: str) -> Iterator[None]:
         yield
     except StorageError:
         raise
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # how torch.save tells
+            raise
         told = _OS_ERROR.search(str(error))
         number = int(told[1]) if told else getattr(error, "errno", None) or 0
         reason = os.strerror(number) if number else str(error)

@@ -20,8 +20,9 @@ from .checks import check_cache, check_labels, check_settings, require_finite
 from .corpus import Corpus
 from .correctors import Corrector, IdentityCorrector, make_corrector
 from .distributed import Processes, checksum
+from .divergence import DivergencePolicy, DivergenceWatch
 from .encoding import DocumentEncoder, returning_also, unwrap
-from .errors import InputError
+from .errors import InputError, NonFiniteError
 from .filters import FalseNegativeFilter, is_in, known_positives, pad_rows, repeats_earlier
 from .search import CorrectedSearch, Sampler
 from .selection import Budget, NegativeSelector, Selection
@@ -120,6 +121,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         shortlist: Shortlist | None = None,
         warmup_steps: int = 0,
         warmup_negatives: WarmupNegatives = "stale",
+        divergence: DivergencePolicy = "identity",
         split: str | None = "train",
     ) -> None:
         r"""
@@ -171,6 +173,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             warmup_steps: for so many of its steps the corrector learns, but does not choose yet.
             warmup_negatives: what is taken until then: ``"stale"``, the hardest by the cache as it is (and what has
                 been written back), or ``"in-batch"``, nothing but the other queries' positives.
+            divergence: what to do with a corrector whose error exceeds that of the cache as it is by more than 0.01 (of
+                ``1 − cos``) over 100 steps: ``"identity"`` goes on without one, ``"warn"`` only says so.
             split: the corpus split that is trained on: its judgements say what else is relevant to a query.
                 A query is known by its positive's row: where one target answers several queries of the split, nothing
                 that is relevant to any of them is a negative for them. ``None``: the labels are all that is known.
@@ -228,8 +232,10 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         Raises:
             InputError: settings that are out of range, a cache of another size, corpus or kind of encoder; and in
                 training a batch without ``label``, with a label outside the corpus, with a positive that is not the
-                text of its row (checked by token ids, where the model has them), or with embeddings that are not
-                finite; processes whose correctors differ.
+                text of its row (checked by token ids, where the model has them).
+            NonFiniteError: embeddings, the loss or the corrector are NaN or infinite: nothing was learnt from the step
+                then, by the corrector neither.
+            ProcessError: the correctors of several processes differ.
         """
         super().__init__()
         self.selector = NegativeSelector(
@@ -242,6 +248,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 f"warmup_steps must not be negative and warmup_negatives 'stale' or 'in-batch', got {warmup_steps} and "
                 f"{warmup_negatives!r}."
             )
+        if divergence not in ("identity", "warn"):
+            raise InputError(f"divergence must be 'identity' or 'warn', got {divergence!r}.")
         self.model = model
         self.corpus = corpus
         self.similarity_fct = similarity_fct
@@ -251,6 +259,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         self.background_targets = background_targets
         self.shortlist = shortlist
         self.warmup_steps, self.warmup_negatives = warmup_steps, warmup_negatives
+        self.divergence = divergence
         self.split = split
         self.processes = Processes.current()
         """Those that train together; more than one under ``accelerate launch``."""
@@ -262,6 +271,10 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         """Targets encoded without gradient to verify them so far; see ``candidates``."""
         self.targets_reencoded = 0
         """Targets encoded for the cache alone so far, by :meth:`refresh` or as background targets; else zero."""
+        self.diverged = False
+        """Whether the corrector has made things worse and was given up; see ``divergence``."""
+        self.divergence_watch = DivergenceWatch(self.processes)
+        """What notices it."""
         self.refreshed = False
         """Whether :meth:`refresh` has replaced the cache that the loss was made with."""
         self._qrels = corpus.qrels(split) if corpus.splits and split is not None else None
@@ -284,6 +297,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 )
             if self.processes.size > 1 and len(cache) == len(corpus):
                 cache = cache.part(self.processes.share(len(corpus)))
+            self._configured = corrector
             self._search = self._make_search(cache, corrector)
 
     @property
@@ -327,14 +341,17 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             columns: list[Column] = []
             for each in features:
                 columns.append(self._embed(each, columns))
-        require_finite(columns[0].embeddings, "queries in this batch")
-        require_finite(columns[1].embeddings, "positives in this batch", rows)
         if rows is None or not training:
+            require_finite(columns[0].embeddings, "queries in this batch")
+            require_finite(columns[1].embeddings, "positives in this batch", rows)
             return {"task_loss": self.calculate_loss([each.pieces for each in columns], self._in_batch(columns, rows))}
 
         received = self.processes.bytes_received
         with self._timed("exchange"):
             batch = self._gather(columns, rows)
+        # What all processes have gathered is looked at, so that none goes on alone.
+        require_finite(batch.queries, "queries in this batch")
+        require_finite(batch.positives, "positives in this batch", batch.rows)
         self.targets_encoded += len(batch.rows)
         selection, negative_rows = None, batch.rows[:0]
         if self.num_negatives and not (self._is_warming_up and self.warmup_negatives == "in-batch"):
@@ -352,13 +369,17 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 to_encode = share if len(share) else negative_rows[:1]
                 features_of_negatives = self.encoder.features(to_encode.cpu().numpy(), batch.rows.device)
                 columns.append(self._embed(features_of_negatives, columns))
-            require_finite(columns[2].embeddings, "negatives", to_encode)
             with self._timed("exchange"):
-                negatives = self.comparable(columns[2].embeddings)[: len(share)]
-                fresh = torch.cat([fresh, self.processes.gather(negatives, shares)])
+                negatives = self.processes.gather(self.comparable(columns[2].embeddings)[: len(share)], shares)
+            fresh = torch.cat([fresh, require_finite(negatives, "negatives", negative_rows)])
             counts.append(shares)
         candidates = self._candidates(batch, negative_rows, selection, fresh, counts)
         loss = self.calculate_loss([each.pieces for each in columns], candidates, with_backward=True)
+        if self.processes.any(not torch.isfinite(loss), loss.device):
+            raise NonFiniteError(
+                f"The loss is {loss.item()}, of finite embeddings: their similarities, or scale={self.scale}, are too "
+                "large."
+            )
         task_loss = self._connected(loss, columns)
         if self._search is None or not self.num_negatives:
             return {"task_loss": task_loss}
@@ -512,8 +533,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         search = self.search
         if not self._is_warming_up:
             return search
-        untrained = IdentityCorrector(search.cache.dim, normalize=search.corrector.normalize)
-        stale = CorrectedSearch(search.cache, untrained, normalize=search.normalize, processes=self.processes)
+        stale = CorrectedSearch(search.cache, self._identity, normalize=search.normalize, processes=self.processes)
         stale.overlay = search.overlay
         return stale
 
@@ -522,8 +542,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         processes = self.processes
         share = rows[processes.share(len(rows))]
         fresh = self.comparable(self.encoder.encode(unwrap(self.model), share if len(share) else rows[:1]))
-        require_finite(fresh, "targets encoded without gradient", torch.from_numpy(share if len(share) else rows[:1]))
-        return processes.gather(fresh[: len(share)], [len(rows[each]) for each in processes.shares(len(rows))])
+        fresh = processes.gather(fresh[: len(share)], [len(rows[each]) for each in processes.shares(len(rows))])
+        return require_finite(fresh, "targets encoded without gradient", torch.from_numpy(rows))
 
     @torch.no_grad()
     def _is_fresh(self, cache: EmbeddingCache) -> bool:
@@ -598,8 +618,20 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         cache = EmbeddingCache.from_blocks(on_device, old.cache.dtype, first, len(self.corpus))
         self.targets_reencoded += len(self.corpus)
         self.refreshed = True
-        corrector = type(old.corrector)(**old.corrector.config)
-        self._search = self._make_search(cache, corrector)
+        self._search = self._make_search(cache, type(old.corrector)(**old.corrector.config))
+
+    def restart_corrector(self, diverged: bool) -> None:
+        """Go on without correction, if it has diverged, or with the corrector anew. What has been written back was
+        meant for the one before, and goes with it.
+        """
+        steps, self.diverged = self.search.steps, diverged
+        corrector = self._identity if diverged else type(self._configured)(**self._configured.config)
+        self._search = self._make_search(self.search.cache, corrector)
+        self._search.steps = steps
+
+    @property
+    def _identity(self) -> IdentityCorrector:
+        return IdentityCorrector(self.search.cache.dim, normalize=self.search.corrector.normalize)
 
     def _make_search(self, cache: EmbeddingCache, corrector: Corrector) -> CorrectedSearch:
         cosine = self.similarity_fct is cos_sim
@@ -643,13 +675,14 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         search.corrector.to(rows.device)  # while warming up, no search has done so
         stale, cached = search.stale(rows), search.cached(rows)
         corrected = search.corrector(stale)
-        self.metrics.add(**staleness(cached, corrected, fresh))
+        measured = staleness(cached, corrected, fresh)
+        self.metrics.add(**measured)
         unseen = ~search.seen(rows)
         if self.write_back and unseen.any():
             self.metrics.add(
                 corrected_error_unseen=staleness(cached[unseen], corrected[unseen], fresh[unseen])["corrected_error"]
             )
-        learnt = search.corrector.fit_step(stale, fresh, queries, self.scale)
+        learnt = search.corrector.learn(stale, fresh, queries, self.scale)
         if self.write_back:
             pulled = search.write_back(rows, fresh)
             self.metrics.add(pull_back_residual=pulled.residual.mean(), pull_back_damped=float(pulled.damped))
@@ -657,6 +690,17 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         if self.processes.size > 1 and search.steps % _COMPARED_EVERY == 0:
             learnt_so_far = checksum(search.corrector.state_dict()).to(rows.device)
             self.processes.require_same(learnt_so_far, f"The corrector after {search.steps} steps")
+        if found := self.divergence_watch.add(measured["drift"], measured["corrected_error"]):
+            logger.warning(
+                "Over the last steps the corrected embeddings' error (1 - cos) was %.3f, while that of the cache as it "
+                "is was %.3f: %r makes things worse. %s",
+                found.error,
+                found.drift,
+                search.corrector,
+                "Going on without it." if self.divergence == "identity" else "It goes on (divergence='warn').",
+            )
+            if self.divergence == "identity":
+                self.restart_corrector(diverged=True)
         return learnt
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -672,6 +716,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             "write_back": self.write_back,
             "candidates": self.selector.candidates,
             "background_targets": self.background_targets,
+            "divergence": self.divergence,
             "false_negatives": repr(self.selector.false_negatives),
             "corpus": repr(self.corpus),
         }

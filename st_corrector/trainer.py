@@ -5,25 +5,32 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
+import signal
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
+import torch
 from datasets import IterableDataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
 from .cache import EmbeddingCache
 from .cached_loss import CachedCorrectedMultipleNegativesLoss
 from .callbacks import FidelityCallback, RefreshCallback
-from .checkpoint import FOLDER, load_losses, missing_from, save_losses
+from .checkpoint import FOLDER, fault_of, load_losses, save_losses, seal, unseal
 from .corpus import Corpus
 from .correctors import make_corrector
+from .distributed import Processes
 from .encoding import DocumentEncoder
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError, InputError, NonFiniteError, StorageError
+from .files import storing
 from .fingerprint import digest_json
+from .guard import Guard, NonFinitePolicy
 from .loss import CorrectedMultipleNegativesLoss
 from .memory import describe_memory, require_memory
 from .training_args import CorrectorTrainingArguments
@@ -38,6 +45,9 @@ class CorrectorTrainer(SentenceTransformerTrainer):
       :meth:`CorrectedMultipleNegativesLoss.pop_metrics`;
     - checkpoints hold the corrector and what has been written back, so that a resumed run is the run that was not
       interrupted, and ``load_best_model_at_end`` brings back the corrector of that step;
+    - checkpoints that are cut short or damaged are told apart, and passed over when a run is resumed;
+    - SIGTERM is answered with a checkpoint, unless ``save_strategy="no"``, and what is NaN or infinite ends the run
+      before it has touched the weights, or costs one step: :class:`~st_corrector.guard.Guard`;
     - before the first step it prints what choosing negatives will take in memory, and refuses what does not fit;
     - with ``corpus`` it makes the loss, the cache and the data set itself, as its arguments say.
 
@@ -91,6 +101,9 @@ class CorrectorTrainer(SentenceTransformerTrainer):
                 "With several data sets each process draws its own in every step, while choosing negatives needs all "
                 "processes in one: concatenate the data sets (their labels are rows of one corpus), or use one process."
             )
+        self.guard = Guard(cast(NonFinitePolicy, self.args.non_finite), Processes.current())
+        """What has been skipped, and whether the run was told to stop."""
+        self.add_callback(self.guard)
         for loss in losses.values() if kwargs.get("loss") is None else ():
             if self.args.refresh_every is not None:
                 self.add_callback(RefreshCallback(loss, self.args.refresh_every))
@@ -140,7 +153,10 @@ class CorrectorTrainer(SentenceTransformerTrainer):
 
         Raises:
             InputError: what choosing negatives needs does not fit on the model's device.
-            CheckpointError: a checkpoint that is to be resumed is not complete.
+            CheckpointError: a checkpoint that is to be resumed is not complete, or damaged.
+            StorageError: a checkpoint cannot be written; those before are as they were, nothing of this one is left.
+            NonFiniteError: embeddings, the loss, the corrector or gradients are NaN or infinite.
+            SystemExit: status 143, with SIGTERM, when the checkpoint is written.
         """
         batch_size = self.args.train_batch_size
         if self.args.max_steps > 0:
@@ -156,18 +172,47 @@ class CorrectorTrainer(SentenceTransformerTrainer):
                     print(_prefix(name) + describe_memory(needs, self.args.device))
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete_checkpoint()
-        return super().train(resume_from_checkpoint, **kwargs)
+        elif resume_from_checkpoint and (fault := fault_of(resume_from_checkpoint)):
+            raise CheckpointError(f"{resume_from_checkpoint} {fault}: go on from another checkpoint.")
+        with nullcontext() if self.args.save_strategy == SaveStrategy.NO else self.guard.listening():
+            return super().train(resume_from_checkpoint, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        except NonFiniteError as error:
+            self.guard.drop_step(error, model, self.state.global_step)
+            return torch.tensor(torch.nan, device=self.args.device)  # left out of the mean that is logged
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        advice = "Nothing of it is left; the checkpoints before are as they were: resume from the last one."
+        try:
+            with storing(checkpoint, advice):
+                if self.args.should_save:
+                    unseal(checkpoint)
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save and not self.args.save_only_model:
+                    seal(checkpoint)
+        except StorageError:
+            if self.args.should_save:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
+        if self.guard.is_stopping:
+            self.guard.processes.wait()  # a launcher ends all as soon as one has ended
+            raise SystemExit(128 + signal.SIGTERM)
 
     def _last_complete_checkpoint(self) -> str | bool:
         incomplete = []
         for checkpoint in reversed(sort_checkpoints(str(self.args.output_dir))):
-            missing = missing_from(checkpoint)
-            if missing is None:
+            fault = fault_of(checkpoint)
+            if fault is None:
                 return checkpoint
-            incomplete.append(f"{Path(checkpoint).name} lacks {missing}")
-            logger.warning("Passing over a checkpoint that is not complete: %s.", incomplete[-1])
+            incomplete.append(f"{Path(checkpoint).name} {fault}")
+            logger.warning("Passing over a checkpoint that cannot be trusted: %s.", incomplete[-1])
         if incomplete:
-            raise CheckpointError(f"No checkpoint in {self.args.output_dir} is complete: {'; '.join(incomplete)}.")
+            faults = "; ".join(incomplete)
+            raise CheckpointError(f"No checkpoint in {self.args.output_dir} is complete and undamaged: {faults}.")
         return True  # the plain trainer says that there is none
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from sentence_transformers import SentenceTransformerTrainingArguments
 
 from .correctors import CORRECTORS
 from .errors import InputError
 from .filters import FalseNegativeFilter
+from .guard import NonFinitePolicy
 from .search import SAMPLERS
 
 
@@ -89,6 +90,16 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
         default=None,
         metadata={"help": "Measure every so many steps what of the selection fresh embeddings would make."},
     )
+    corrector_divergence: str = field(
+        default="identity",
+        metadata={"help": "What to do with a corrector that makes things worse: identity (go on without) or warn."},
+    )
+    non_finite: str = field(
+        default="stop",
+        metadata={
+            "help": "What to do when something is NaN or infinite: stop, or skip the step, ten in a row at most."
+        },
+    )
     train_split: str = field(
         default="train", metadata={"help": "The corpus split that is trained on; its judgements are never negatives."}
     )
@@ -110,6 +121,20 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
             raise InputError(f"corrector {self.corrector!r} is not one of {', '.join(CORRECTORS)}.")
         if self.sampler not in SAMPLERS:
             raise InputError(f"sampler {self.sampler!r} is not one of {', '.join(SAMPLERS)}.")
+        if self.non_finite not in get_args(NonFinitePolicy):
+            raise InputError(f"non_finite must be 'stop' or 'skip', got {self.non_finite!r}.")
+        if self.non_finite == "skip" and self.fp16:
+            raise InputError(
+                "With fp16 the gradients' scaler leaves out steps by itself and cannot know of others: use bf16, or "
+                "non_finite='stop'."
+            )
+
+    def __repr__(self) -> str:
+        return str(self)  # which hides tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the token: the trainer pickles its arguments into every checkpoint, and these may be pushed."""
+        return {**self.__dict__, "hub_token": None}
 
     @property
     def corrector_options(self) -> dict[str, Any]:
@@ -124,6 +149,7 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
             **{name: getattr(self, name) for name in (*names, "background_targets", "scale")},
             "warmup_steps": self.corrector_warmup_steps,
             "warmup_negatives": self.corrector_warmup_negatives,
+            "divergence": self.corrector_divergence,
             "split": self.train_split,
             "false_negatives": FalseNegativeFilter(
                 max_score=self.max_score,

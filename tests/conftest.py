@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
+import subprocess
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +22,9 @@ from st_corrector import Corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 NQ = ROOT.parent / "shared" / "data" / "nq"
+FORKS = multiprocessing.get_context("forkserver")
+"""Starts processes of their own, which can be killed, without importing everything in each."""
+FORKS.set_forkserver_preload(["pytest", "st_corrector"])
 WORDS = [f"word{n}" for n in range(400)]
 
 
@@ -137,3 +142,19 @@ def nq() -> Path:
     if not (NQ / "corpus.jsonl.gz").is_file():
         pytest.skip(f"Natural Questions data is not at {NQ.relative_to(ROOT.parent)} beside the checkout")
     return NQ
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if done.returncode:
+        pytest.skip(f"mounting a small file system is not permitted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -1,7 +1,6 @@
 """What can happen to a cache's files: each fault is the real one."""
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,16 +11,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_static_model, make_texts
+from conftest import FORKS, make_static_model, make_texts
 
 from st_corrector import CacheError, Corpus, EmbeddingCache, ProcessError, StorageError
 from st_corrector.cache_folder import CacheFolder, Description
 from st_corrector.cli import main
 from st_corrector.distributed import Processes
 from st_corrector.shard import Shard
-
-FORKS = multiprocessing.get_context("forkserver")  # processes of their own that need not import everything again
-FORKS.set_forkserver_preload(["pytest", "st_corrector"])
 
 
 @pytest.fixture
@@ -147,22 +143,6 @@ def test_a_cache_of_something_else_is_not_repaired_away(corpus, built):
     with pytest.raises(CacheError, match="weights: "):
         EmbeddingCache.repair(make_static_model(1), corpus, built)
     assert contents(built) == damaged != before
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if done.returncode:
-        pytest.skip(f"mounting a small file system is not permitted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_what_does_not_fit_on_the_disk_is_refused_before_encoding(small_disk):

@@ -18,7 +18,7 @@ from st_corrector import (
     EmbeddingCache,
     InputError,
 )
-from st_corrector.checkpoint import FOLDER, load_losses, missing_from
+from st_corrector.checkpoint import FOLDER, fault_of, load_losses
 
 # What has something to lose: learnt by moments or by normal equations, drawn by chance, written back, re-embedded.
 RESUMED = [
@@ -136,7 +136,9 @@ def test_a_checkpoint_whose_writing_was_cut_short_is_passed_over(corpus, tmp_pat
     whole = trainer_of(corpus, tmp_path)
     whole.train()
     expected = {name: value.clone() for name, value in whole.model.state_dict().items()}
-    assert [missing_from(tmp_path / f"checkpoint-{step}") for step in (2, 4, 6)] == [None] * 3
+    assert [fault_of(tmp_path / f"checkpoint-{step}") for step in (2, 4, 6)] == [None] * 3
+    for step in (4, 6):
+        (tmp_path / f"checkpoint-{step}" / FOLDER / "digests.json").unlink()  # written after all that is cut here
     state = tmp_path / "checkpoint-6" / "trainer_state.json"
     state.write_text(state.read_text()[:100])
     (tmp_path / "checkpoint-4" / FOLDER / "loss-00000-of-00001.safetensors").rename(
@@ -153,9 +155,7 @@ def test_a_checkpoint_whose_writing_was_cut_short_is_passed_over(corpus, tmp_pat
         assert torch.equal(resumed.model.state_dict()[name], value)
     for step in (2, 4, 6):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"No checkpoint in .* is complete: checkpoint-6 lacks trainer_state.json"
-    ):
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .* is complete and undamaged: checkpoint-6 lacks "):
         trainer_of(corpus, tmp_path).train(resume_from_checkpoint=True)
 
 
@@ -197,8 +197,8 @@ def test_a_checkpoint_of_something_else_is_refused(corpus, tmp_path):
         load_losses({"other": loss}, tmp_path / "checkpoint-6")
     file = tmp_path / "checkpoint-6" / FOLDER / "loss-00000-of-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match="is damaged"):
-        trainer_of(corpus, tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match=r"loss-00000-of-00001\.safetensors is damaged"):
+        load_losses({"loss": loss}, tmp_path / "checkpoint-6")
 
 
 def test_the_state_is_not_pushed(corpus, tmp_path):

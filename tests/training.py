@@ -56,6 +56,7 @@ CASES: dict[str, dict] = {
         "mini_batch_size": 3,
     },
     "adapters": {},
+    "a query that breaks the encoder": {"non_finite": "skip"},
 }
 TRANSFORMERS = ("gradient cache", "two towers, gradient cache", "adapters")
 """Cases whose encoders are transformers; the others' are static."""
@@ -64,12 +65,22 @@ TRANSFORMERS = ("gradient cache", "two towers, gradient cache", "adapters")
 class KillAt(TrainerCallback):
     """Kills this process, as nothing can prevent, in the middle of a step."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, rank: int | None) -> None:
+        self.step, self.rank = step, rank
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        if state.global_step == self.step:
+        if state.global_step == self.step and self.rank in (None, args.process_index):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SayStep(TrainerCallback):
+    """Writes to a file how many steps have been taken, for who waits for that."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.file.write_text(str(state.global_step))
 
 
 class BeganAt(TrainerCallback):
@@ -84,6 +95,8 @@ class BeganAt(TrainerCallback):
 
 def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer:
     queries, texts = make_texts(203)
+    if case == "a query that breaks the encoder":
+        queries[7] += " passage"  # see encoder()
     corpus = Corpus.from_texts([*texts, *texts[:20]])  # two rows with the same words score the same: a tie
     ids = [str(n) for n in range(len(texts))]
     corpus.add_split("train", dict(zip(ids, queries, strict=True)), {id: [id] for id in ids})
@@ -118,7 +131,9 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
         loss = CorrectedMultipleNegativesLoss(model, corpus, cache, 5, **settings)
         if case == "Matryoshka":
             loss = MatryoshkaLoss(model, loss, [24, 8])
-    callbacks = [] if args.kill_at is None else [KillAt(args.kill_at)]
+    callbacks: list[TrainerCallback] = [SayStep(folder / "step")]
+    if args.kill_at is not None:
+        callbacks.append(KillAt(args.kill_at, args.kill_rank))
     evaluator = CorpusRetrievalEvaluator(corpus, "train") if case == "evaluated" else None
     return CorrectorTrainer(model, training, corpus=corpus, loss=loss, callbacks=callbacks, evaluator=evaluator)
 
@@ -127,7 +142,12 @@ def encoder(folder: Path, case: str) -> SentenceTransformer:
     """A case's encoder, the same in every process."""
     if case not in TRANSFORMERS:
         if "router_mapping" not in CASES[case]:
-            return make_static_model()
+            model = make_static_model()
+            if case == "a query that breaks the encoder":
+                # Too large for what comes after it: the embedding is infinite, the weights are not.
+                with torch.no_grad():
+                    model[0].embedding.weight[model.tokenizer.token_to_id("passage")] = 3e38
+            return model
         model = router_of(make_static_model(), make_static_model())
         model[0].sub_modules["document"].requires_grad_(case != "frozen documents")
         return model
@@ -182,6 +202,7 @@ def run(folder: Path, case: str, args: argparse.Namespace) -> None:
         "steps": search.steps if search else 0,
         "rows": (search.cache.first_row, search.cache.end) if search else (0, 0),
         "targets_encoded": loss.targets_encoded,
+        "skipped": trainer.guard.steps_skipped,
     }
     torch.save(results, folder / f"results-{args.name}-{loss.processes.rank}-of-{loss.processes.size}.pt")
 
@@ -195,6 +216,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="of all processes together")
     parser.add_argument("--save_every", type=int)
     parser.add_argument("--kill_at", type=int)
+    parser.add_argument("--kill_rank", type=int, help="by default all are killed")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     disable_progress_bars()

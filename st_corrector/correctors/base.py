@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, NonFiniteError
 
 
 class PullBack(NamedTuple):
@@ -127,6 +127,26 @@ class Corrector(ABC):
             Metrics to log, as scalars; ``"correction_loss"`` is the loss before this step, if there is one.
         """
 
+    def learn(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
+        """:meth:`fit_step`, all of it or nothing.
+
+        Raises:
+            NonFiniteError: what it has learnt, or its loss, is NaN or infinite; it is what it was before then.
+        """
+        before = self.state_dict()
+        try:
+            metrics = self.fit_step(stale, fresh, queries, scale)
+            for name, value in self.state_dict().items():
+                if not torch.isfinite(value).all():
+                    raise NonFiniteError(
+                        f"{name} of {self!r} has become NaN or infinite: its settings, or the embeddings' lengths "
+                        f"(up to {float(fresh.norm(dim=-1).max()):.3g}), are too much for float32."
+                    )
+        except NonFiniteError:
+            self.load_state_dict(before)
+            raise
+        return metrics
+
     @torch.no_grad()
     def pull_back(self, fresh: Tensor) -> PullBack:
         """Fresh embeddings in the stale frame: ``z'`` for which the present corrector gives ``h(z') = g(y)``.
@@ -154,7 +174,7 @@ class Corrector(ABC):
     def _require_finite(self, loss: Tensor) -> Tensor:
         """Refuse to learn from what is not finite: the step that did would spoil every later selection."""
         if not torch.isfinite(loss):
-            raise InputError(
+            raise NonFiniteError(
                 f"The correction loss is {loss.item()}: the stale or fresh embeddings are not finite, or the corrector "
                 f"has diverged ({self!r}). Nothing was learnt from this step."
             )

@@ -1,0 +1,260 @@
+"""What can happen to a training run: each fault is the real one."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import training
+from conftest import FORKS
+from test_checkpoint import Steps, identical, trainer_of
+from test_distributed import HERE, environment, launch, results
+from transformers import TrainerCallback
+
+from st_corrector import CheckpointError, StorageError
+from st_corrector.checkpoint import fault_of
+
+
+def train(folder, case, save_every, name, resume, derived, ready):
+    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = derived
+    settings = {"steps": 20, "batch_size": 16, "kill_at": None, "kill_rank": None}
+    ready.set()
+    training.run(folder, case, argparse.Namespace(name=name, save_every=save_every, resume=resume, **settings))
+
+
+def start(folder, case, save_every, name="run", resume=False):
+    """A process that trains, and is about to."""
+    ready = FORKS.Event()
+    derived = folder.parent / "derived"
+    process = FORKS.Process(target=train, args=(folder, case, save_every, name, resume, derived, ready))
+    folder.mkdir(exist_ok=True)
+    process.start()
+    assert ready.wait(120)
+    return process
+
+
+def result(folder, name="run"):
+    return torch.load(folder / f"results-{name}-0-of-1.pt", weights_only=True)
+
+
+def whole_run(tmp_path, case, save_every):
+    """What a run makes that nothing happens to, and how many seconds it takes."""
+    start(tmp_path / "first", case, None).join()  # tokenizes
+    process, began = start(tmp_path / "whole", case, save_every), time.monotonic()
+    process.join()
+    assert process.exitcode == 0
+    return result(tmp_path / "whole"), time.monotonic() - began
+
+
+def killed_runs(tmp_path, case, save_every, kills, seed):
+    """How many of the killed runs went on from a checkpoint; each was resumed and compared."""
+    generator = np.random.default_rng(seed)
+    expected, duration = whole_run(tmp_path, case, save_every)
+    resumed = 0
+    for number in range(kills):
+        folder = tmp_path / f"killed-{number}"
+        process = start(folder, case, save_every)
+        time.sleep(generator.uniform(0, duration))
+        process.kill()
+        process.join()
+        # The last steps may be done, but not written down yet.
+        whole = [path for path in (folder / "out").glob("checkpoint-*") if fault_of(path) is None]
+        again = start(folder, case, save_every, "resumed", resume=bool(whole))
+        again.join()
+        assert again.exitcode == 0
+        found = result(folder, "resumed")
+        assert bool(found["began_at"]) == bool(whole)
+        if found["began_at"] != 20:
+            identical(expected, found)
+            resumed += bool(whole)
+        shutil.rmtree(folder)
+    return resumed
+
+
+def test_a_run_killed_at_any_moment_goes_on_where_it_was(tmp_path):
+    assert killed_runs(tmp_path, "mlp", 1, 3, seed=1) > 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_fifty_runs_killed_at_any_moment(tmp_path):
+    cases = ["mlp", "ridge, gumbel, int8", "accumulated", "shortlist", "verified, with background and margin"]
+    resumed = 0
+    for number, case in enumerate(cases):
+        (tmp_path / str(number)).mkdir()
+        resumed += killed_runs(tmp_path / str(number), case, 1 + number, 10, seed=number)
+    assert resumed > 20
+
+
+def when(file, steps):
+    """Wait until a run has taken so many steps."""
+    deadline = time.monotonic() + 120
+    while not (file.exists() and (text := file.read_text()) and int(text) >= steps):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_run_that_is_told_to_stop_saves_a_checkpoint_first(tmp_path):
+    expected, _ = whole_run(tmp_path, "mlp", 1000)
+    process = start(tmp_path / "told", "mlp", 1000)
+    when(tmp_path / "told" / "step", 3)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert not (tmp_path / "told" / "results-run-0-of-1.pt").exists()
+    (checkpoint,) = (tmp_path / "told" / "out").glob("checkpoint-*")
+    assert 3 <= int(checkpoint.name.partition("-")[2]) < 20 and fault_of(checkpoint) is None
+    start(tmp_path / "told", "mlp", 1000, "resumed", resume=True).join()
+    identical(expected, result(tmp_path / "told", "resumed"))
+
+
+@pytest.mark.long
+def test_two_processes_that_are_told_to_stop_save_the_same_step(tmp_path):
+    case = ["--cases", json.dumps(["mlp"]), "--save_every", "1000"]
+    launch(tmp_path / "whole", 2, *case)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(HERE / "training.py"), str(tmp_path / "told"), *case]
+    process = subprocess.Popen(command, env=environment(tmp_path / "told"), stderr=subprocess.DEVNULL)
+    when(tmp_path / "told" / "0" / "step", 3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) != 0
+    (checkpoint,) = (tmp_path / "told" / "0" / "out").glob("checkpoint-*")
+    assert fault_of(checkpoint) is None
+    launch(tmp_path / "told", 2, *case, "--name", "resumed", "--resume")
+    for one, other in zip(results(tmp_path / "whole", 2), results(tmp_path / "told", 2, "resumed"), strict=True):
+        identical(one, other)
+
+
+def test_a_run_that_is_told_to_stop_and_saves_nothing_stops(tmp_path):
+    process = start(tmp_path / "told", "mlp", None)
+    when(tmp_path / "told" / "step", 3)
+    process.terminate()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
+
+
+def test_a_process_that_dies_ends_the_others_and_is_named(tmp_path):
+    case = ["--cases", json.dumps(["mlp"]), "--kill_at", "5", "--kill_rank", "1"]
+    began = time.monotonic()
+    done = launch(tmp_path / "run", 2, *case, check=False)
+    assert done.returncode != 0 and time.monotonic() - began < 120
+    assert "rank      : 1" in done.stderr and "Signal 9 (SIGKILL) received by PID" in done.stderr
+
+
+class At(TrainerCallback):
+    """Does something before a step."""
+
+    def __init__(self, step, do):
+        self.step, self.do = step, do
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.do()
+
+
+def state_of(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def same(trainer, expected):
+    return all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.fixture
+def expected(corpus, tmp_path):
+    """What six steps make of the model that nothing happens to."""
+    trainer = trainer_of(corpus, tmp_path / "expected", save_strategy="no")
+    before = state_of(trainer)
+    trainer.train()
+    assert not same(trainer, before)
+    return state_of(trainer)
+
+
+@pytest.mark.parametrize("fault", ["No space left on device. Make room", "Read-only file system. Choose a folder"])
+def test_a_checkpoint_that_cannot_be_written_leaves_those_before(corpus, expected, small_disk, tmp_path, fault):
+    def remount(option):
+        subprocess.run(["mount", "-o", f"remount,{option}", str(small_disk)], check=True)
+
+    def break_disk():
+        if fault.startswith("Read-only"):
+            remount("ro")
+        else:
+            free = os.statvfs(small_disk)
+            (small_disk / "somebody else's").write_bytes(bytes((free.f_bavail - 8) * free.f_bsize))
+
+    remount("size=4m")
+    settings = {"cache_path": str(tmp_path / "cache")}
+    trainer = trainer_of(corpus, small_disk / "out", **settings)
+    trainer.add_callback(At(3, break_disk))
+    with pytest.raises(StorageError, match=rf"checkpoint-4.* cannot be written: {fault}.*resume from the last one"):
+        trainer.train()
+    remount("rw,size=8m")
+    assert [path.name for path in (small_disk / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert fault_of(small_disk / "out" / "checkpoint-2") is None
+    again, steps = trainer_of(corpus, small_disk / "out", **settings), Steps()
+    again.add_callback(steps)
+    again.train(resume_from_checkpoint=True)
+    assert steps.taken == [2, 3, 4, 5] and same(again, expected)
+
+
+def test_folders_that_vanish_do_not_stop_a_run(corpus, expected, tmp_path):
+    trainer = trainer_of(corpus, tmp_path / "out", cache_path=str(tmp_path / "cache"))
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    trainer.add_callback(At(3, lambda: [(tmp_path / name).rename(gone / name) for name in ("out", "cache")]))
+    trainer.train()
+    assert same(trainer, expected)
+    assert [fault_of(tmp_path / "out" / f"checkpoint-{step}") for step in (4, 6)] == [None, None]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "st_corrector/loss-00000-of-00001.safetensors"])
+def test_a_bit_flipped_in_a_checkpoint_is_found(corpus, expected, tmp_path, file, caplog):
+    trainer_of(corpus, tmp_path).train()
+    (damaged,) = [path for path in (tmp_path / "checkpoint-6").rglob("*") if str(path).endswith(file)][:1]
+    data = bytearray(damaged.read_bytes())
+    data[-20] ^= 4
+    damaged.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"checkpoint-6 has a damaged .*{file}: it is not what was written: go"):
+        trainer_of(corpus, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    again, steps = trainer_of(corpus, tmp_path), Steps()
+    again.add_callback(steps)
+    again.train(resume_from_checkpoint=True)
+    assert "Passing over a checkpoint that cannot be trusted: checkpoint-6 has a damaged" in caplog.text
+    assert steps.taken == [4, 5] and same(again, expected)
+
+
+def test_a_worker_that_dies_ends_the_run_and_nothing_is_lost(corpus, tmp_path):
+    settings = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 1}
+    whole = trainer_of(corpus, tmp_path / "whole", **settings)
+    whole.train()
+    trainer = trainer_of(corpus, tmp_path / "killed", **settings)
+    trainer.add_callback(At(3, lambda: [child.kill() for child in multiprocessing.active_children()]))
+    with pytest.raises(RuntimeError, match="DataLoader worker.*killed by signal"):
+        trainer.train()
+    again, steps = trainer_of(corpus, tmp_path / "killed", **settings), Steps()
+    again.add_callback(steps)
+    again.train(resume_from_checkpoint=True)
+    assert steps.taken == [2, 3, 4, 5] and same(again, state_of(whole))
+
+
+def test_tokens_are_in_no_file_and_no_message(corpus, tmp_path, capfd, caplog):
+    token = "hf_thisIsASecretOfSomebody"
+    trainer = trainer_of(corpus, tmp_path, hub_token=token)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    assert trainer.args.hub_token == token, "it is still there for who pushes"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in files)
+    assert not [path for path in files if token.encode() in path.read_bytes()]
+    said = capfd.readouterr()
+    assert token not in said.out + said.err + caplog.text + repr(trainer.args)
