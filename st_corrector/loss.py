@@ -470,7 +470,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         if selection is not None:
             ceiling = selection.ceiling
             if self.share_negatives:
-                offered = torch.isin(columns, selection.rows).repeat(len(target), 1)
+                offered = torch.isin(columns, selection.rows.flatten()).repeat(len(target), 1)
             else:
                 offered = is_in(columns, selection.rows[mine])
             if self.in_batch_negatives:

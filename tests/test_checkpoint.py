@@ -110,10 +110,16 @@ def arguments(folder, **settings):
     return CorrectorTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=16,
-        learning_rate=0.05,
         report_to="none",
         disable_tqdm=True,
-        **{"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "num_negatives": 4, **settings},
+        **{
+            "learning_rate": 0.05,
+            "max_steps": 6,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "num_negatives": 4,
+            **settings,
+        },
     )
 
 

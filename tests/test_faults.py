@@ -239,7 +239,7 @@ def test_a_worker_that_dies_ends_the_run_and_nothing_is_lost(corpus, tmp_path):
     whole.train()
     trainer = trainer_of(corpus, tmp_path / "killed", **settings)
     trainer.add_callback(At(3, lambda: [child.kill() for child in multiprocessing.active_children()]))
-    with pytest.raises(RuntimeError, match="DataLoader worker.*killed by signal"):
+    with pytest.raises(RuntimeError, match=r"DataLoader worker.*killed by signal"):
         trainer.train()
     again, steps = trainer_of(corpus, tmp_path / "killed", **settings), Steps()
     again.add_callback(steps)

@@ -144,9 +144,8 @@ def encoder(folder: Path, case: str) -> SentenceTransformer:
         if "router_mapping" not in CASES[case]:
             model = make_static_model()
             if case == "a query that breaks the encoder":
-                # Too large for what comes after it: the embedding is infinite, the weights are not.
                 with torch.no_grad():
-                    model[0].embedding.weight[model.tokenizer.token_to_id("passage")] = 3e38
+                    model[0].embedding.weight[model.tokenizer.token_to_id("passage")] = torch.inf
             return model
         model = router_of(make_static_model(), make_static_model())
         model[0].sub_modules["document"].requires_grad_(case != "frozen documents")
