@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import uuid
@@ -13,6 +14,12 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets import config as datasets_config
 from filelock import FileLock
+
+from .beir import half_character
+from .errors import CorpusError
+from .files import make_folder, storing
+
+logger = logging.getLogger(__name__)
 
 
 def default_cache_dir() -> Path:
@@ -26,8 +33,11 @@ def write_arrow(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Da
 
     The file appears under its name only when it is whole: an error or a kill on the way leaves no
     file that a later run could take for the finished one.
+
+    Raises:
+        StorageError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, _ADVICE)
     # What a killed process has left of this file; one that is still being written is younger.
     for leftover in path.parent.glob(f"{path.name}.*.partial"):
         with suppress(FileNotFoundError):  # another process has just finished it
@@ -35,10 +45,13 @@ def write_arrow(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Da
                 leftover.unlink()
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for table in tables:
-                writer.write_table(table.cast(schema))
-        os.replace(partial, path)
+        with storing(path, _ADVICE):
+            with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                for table in tables:
+                    writer.write_table(table.cast(schema))
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return Dataset.from_file(str(path))
@@ -47,20 +60,54 @@ def write_arrow(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Da
 def read_or_write_arrow(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Dataset:
     """The file at ``path``, written from ``tables`` first if it is not there (they are not read otherwise).
 
-    Of several processes one writes, the others wait for it.
+    Of several processes one writes, the others wait for it. A file that was damaged is written anew.
+
+    Raises:
+        StorageError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        return Dataset.from_file(str(path)) if path.exists() else write_arrow(path, schema, tables)
+    make_folder(path.parent, _ADVICE)
+    with storing(path, _ADVICE):
+        lock = FileLock(f"{path}.lock")
+        lock.acquire()
+    try:
+        if path.exists():
+            try:
+                return Dataset.from_file(str(path))
+            except (pa.ArrowInvalid, OSError) as error:
+                logger.warning("%s is damaged (%s): it is written anew.", path, error)
+        return write_arrow(path, schema, tables)
+    finally:
+        lock.release()
 
 
 def batched_tables(records: Iterable[dict], schema: pa.Schema, batch_size: int = 10_000) -> Iterator[pa.Table]:
-    """Collect dict records into tables of at most ``batch_size`` rows."""
-    batch: list[dict] = []
+    """Collect dict records into tables of at most ``batch_size`` rows.
+
+    Raises:
+        CorpusError: a value is not of its column's type, or a string that is none; it has the record's number.
+    """
+    first, batch = 0, []
     for record in records:
         batch.append(record)
         if len(batch) == batch_size:
-            yield pa.Table.from_pylist(batch, schema=schema)
-            batch = []
+            yield _table(batch, schema, first)
+            first, batch = first + batch_size, []
     if batch:
-        yield pa.Table.from_pylist(batch, schema=schema)
+        yield _table(batch, schema, first)
+
+
+def _table(records: list[dict], schema: pa.Schema, first: int) -> pa.Table:
+    try:
+        return pa.Table.from_pylist(records, schema=schema)
+    except UnicodeEncodeError:
+        for number, record in enumerate(records, first):
+            for name, value in record.items():
+                for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
+                    if isinstance(text, str) and (half := half_character(text)):
+                        raise CorpusError(f"{name!r} of record {number} has {half}: mend or drop it.") from None
+        raise
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise CorpusError(f"Among records {first} … {first + len(records) - 1}: {error}. Expected: {schema}") from error
+
+
+_ADVICE = "Then call the same again, or set HF_DATASETS_CACHE (or cache_dir) to another folder."

@@ -1,15 +1,25 @@
-"""Readers of the BEIR layout: ``corpus.jsonl[.gz]``, ``queries.jsonl[.gz]``, ``qrels/<split>.tsv``."""
+"""Readers of the BEIR layout: ``corpus.jsonl[.gz]``, ``queries.jsonl[.gz]``, ``qrels/<split>.tsv``.
+
+Files come from anywhere: whatever is in them, the outcome is records or a :class:`CorpusError`, and at most one line of
+a file is in memory.
+"""
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
+import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import CorpusError
+
+LONGEST_LINE = 64 << 20
+"""Bytes; a line beyond that is not a text but a broken file."""
+_SHOWN = 5
+_SCORE_NAMES = ("score", "relevance", "rel", "label", "grade")
 
 
 def find_jsonl(folder: Path, stem: str) -> Path:
@@ -27,44 +37,152 @@ def find_jsonl(folder: Path, stem: str) -> Path:
     )
 
 
-def read_jsonl(path: Path, required: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file, plain or gzipped.
+def read_jsonl(path: Path, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a JSON-lines file of targets or queries, plain or gzipped.
+
+    Each has ``_id`` and ``text``, both strings (a number is taken for an id), and may have ``title``, a string or null,
+    and ``answers``, a list of strings or null; what else it has is left out.
+
+    Args:
+        limit: read no further than so many records.
 
     Raises:
-        CorpusError: a line is not a JSON object, or lacks one of the ``required`` keys; it names file and line.
+        CorpusError: the file cannot be read, or lines are not such records: it counts them all and shows the first.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CorpusError(f"{path}, line {number}: not valid JSON ({error}).") from error
-            missing = [key for key in required if not isinstance(record, dict) or record.get(key) is None]
-            if missing:
-                raise CorpusError(f"{path}, line {number}: has no {' and no '.join(map(repr, missing))}.")
-            yield record
+    faults, count = _Faults(path), 0
+    for number, line in _lines(path, faults):
+        if count == limit:
+            break
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            faults.add(number, f"not valid JSON ({error})")
+            continue
+        if problem := _problem(record):
+            faults.add(number, problem)
+            continue
+        count += 1
+        yield {
+            "_id": str(record["_id"]),
+            "text": record["text"],
+            "title": record.get("title"),
+            "answers": record.get("answers") or [],
+        }
+    faults.raise_if_any()
 
 
 def read_qrels(path: Path) -> Iterator[tuple[str, str, float]]:
     """``(query id, target id, score)`` for each line of a qrels file; the header line is optional.
 
     Raises:
-        CorpusError: a line has not three tab-separated columns, or its score is no number; it names the line.
+        CorpusError: the file cannot be read, or lines are not three tab-separated columns, the last a number: it counts
+            them all and shows the first.
     """
-    with path.open(encoding="utf-8", newline="") as file:
-        for number, columns in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), start=1):
-            if not columns:
-                continue
-            if len(columns) != 3:
-                raise CorpusError(
-                    f"{path}, line {number}: {len(columns)} tab-separated columns, expected query-id, corpus-id, score."
-                )
-            try:
-                yield columns[0], columns[1], float(columns[2])
-            except ValueError as error:
-                if number == 1:
-                    continue  # the header
-                raise CorpusError(f"{path}, line {number}: score {columns[2]!r} is not a number.") from error
+    faults, first = _Faults(path), True
+    for number, line in _lines(path, faults):
+        columns = line.split("\t")
+        is_header, first = first and columns[-1].strip().lower() in _SCORE_NAMES, False
+        if is_header:
+            continue
+        if len(columns) != 3:
+            hint = " (TREC's four: leave out the second)" if len(columns) == 4 or len(line.split()) == 4 else ""
+            faults.add(
+                number, f"{len(columns)} tab-separated columns{hint}, expected three: query-id, corpus-id, score"
+            )
+            continue
+        query, target, score = columns
+        try:
+            value = float(score)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            faults.add(number, f"score {score!r:.40} is not a number")
+        elif not query or not target:
+            faults.add(number, "an id is empty")
+        else:
+            yield query, target, value
+    faults.raise_if_any()
+
+
+class _Faults:
+    """What is wrong with the lines of a file: how many are, and what with the first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._count = 0
+        self._shown: list[str] = []
+
+    def add(self, line: int, what: str) -> None:
+        self._count += 1
+        if len(self._shown) < _SHOWN:
+            self._shown.append(f"line {line}: {what}")
+
+    def raise_if_any(self) -> None:
+        if self._count == 1:
+            raise CorpusError(f"{self.path}, {self._shown[0]}. Mend or remove this line.")
+        if self._count:
+            more = f"\n  and {self._count - len(self._shown):,} more" if self._count > len(self._shown) else ""
+            shown = "\n  ".join(self._shown)
+            raise CorpusError(
+                f"{self.path} has {self._count:,} malformed lines:\n  {shown}{more}\nMend or remove these lines."
+            )
+
+
+def _lines(path: Path, faults: _Faults) -> Iterator[tuple[int, str]]:
+    """The lines that are not empty, with their numbers, without their ends (of Windows, too) or a byte-order mark."""
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    raise CorpusError(f"{path}, line {number} is longer than {LONGEST_LINE >> 20} MB: not a text file?")
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    faults.add(number, f"not UTF-8 (byte {error.start + 1} is 0x{line[error.start]:02x})")
+                    continue
+                if text and not text.isspace():
+                    yield number, text
+    except (EOFError, zlib.error, OSError) as error:
+        raise CorpusError(
+            f"{path} cannot be read beyond line {number} ({error}): it is cut short or damaged, or not what its name "
+            "says. Get it again."
+        ) from error
+
+
+def _problem(record: Any) -> str | None:
+    """What is wrong with a record, if anything is."""
+    if not isinstance(record, dict):
+        return f"a JSON {type(record).__name__}, expected an object with _id and text"
+    missing = [key for key in ("_id", "text") if record.get(key) is None]
+    if missing:
+        return f"has no {' and no '.join(map(repr, missing))}, only {sorted(map(str, record))[:8]}"
+    answers = record.get("answers")
+    texts = [record["text"], record.get("title") or "", *(answers if isinstance(answers, list) else [])]
+    if not isinstance(record["_id"], str):
+        if type(record["_id"]) is not int:
+            return f"_id is a {type(record['_id']).__name__}, expected a string"
+    elif not record["_id"]:
+        return "_id is empty"
+    else:
+        texts.append(record["_id"])
+    if not isinstance(answers, (list, type(None))) or not all(isinstance(text, str) for text in texts):
+        return "text and title must be strings, and answers a list of strings"
+    for text in texts:
+        if half := half_character(text):
+            return half
+    return None
+
+
+def half_character(text: str) -> str | None:
+    """What is wrong with a string that no file can hold; None if nothing is.
+
+    JSON's ``\\ud83d`` without its other half, or a text cut in between, makes such strings.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        return f"half of a character (a lone surrogate, U+{code:04X}) at position {error.start} of {text!r:.60}"
+    return None

@@ -71,6 +71,10 @@ class Corpus:
         self._arrow = targets.with_format("arrow")
         self._qrels = dict(qrels or {})
         self._cache_dir = _folder(cache_dir)
+        columns = targets.data
+        if empty := pc.sum(_is_empty(columns.column("text"), columns.column("title"))).as_py():
+            rows = np.flatnonzero(_is_empty(columns.column("text"), columns.column("title")).to_numpy())[:3].tolist()
+            logger.warning("%d targets have neither text nor title, e.g. rows %s: all look the same.", empty, rows)
         ids = targets.data.column("id")
         if ids.null_count:
             raise CorpusError(
@@ -149,13 +153,19 @@ class Corpus:
         wanted = {"text": text, "id": id, "title": title}
         for role, column in wanted.items():
             if column is not None and column not in dataset.column_names:
-                raise CorpusError(f"The dataset has no column {column!r} for {role}; it has {dataset.column_names}.")
+                raise CorpusError(
+                    f"The dataset has no column {column!r} for {role}; it has {dataset.column_names}. Say which one: "
+                    f"from_dataset(dataset, {role}='…')."
+                )
         columns = {role: column for role, column in wanted.items() if column is not None}
 
         def tables() -> Iterator[pa.Table]:
             start = 0
             for batch in dataset.select_columns(list(columns.values())).with_format("arrow").iter(_BATCH):
-                got = {role: batch.column(column).cast(pa.string()) for role, column in columns.items()}
+                try:
+                    got = {role: batch.column(column).cast(pa.string()) for role, column in columns.items()}
+                except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                    raise CorpusError(f"The columns {columns} cannot be read as strings ({error}).") from error
                 if nulls := got["text"].null_count:
                     raise CorpusError(f"{nulls} targets near row {start} have no text: filter them out first.")
                 numbers = pa.array(map(str, range(start, start + len(batch))), pa.string())
@@ -195,7 +205,10 @@ class Corpus:
                 raise CorpusError(f"Split {split!r} is a {type(dataset).__name__}, expected a datasets.Dataset.")
             for column in (query, positive):
                 if column not in dataset.column_names:
-                    raise CorpusError(f"Split {split!r} has no column {column!r}; it has {dataset.column_names}.")
+                    raise CorpusError(
+                        f"Split {split!r} has no column {column!r}; it has {dataset.column_names}. Say which ones: "
+                        "from_pairs(splits, query='…', positive='…')."
+                    )
         # 16 bytes a text instead of the text: what tells targets apart while the splits are streamed.
         row_of: dict[bytes, int] = {}
         pairs: dict[str, list[tuple[str, int]]] = {split: [] for split in splits}
@@ -246,10 +259,8 @@ class Corpus:
             raise CorpusError(f"{source / 'qrels'} has no <split>.tsv: expected one file of judgements for each split.")
 
         def targets() -> Iterator[dict]:
-            for number, record in enumerate(read_jsonl(corpus_file, ("_id", "text"))):
-                if number == max_targets:
-                    return
-                yield {"id": str(record["_id"]), "title": record.get("title"), "text": record["text"]}
+            for record in read_jsonl(corpus_file, max_targets):
+                yield {"id": record["_id"], "title": record["title"], "text": record["text"]}
 
         # The parsed file is kept under what identifies its source, so that a large corpus is parsed once.
         stat = corpus_file.stat()
@@ -258,10 +269,16 @@ class Corpus:
         corpus = cls(
             read_or_write_arrow(path, _TARGETS, batched_tables(targets(), _TARGETS)), prompt=prompt, cache_dir=cache_dir
         )
-        texts, answers = {}, {}
-        for record in read_jsonl(queries_file, ("_id", "text")):
-            texts[str(record["_id"])] = record["text"]
-            answers[str(record["_id"])] = record.get("answers") or []
+        texts, answers, repeated = {}, {}, []
+        for record in read_jsonl(queries_file):
+            if record["_id"] in texts:
+                repeated.append(record["_id"])
+            texts[record["_id"]], answers[record["_id"]] = record["text"], record["answers"]
+        if repeated:
+            raise CorpusError(
+                f"{queries_file} has {len(repeated)} query ids more than once, e.g. {repeated[:3]}: judgements find "
+                "queries by id, so each needs its own."
+            )
         for file in qrels_files:
             judged = [(query, target) for query, target, score in read_qrels(file) if score > 0]
             if unknown := sorted({query for query, _ in judged} - texts.keys()):
@@ -281,6 +298,9 @@ class Corpus:
                 rows[rows >= 0],
                 answers,
             )
+        judged_queries = {id for split in corpus.splits for id in corpus.qrels(split).queries["id"]}
+        if unjudged := len(texts) - len(judged_queries):
+            logger.info("%d of %d queries have no relevant target in any split and are left out.", unjudged, len(texts))
         return corpus
 
     def add_split(
@@ -473,6 +493,13 @@ class Corpus:
 
 def _folder(cache_dir: str | os.PathLike | None) -> Path:
     return default_cache_dir() if cache_dir is None else Path(cache_dir)
+
+
+def _is_empty(text: pa.ChunkedArray, title: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Which targets consist of nothing."""
+    return pc.and_(
+        *(pc.equal(pc.binary_length(pc.fill_null(column.cast(pa.string()), "")), 0) for column in (text, title))
+    )
 
 
 def _digest(text: str) -> int:

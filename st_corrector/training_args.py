@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from sentence_transformers import SentenceTransformerTrainingArguments
 
-from .correctors import CORRECTORS
+from .correctors import CORRECTORS, read_settings
 from .errors import InputError
 from .filters import FalseNegativeFilter
 from .guard import NonFinitePolicy
@@ -108,15 +108,7 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
         super().__post_init__()
         if isinstance(self.corrector_settings, dict):
             self.corrector_settings = json.dumps(self.corrector_settings)
-        try:
-            understood = isinstance(self.corrector_options, dict)
-        except ValueError:
-            understood = False
-        if not understood:
-            raise InputError(
-                f"corrector_settings must be a JSON object such as '{{\"hidden\": 128}}', got "
-                f"{self.corrector_settings!r}."
-            )
+        read_settings(self.corrector_settings)
         if self.corrector not in CORRECTORS:
             raise InputError(f"corrector {self.corrector!r} is not one of {', '.join(CORRECTORS)}.")
         if self.sampler not in SAMPLERS:
@@ -139,7 +131,7 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
     @property
     def corrector_options(self) -> dict[str, Any]:
         """:attr:`corrector_settings`, read."""
-        return json.loads(self.corrector_settings)
+        return read_settings(self.corrector_settings)
 
     @property
     def loss_settings(self) -> dict[str, Any]:

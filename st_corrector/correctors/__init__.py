@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import math
 from typing import Any
 
 from ..errors import InputError
@@ -33,15 +36,56 @@ def make_corrector(corrector: str | Corrector, dim: int, **settings: Any) -> Cor
     """A corrector by its name, or the given one if it fits.
 
     Raises:
-        InputError: the name is unknown, or the corrector is for another dimension.
+        InputError: the name is unknown, the corrector is for another dimension, or has no such setting.
     """
     if isinstance(corrector, Corrector):
         if corrector.dim != dim:
             raise InputError(f"The corrector is for dimension {corrector.dim}, the embeddings have {dim}.")
         return corrector
-    if corrector not in CORRECTORS:
-        raise InputError(f"corrector {corrector!r} is not one of {', '.join(CORRECTORS)}, nor a Corrector.")
-    return CORRECTORS[corrector](dim, **settings)
+    if not isinstance(corrector, str) or corrector not in CORRECTORS:
+        raise InputError(f"corrector {corrector!r:.80} is not one of {', '.join(CORRECTORS)}, nor a Corrector.")
+    kind = CORRECTORS[corrector]
+    parameters = dict(list(inspect.signature(kind).parameters.items())[1:])  # without dim
+    for name, value in settings.items():
+        if name not in parameters:
+            raise InputError(f"{corrector!r} has no setting {name!r:.80}; it has {', '.join(parameters)}.")
+        _check_setting(name, value, type(parameters[name].default))
+    return kind(dim, **settings)
+
+
+def read_settings(text: str) -> dict[str, Any]:
+    """A corrector's settings from a JSON object, such as ``{"hidden": 128}``.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError, TypeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f'A corrector\'s settings must be a JSON object such as {{"hidden": 128}}, got {text!r:.200}.')
+    return settings
+
+
+def _check_setting(name: str, value: Any, kind: type) -> None:
+    """Settings come from files and command lines; what they say is what is allocated and computed."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float:
+        fits, expected = is_number and math.isfinite(value) and abs(value) <= _LARGEST_NUMBER, "a number"
+    elif kind is int:
+        largest = _LARGEST.get(name, _LARGEST_SEED)
+        fits, expected = type(value) is int and 0 <= value <= largest, f"an integer from 0 to {largest}"
+    else:
+        fits, expected = isinstance(value, kind), f"a {kind.__name__}"
+    if not fits:
+        raise InputError(f"A corrector's {name} must be {expected}, got {value!r:.80}.")
+
+
+# Wider or deeper correctors would cost more than encoding does.
+_LARGEST = {"hidden": 8_192, "depth": 8, "num_features": 16_384, "steps": 1_000}
+_LARGEST_SEED = 2**63 - 1
+_LARGEST_NUMBER = 1e30
 
 
 __all__ = [
@@ -57,4 +101,5 @@ __all__ = [
     "RidgeCorrector",
     "RidgeMLPCorrector",
     "make_corrector",
+    "read_settings",
 ]
