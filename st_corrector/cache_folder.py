@@ -156,7 +156,8 @@ class CacheFolder:
 
     def missing(self, description: Description) -> list[int]:
         """The shards that are not there."""
-        return [number for number in description.shards if not self._shard(number).exists()]
+        present = {file.name for file in self.path.glob("embeddings-*.safetensors")}
+        return [number for number in description.shards if self._shard(number).name not in present]
 
     def write(self, number: int, shard: Shard) -> None:
         """Write a shard.

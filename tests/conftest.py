@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -12,12 +13,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+import st_corrector
 from st_corrector import Corpus
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,6 +145,22 @@ def nq() -> Path:
     if not (NQ / "corpus.jsonl.gz").is_file():
         pytest.skip(f"Natural Questions data is not at {NQ.relative_to(ROOT.parent)} beside the checkout")
     return NQ
+
+
+@pytest.fixture
+def report():
+    """Takes figures of a long test into the JSON file that the environment variable ``RELIABILITY_REPORT`` names."""
+
+    def add(name: str, **figures: object) -> None:
+        if file := os.environ.get("RELIABILITY_REPORT"):
+            path = Path(file)
+            found = json.loads(path.read_text()) if path.exists() else {}
+            versions = {module.__name__: module.__version__ for module in (torch, transformers, st_corrector)}
+            found[name] = {**figures, "versions": versions}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+
+    return add
 
 
 @pytest.fixture

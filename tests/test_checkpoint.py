@@ -109,10 +109,10 @@ def test_one_process_goes_on_where_two_were(tmp_path):
 def arguments(folder, **settings):
     return CorrectorTrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=16,
         report_to="none",
         disable_tqdm=True,
         **{
+            "per_device_train_batch_size": 16,
             "learning_rate": 0.05,
             "max_steps": 6,
             "save_strategy": "steps",
@@ -133,9 +133,10 @@ class Steps(TrainerCallback):
         self.taken.append(state.global_step)
 
 
-def trainer_of(corpus, folder, **settings):
+def trainer_of(corpus, folder, model=None, **settings):
+    model = model or make_static_model()
     torch.manual_seed(0)
-    return CorrectorTrainer(make_static_model(), arguments(folder, **settings), corpus=corpus)
+    return CorrectorTrainer(model, arguments(folder, **settings), corpus=corpus)
 
 
 def test_a_checkpoint_whose_writing_was_cut_short_is_passed_over(corpus, tmp_path, caplog):

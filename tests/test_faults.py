@@ -1,6 +1,7 @@
 """What can happen to a training run: each fault is the real one."""
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -9,18 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
 import training
-from conftest import FORKS
+from conftest import FORKS, make_static_model, make_texts
 from test_checkpoint import Steps, identical, trainer_of
 from test_distributed import HERE, environment, launch, results
 from transformers import TrainerCallback
 
-from st_corrector import CheckpointError, StorageError
+from st_corrector import CheckpointError, Corpus, StorageError
 from st_corrector.checkpoint import fault_of
 
 
@@ -87,13 +89,68 @@ def test_a_run_killed_at_any_moment_goes_on_where_it_was(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_fifty_runs_killed_at_any_moment(tmp_path):
+def test_fifty_runs_killed_at_any_moment(tmp_path, report):
     cases = ["mlp", "ridge, gumbel, int8", "accumulated", "shortlist", "verified, with background and margin"]
     resumed = 0
     for number, case in enumerate(cases):
         (tmp_path / str(number)).mkdir()
         resumed += killed_runs(tmp_path / str(number), case, 1 + number, 10, seed=number)
+    report("kills of a training run", kills=50, went_on_from_a_checkpoint=resumed, identical=50, cases=cases)
     assert resumed > 20
+
+
+class Memory(TrainerCallback):
+    """Resident memory of this process, in MB, every so many steps."""
+
+    def __init__(self, every):
+        self.every, self.measured = every, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            gc.collect()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self.measured.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
+
+
+def soak(folder, steps, every, sender):
+    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
+    queries, texts = make_texts(3_000)
+    corpus = Corpus.from_texts(texts)
+    ids = [str(n) for n in range(len(texts))]
+    corpus.add_split("train", dict(zip(ids, queries, strict=True)), {id: [id] for id in ids})
+    trainer = trainer_of(
+        corpus,
+        folder,
+        model=make_static_model(dim=256),
+        max_steps=steps,
+        per_device_train_batch_size=32,
+        learning_rate=1e-3,
+        num_negatives=8,
+        save_steps=500,
+        save_total_limit=2,
+        logging_steps=50,
+    )
+    memory = Memory(every)
+    trainer.add_callback(memory)
+    trainer.train()
+    losses = [entry["task_loss"] for entry in trainer.state.log_history if "task_loss" in entry]
+    sender.send((memory.measured, losses, trainer._corrected_losses()[""].targets_encoded))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_memory_is_flat_over_two_thousand_steps(tmp_path, report):
+    receiver, sender = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=soak, args=(tmp_path, 2_000, 50, sender))
+    process.start()
+    measured, losses, encoded = receiver.recv()
+    process.join()
+    assert losses[-1] < losses[0] / 2 and encoded > 2_000 * 100
+    after_warmup = measured[8:]  # 400 steps: every target has been written back by then
+    growth = [max(after_warmup) / after_warmup[0] - 1, after_warmup[-1] / after_warmup[0] - 1]
+    report("soak", steps=2_000, resident_mb=[round(each) for each in measured], growth=[round(g, 4) for g in growth])
+    assert max(growth) < 0.02
 
 
 def when(file, steps):

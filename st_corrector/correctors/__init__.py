@@ -32,7 +32,7 @@ CORRECTORS: dict[str, type[Corrector]] = {
 }
 
 
-def make_corrector(corrector: str | Corrector, dim: int, **settings: Any) -> Corrector:
+def make_corrector(corrector: str | Corrector, dim: int, /, **settings: Any) -> Corrector:
     """A corrector by its name, or the given one if it fits.
 
     Raises:
@@ -83,7 +83,7 @@ def _check_setting(name: str, value: Any, kind: type) -> None:
 
 
 # Wider or deeper correctors would cost more than encoding does.
-_LARGEST = {"hidden": 8_192, "depth": 8, "num_features": 16_384, "steps": 1_000}
+_LARGEST = {"hidden": 4_096, "depth": 4, "num_features": 4_096, "steps": 1_000}
 _LARGEST_SEED = 2**63 - 1
 _LARGEST_NUMBER = 1e30
 
