@@ -52,13 +52,13 @@ def default_model() -> str:
     return str(Path(package.origin).parent / "model") if package and package.origin else HUB_MODEL
 
 
-def static_encoder(model: str, seed: int = 0) -> SentenceTransformer:
+def static_encoder(model: str, seed: int = 0, revision: str | None = None) -> SentenceTransformer:
     """The mean of ``model``'s token vectors, then a residual dense block, then unit length.
 
     It trains on two CPU cores in minutes and its embeddings drift a lot: the bench for stale embeddings
     where no GPU is.
     """
-    source = SentenceTransformer(model, device="cpu")
+    source = SentenceTransformer(model, device="cpu", revision=revision)
     vectors = source.transformers_model.get_input_embeddings().weight.detach().clone()
     dim = vectors.shape[1]
     generator = torch.Generator().manual_seed(seed)

@@ -64,6 +64,10 @@ class RecipeArguments:
     model: str | None = field(
         default=None, metadata={"help": "Hub id or folder of the model to start from; by default all-MiniLM-L6-v2."}
     )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Commit, branch or tag of the model on the Hub, to have the same one again."}
+    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "The same of the data set."})
     encoder: Literal["transformer", "static"] = field(
         default="transformer",
         metadata={"help": "static: the mean of the model's token vectors and a residual dense block, for the CPU."},
@@ -105,14 +109,19 @@ def load_corpus(args: RecipeArguments) -> Corpus:
     """The BEIR folder or the Hub data set that --dataset names."""
     if Path(args.dataset).is_dir():
         return Corpus.from_beir(args.dataset, max_targets=args.max_targets)
-    pairs = load_dataset(args.dataset, split="train").train_test_split(args.eval_queries, seed=0)
+    pairs = load_dataset(args.dataset, split="train", revision=args.dataset_revision).train_test_split(
+        args.eval_queries, seed=0
+    )
     query, answer = pairs["train"].column_names[:2]
     return Corpus.from_pairs({"train": pairs["train"], "dev": pairs["test"]}, query=query, positive=answer)
 
 
 def load_model(args: RecipeArguments, seed: int) -> SentenceTransformer:
     name = args.model or default_model()
-    model = static_encoder(name, seed) if args.encoder == "static" else SentenceTransformer(name)
+    if args.encoder == "static":
+        model = static_encoder(name, seed, args.model_revision)
+    else:
+        model = SentenceTransformer(name, revision=args.model_revision)
     if args.num_layers:
         transformer = model.transformers_model
         transformer.encoder.layer = transformer.encoder.layer[: args.num_layers]

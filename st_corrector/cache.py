@@ -223,13 +223,21 @@ class EmbeddingCache:
         return self.load(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> EmbeddingCache:
+    def load(cls, path: str | os.PathLike, verify: bool = False) -> EmbeddingCache:
         """The finished cache in the folder ``path``, memory-mapped: nothing is read until it is used.
 
+        Args:
+            verify: read all of it and compare it with what was written, as ``st-corrector cache verify`` does; right
+                where it has been copied or downloaded.
+
         Raises:
-            CacheError: there is no cache, its build was not finished, or a shard is missing, cut short or another's.
+            CacheError: there is no cache, its build was not finished, or a shard is missing, cut short, another's or,
+                with ``verify``, damaged.
         """
-        description, shards = CacheFolder(Path(path)).read()
+        folder = CacheFolder(Path(path))
+        if verify and (damaged := folder.damaged()):
+            raise CacheError("\n".join(list(damaged.values())[:5]) + f"\n{len(damaged)} shards in all.")
+        description, shards = folder.read()
         return cls(shards, description.fingerprint)
 
     # ------------------------------------------------------------------ reading

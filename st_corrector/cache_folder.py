@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .errors import CacheError
 from .files import make_folder, require_space, storing, whole
@@ -169,7 +169,7 @@ class CacheFolder:
         if shard.scales is not None:
             tensors[_SCALES] = shard.scales.contiguous()
         with whole(self._shard(number), _GO_ON) as path:
-            save_file(tensors, path, {_DIGEST: _digest(shard)})
+            path.write_bytes(save(tensors, {_DIGEST: _digest(shard)}))
 
     def finish(self, description: Description) -> None:
         """Say that all shards are there.

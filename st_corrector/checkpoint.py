@@ -55,6 +55,10 @@ def save_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint
             save_file(tensors, partial, {"state": json.dumps(description)})
     for loss in losses.values():
         loss.processes.wait()  # before the first process says that all is there, and removes older checkpoints
+        if loss.processes.rank == 0:
+            for pattern in (".tmp*", "*.partial"):  # left by safetensors and by us, where an earlier attempt was killed
+                for leftover in folder.glob(pattern):
+                    leftover.unlink(missing_ok=True)
 
 
 def load_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint: str | os.PathLike) -> None:

@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("path", type=Path, help="the cache's folder")
         action.set_defaults(run=run)
     repair.add_argument("--model", required=True, help="the model that the cache was built by: a folder or a Hub id")
+    repair.add_argument("--revision", help="commit, branch or tag of a model on the Hub")
     repair.add_argument("--corpus", required=True, help="the corpus that it was built of: a BEIR folder")
     repair.add_argument("--max_targets", type=int, help="the corpus is the first so many of them")
     repair.add_argument("--batch_size", type=int, default=64, help="targets in one forward pass")
@@ -69,7 +70,8 @@ def _repair(args: argparse.Namespace) -> int:
     from .corpus import Corpus
 
     corpus = Corpus.from_beir(args.corpus, max_targets=args.max_targets)
-    print(EmbeddingCache.repair(SentenceTransformer(args.model), corpus, args.path, args.batch_size))
+    model = SentenceTransformer(args.model, revision=args.revision)
+    print(EmbeddingCache.repair(model, corpus, args.path, args.batch_size))
     return 0
 
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import EmbeddingCache
-from .errors import CacheError, InputError
+from .errors import CacheError, InputError, StorageError
+from .files import make_folder, whole
 
 _INDEX, _DESCRIPTION = "index.faiss", "index.json"
 _ROWS_AT_ONCE = 65_536
@@ -108,7 +109,9 @@ class FaissIndex:
         expected = {**_identity(cache), "factory": factory, "normalize": normalize}
         try:
             found = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            if not isinstance(found, dict):
+                raise ValueError(f"its {_DESCRIPTION} is a {type(found).__name__}")
+        except (OSError, ValueError, RecursionError) as error:
             raise CacheError(f"{folder} holds no index ({error}): build one with FaissIndex.build.") from error
         if factory is None:
             expected["factory"] = found.get("factory")
@@ -120,6 +123,8 @@ class FaissIndex:
         if different:
             raise CacheError(f"{folder} holds an index of something else:\n  " + "\n  ".join(different))
         file = str(folder / _INDEX)
+        if not os.path.isfile(file) or os.path.getsize(file) != found.get("bytes"):
+            raise CacheError(f"{file} is missing or cut short: delete the folder and build it again.")
         try:
             index = faiss.read_index(file, faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError:  # not every kind of index can be mapped
@@ -156,13 +161,17 @@ class FaissIndex:
         return torch.from_numpy(found).to(queries.device)
 
     def _save(self, folder: Path, cache: EmbeddingCache) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{_INDEX}.{os.getpid()}.partial"
-        _faiss().write_index(self._index, str(partial))
-        os.replace(partial, folder / _INDEX)
+        make_folder(folder)
+        with whole(folder / _INDEX) as partial:
+            try:
+                _faiss().write_index(self._index, str(partial))
+            except RuntimeError as error:  # how FAISS tells that a file cannot be written
+                raise StorageError(f"{folder / _INDEX} cannot be written ({error}): is the disk full?") from error
         description = {**_identity(cache), "factory": self.factory, "normalize": self.normalize}
+        description["bytes"] = (folder / _INDEX).stat().st_size
         # Last: a folder without it holds no index.
-        (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
+        with whole(folder / _DESCRIPTION) as partial:
+            partial.write_text(json.dumps(description, indent=2), encoding="utf-8")
 
 
 def _identity(cache: EmbeddingCache) -> dict[str, Any]:

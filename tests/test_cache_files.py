@@ -101,6 +101,8 @@ def test_a_flipped_bit_is_found_and_mended(static_model, corpus, built, capsys, 
     assert main(["cache", "verify", str(built)]) == 1
     said = capsys.readouterr().out
     assert "embeddings-000002.safetensors" in said and "1 of 4 shards are damaged" in said
+    with pytest.raises(CacheError, match=r"embeddings-000002\.safetensors is .*\n1 shards in all"):
+        EmbeddingCache.load(built, verify=True)
     EmbeddingCache.repair(static_model, corpus, built)
     assert contents(built) == before
     assert main(["cache", "verify", str(built)]) == 0
@@ -264,6 +266,25 @@ def test_a_manifest_that_contradicts_itself_is_refused(built, change):
 def test_a_manifest_that_is_none_is_refused(built, data):
     (built / "manifest.json").write_bytes(data)
     with pytest.raises(CacheError, match=r"not readable|does not describe a cache of schema 2"):
+        EmbeddingCache.load(built)
+
+
+@pytest.mark.parametrize("name", ["embeddings-000001.safetensors", "manifest.json"])
+def test_nothing_outside_of_the_folder_is_read(built, tmp_path, name):
+    (built / name).rename(tmp_path / "elsewhere")
+    (built / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CacheError, match=rf"{name} is a link to .*elsewhere, outside of the cache"):
+        EmbeddingCache.load(built)
+
+
+def test_a_file_larger_than_it_says_or_smaller_is_refused_before_anything_is_allocated(built):
+    header = json.dumps({"embeddings": {"dtype": "F32", "shape": [64, 10**12], "data_offsets": [0, 256 * 10**12]}})
+    data = len(header).to_bytes(8, "little") + header.encode() + bytes(1000)
+    (built / "embeddings-000000.safetensors").write_bytes(data)
+    manifest = json.loads((built / "manifest.json").read_text())
+    manifest["shards"][0]["bytes"], manifest["dim"] = len(data), 10**12
+    (built / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CacheError, match=r"embeddings-000000\.safetensors is damaged"):
         EmbeddingCache.load(built)
 
 

@@ -59,13 +59,6 @@ def killed_and_resumed(folder, case, kill_at, save_every, processes=1, resumed_b
     return resumed
 
 
-@pytest.mark.parametrize("case", RESUMED[-1:])
-def test_a_killed_run_goes_on_where_it_was(tmp_path, case):
-    launch(tmp_path / "whole", 1, "--cases", json.dumps([case]))
-    (resumed,) = killed_and_resumed(tmp_path / "killed", case, kill_at=12, save_every=5)
-    identical(results(tmp_path / "whole", 1)[0], resumed)
-
-
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_run_killed_at_any_step_goes_on_where_it_was(tmp_path):

@@ -84,7 +84,7 @@ def killed_runs(tmp_path, case, save_every, kills, seed):
 
 
 def test_a_run_killed_at_any_moment_goes_on_where_it_was(tmp_path):
-    assert killed_runs(tmp_path, "mlp", 1, 3, seed=1) > 0
+    assert killed_runs(tmp_path, "verified, with background and margin", 1, 3, seed=1) > 0
 
 
 @pytest.mark.long
@@ -296,7 +296,7 @@ def test_a_worker_that_dies_ends_the_run_and_nothing_is_lost(corpus, tmp_path):
     whole.train()
     trainer = trainer_of(corpus, tmp_path / "killed", **settings)
     trainer.add_callback(At(3, lambda: [child.kill() for child in multiprocessing.active_children()]))
-    with pytest.raises(RuntimeError, match=r"DataLoader worker.*killed by signal"):
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .*(killed by signal|exited unexpectedly)"):
         trainer.train()
     again, steps = trainer_of(corpus, tmp_path / "killed", **settings), Steps()
     again.add_callback(steps)

@@ -47,3 +47,22 @@ def test_the_readmes_python_is_python():
     for block in blocks:
         names = {node.id for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Name)}
         assert {"CorrectedMultipleNegativesLoss", "CorrectorTrainer"} & names
+
+
+def test_nothing_runs_what_a_file_says():
+    """No pickle, no eval, and no code of a model's unless the user says so."""
+    files = [*(ROOT / "st_corrector").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
+    assert len(files) > 30
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {alias.name.partition(".")[0] for alias in node.names} | {getattr(node, "module", "") or ""}
+                assert not names & {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}, file
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "compile", "__import__", "os.system", "torch.load"), (
+                    file,
+                    called,
+                )
+                arguments = {each.arg for each in node.keywords}
+                assert not arguments & {"trust_remote_code", "allow_pickle", "weights_only", "shell"}, (file, called)
