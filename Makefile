@@ -38,6 +38,7 @@ bench: $(VENV)/.installed  ## the study on NQ=<BEIR folder>, PRESET=smoke|cpu|gp
 report: $(VENV)/.installed  ## the report of committed results, from their JSON
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/selection_report.py
+	$(BIN)/python benchmarks/reliability_report.py
 
 bench-selection: $(VENV)/.installed  ## what a search costs, at every size; finished settings are kept
 	$(BIN)/python benchmarks/selection.py --dataset $(NQ)

@@ -15,9 +15,9 @@ from datasets import Dataset
 from datasets import config as datasets_config
 from filelock import FileLock
 
-from .beir import half_character
 from .errors import CorpusError
 from .files import make_folder, storing
+from .text import half_character
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CorpusError
+from .text import half_character
 
 LONGEST_LINE = 64 << 20
 """Bytes; a line beyond that is not a text but a broken file."""
@@ -172,17 +173,4 @@ def _problem(record: Any) -> str | None:
     for text in texts:
         if half := half_character(text):
             return half
-    return None
-
-
-def half_character(text: str) -> str | None:
-    """What is wrong with a string that no file can hold; None if nothing is.
-
-    JSON's ``\\ud83d`` without its other half, or a text cut in between, makes such strings.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        return f"half of a character (a lone surrogate, U+{code:04X}) at position {error.start} of {text!r:.60}"
     return None

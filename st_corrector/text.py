@@ -1,4 +1,6 @@
-"""What is compared of texts where embeddings are not asked: words, case and Unicode form aside."""
+"""What is asked of texts without embedding them: whether they are texts, and how they compare, case and Unicode form
+aside.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +27,19 @@ def contains_answer(text: str, answers: list[str]) -> bool:
     """
     spaced = _spaced(text)
     return any(_spaced(answer) in spaced for answer in answers)
+
+
+def half_character(text: str) -> str | None:
+    """What is wrong with a string that no file can hold; None if nothing is.
+
+    JSON's ``\\ud83d`` without its other half, or a text cut in between, makes such strings.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        return f"half of a character (a lone surrogate, U+{code:04X}) at position {error.start} of {text!r:.60}"
+    return None
 
 
 @lru_cache(maxsize=2**16)  # the same targets are found for many queries, and again at the next evaluation
