@@ -177,6 +177,13 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         with nullcontext() if self.args.save_strategy == SaveStrategy.NO else self.guard.listening():
             return super().train(resume_from_checkpoint, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The plain trainer takes one step too many where it resumes what was finished already.
+        if 0 < self.state.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         try:
             return super().training_step(model, inputs, *args, **kwargs)

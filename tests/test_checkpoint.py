@@ -159,6 +159,20 @@ def test_a_checkpoint_whose_writing_was_cut_short_is_passed_over(corpus, tmp_pat
         trainer_of(corpus, tmp_path).train(resume_from_checkpoint=True)
 
 
+def test_a_finished_run_that_is_resumed_stays_as_it_is(corpus, tmp_path):
+    whole = trainer_of(corpus, tmp_path, lr_scheduler_type="constant")
+    whole.train()
+    resumed, steps = trainer_of(corpus, tmp_path, lr_scheduler_type="constant"), Steps()
+    resumed.add_callback(steps)
+    resumed.train(resume_from_checkpoint=True)
+    assert not steps.taken and resumed.state.global_step == 6
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value)
+    (ours,), (theirs,) = (trainer._corrected_losses().values() for trainer in (whole, resumed))
+    for name, value in ours.corrector.state_dict().items():
+        assert torch.equal(theirs.corrector.state_dict()[name], value)
+
+
 def test_the_best_step_brings_its_corrector_back(corpus, tmp_path):
     scores = iter([0.1, 0.9, 0.2])
     settings = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_score"}

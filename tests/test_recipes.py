@@ -166,7 +166,7 @@ def test_a_hub_data_set_becomes_corpus_and_splits(recipe_module, monkeypatch):
     queries, texts = make_texts(50)
     train_nq = recipe_module("train_nq")
     pairs = Dataset.from_dict({"query": queries, "answer": texts})
-    monkeypatch.setattr(train_nq, "load_dataset", lambda name, split: pairs)
+    monkeypatch.setattr(train_nq, "load_dataset", lambda name, split, revision: pairs)
     corpus = train_nq.load_corpus(train_nq.RecipeArguments(eval_queries=10))
     assert len(corpus) == 50 and len(corpus.qrels("dev")) == 10 and len(corpus.qrels("train")) == 40
     for pair in corpus.pairs("train"):
