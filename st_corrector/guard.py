@@ -26,9 +26,10 @@ class Guard(TrainerCallback):
     """Watches a run of :class:`CorrectorTrainer`.
 
     - What is not finite (embeddings, the loss, the corrector, gradients) ends the run before it has touched a weight,
-      or, by policy, drops the optimizer step that it belongs to, with all that was accumulated for it: weights,
-      optimizer and corrector stay as they were, the learning rate's schedule goes on. Ten such steps in a row end the
-      run in any case.
+      or, by policy, drops the optimizer step that it belongs to, with all that was accumulated for it: weights and
+      optimizer stay as they were, the learning rate's schedule goes on. The corrector learns nothing from the batch in
+      which it was found, but has learnt from those accumulated before it, and from a batch whose gradients alone are
+      not finite. Ten such steps in a row end the run in any case.
     - SIGTERM, which clusters send before they take a machine away, is answered with a checkpoint after the present
       step, by all processes after the same one; then the processes exit with status 143, as terminated ones do.
 
@@ -70,7 +71,7 @@ class Guard(TrainerCallback):
         message = f"Step {step}: {error}"
         if self.policy == "stop":
             raise NonFiniteError(
-                f"{message} Nothing of this step was learnt; go on from the last checkpoint, or with "
+                f"{message} The weights are as they were before this step; go on from the last checkpoint, or with "
                 "non_finite='skip' to leave out such steps."
             ) from error
         if self._in_a_row >= MOST_SKIPPED_IN_A_ROW:
