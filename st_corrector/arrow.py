@@ -7,7 +7,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -44,16 +44,20 @@ def write_arrow(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Da
             if time.time() - leftover.stat().st_mtime > 3600:
                 leftover.unlink()
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with ExitStack() as stack:
+        stack.callback(partial.unlink, missing_ok=True)
         with storing(path, _ADVICE):
-            with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-                for table in tables:
-                    writer.write_table(table.cast(schema))
+            sink = stack.enter_context(pa.OSFile(str(partial), "wb"))
+            writer = pa.ipc.new_stream(sink, schema)
+        for table in tables:  # what fails in reading them is not the disk's fault
+            with storing(path, _ADVICE):
+                writer.write_table(table.cast(schema))
+        with storing(path, _ADVICE):
+            writer.close()
+            sink.close()
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return Dataset.from_file(str(path))
 
 

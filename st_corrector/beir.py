@@ -52,8 +52,6 @@ def read_jsonl(path: Path, limit: int | None = None) -> Iterator[dict[str, Any]]
     """
     faults, count = _Faults(path), 0
     for number, line in _lines(path, faults):
-        if count == limit:
-            break
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -69,6 +67,8 @@ def read_jsonl(path: Path, limit: int | None = None) -> Iterator[dict[str, Any]]
             "title": record.get("title"),
             "answers": record.get("answers") or [],
         }
+        if count == limit:
+            break
     faults.raise_if_any()
 
 

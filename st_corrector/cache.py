@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,7 +24,7 @@ from .cache_folder import CacheFolder, Description
 from .corpus import Corpus
 from .distributed import Processes
 from .encoding import DocumentEncoder
-from .errors import CacheError, NonFiniteError
+from .errors import CacheError, NonFiniteError, StorageError
 from .memory import require_memory
 from .shard import DTYPES, Shard
 
@@ -146,7 +147,9 @@ class EmbeddingCache:
         # The first process answers for the folder; what stops one of them stops all.
         with ExitStack() as held:
             with processes.together("Beginning the cache"):
-                if processes.rank == 0:
+                if processes.rank == 0 and folder.is_finished:
+                    folder.require(description)
+                elif processes.rank == 0:
                     held.enter_context(folder.locked())
                     folder.begin(description)
             with processes.together("Looking for the cache that process 0 has begun, on a file system that all share,"):
@@ -167,7 +170,7 @@ class EmbeddingCache:
                                 f"{bad[:3].tolist()} (ids {corpus.ids(bad[:3])}), in {dtype}: check the model's "
                                 "weights, or choose another dtype."
                             )
-                        folder.write(number, stored)
+                        folder.write(description, number, stored)
                 bar.update(len(corpus) - bar.n)  # what the others have done
             with processes.together("Finishing the cache"):
                 if processes.rank == 0 and not folder.is_finished:
@@ -188,7 +191,7 @@ class EmbeddingCache:
         folder, processes = CacheFolder(Path(path)), Processes.current()
         with processes.together("Looking for damage"):
             found = folder.description()
-            if processes.rank == 0 and folder.is_finished:
+            if processes.rank == 0:
                 encoder = DocumentEncoder(model, corpus)
                 folder.require(replace(found, rows=len(corpus), fingerprint=encoder.fingerprint(model)))
                 with folder.locked():
@@ -206,9 +209,17 @@ class EmbeddingCache:
         """
         if len(self) != self.corpus_size:
             raise CacheError(f"{self!r} is a part of a cache: save the whole one.")
-        folder = CacheFolder(Path(path))
+        folder = CacheFolder(Path(path), "Nothing of it is left: then call the same again.")
         if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
             raise CacheError(f"{path} is not empty: choose a new folder to save the cache in.")
+        try:
+            self._save(folder)
+        except StorageError:
+            shutil.rmtree(path, ignore_errors=True)  # it was ours alone
+            raise
+        return self.load(path)
+
+    def _save(self, folder: CacheFolder) -> None:
         dtype = str(self.dtype).removeprefix("torch.")
         description = Description(len(self), self.dim, dtype, _ROWS_AT_ONCE, self.fingerprint)
         with folder.locked():
@@ -218,9 +229,8 @@ class EmbeddingCache:
                 parts = [chunk for _, chunk in self.chunks(_ROWS_AT_ONCE, rows.start, rows.stop)]
                 values = torch.cat([part.values for part in parts]).cpu()
                 scales = [part.scales for part in parts if part.scales is not None]
-                folder.write(number, Shard(values, torch.cat(scales).cpu() if scales else None))
+                folder.write(description, number, Shard(values, torch.cat(scales).cpu() if scales else None))
             folder.finish(description)
-        return self.load(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike, verify: bool = False) -> EmbeddingCache:

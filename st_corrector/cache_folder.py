@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,17 @@ from safetensors.torch import save
 
 from .errors import CacheError
 from .files import make_folder, require_space, storing, whole
-from .fingerprint import differences
+from .fingerprint import differences, digest_json
 from .shard import DTYPES, Shard
 
 SCHEMA = 2
 _MANIFEST, _BUILD, _LOCK = "manifest.json", "build.json", ".lock"
 _KEY, _SCALES, _DIGEST = "embeddings", "scales", "sha256"
+_SHARD = (
+    "shard"  # in its file: which of which cache, and the digest; one entry, since safetensors orders several at random
+)
 _LARGEST_JSON = 64 << 20  # of a manifest with billions of targets
 _MOST_SHARDS = 1 << 20  # nothing that a file says makes us count further
-_GO_ON = "The same call goes on behind what is finished."
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Description:
 
     def flat(self) -> dict[str, Any]:
         """All components on one level, to be compared."""
-        return {**{name: value for name, value in asdict(self).items() if name != "fingerprint"}, **self.fingerprint}
+        return {**{name: value for name, value in vars(self).items() if name != "fingerprint"}, **self.fingerprint}
 
 
 class CacheFolder:
@@ -77,10 +79,11 @@ class CacheFolder:
 
     Args:
         path: it.
+        advice: what to do when what kept it from being written is mended.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, advice: str = "The same call goes on behind what is finished.") -> None:
+        self.path, self._advice = path, advice
 
     @property
     def is_finished(self) -> bool:
@@ -109,7 +112,7 @@ class CacheFolder:
         """
         make_folder(self.path)
         lock = FileLock(self.path / _LOCK, timeout=0)
-        with storing(self.path, _GO_ON):
+        with storing(self.path, self._advice):
             try:
                 lock.acquire()
             except Timeout as error:
@@ -151,7 +154,7 @@ class CacheFolder:
         missing = self.missing(description)
         require_space(self.path, sum(map(description.bytes_of, missing)), f"What is missing of {len(missing)} shards")
         if not self.is_finished and not self.is_begun:
-            self._write_json(_BUILD, asdict(description))
+            self._write_json(_BUILD, vars(description))
         return description
 
     def missing(self, description: Description) -> list[int]:
@@ -159,8 +162,8 @@ class CacheFolder:
         present = {file.name for file in self.path.glob("embeddings-*.safetensors")}
         return [number for number in description.shards if self._shard(number).name not in present]
 
-    def write(self, number: int, shard: Shard) -> None:
-        """Write a shard.
+    def write(self, description: Description, number: int, shard: Shard) -> None:
+        """Write a shard of the cache that is described.
 
         Raises:
             StorageError: it cannot be written.
@@ -168,8 +171,8 @@ class CacheFolder:
         tensors = {_KEY: shard.values.contiguous()}
         if shard.scales is not None:
             tensors[_SCALES] = shard.scales.contiguous()
-        with whole(self._shard(number), _GO_ON) as path:
-            path.write_bytes(save(tensors, {_DIGEST: _digest(shard)}))
+        with whole(self._shard(number), self._advice) as path:
+            path.write_bytes(save(tensors, {_SHARD: f"{_place(description, number)} {_digest(shard)}"}))
 
     def finish(self, description: Description) -> None:
         """Say that all shards are there.
@@ -181,7 +184,7 @@ class CacheFolder:
         for number in description.shards:
             _, digest = self._open(number, description)
             shards.append({"bytes": self._shard(number).stat().st_size, _DIGEST: digest})
-        self._write_json(_MANIFEST, {**asdict(description), "shards": shards})
+        self._write_json(_MANIFEST, {**vars(description), "shards": shards})
         (self.path / _BUILD).unlink(missing_ok=True)
 
     def read(self) -> tuple[Description, list[Shard]]:
@@ -201,31 +204,37 @@ class CacheFolder:
         return description, [self._checked(number, description, recorded) for number in description.shards]
 
     def damaged(self) -> dict[int, str]:
-        """Every shard of a finished cache that is not what was written, and why: all of it is read.
+        """Every shard that is not what was written, and why: all that is there is read. A cache that is not finished
+        may lack some, a finished one none.
 
         Raises:
-            CacheError: there is no finished cache.
+            CacheError: there is no cache.
         """
         description, recorded = self._read_json()
-        if recorded is None:
-            raise CacheError(f"The cache in {self.path} is not finished: EmbeddingCache.build completes it.")
+        missing = set(self.missing(description)) if recorded is None else set()
         found = {}
         for number in description.shards:
+            if number in missing:
+                continue
             try:
-                shard = self._checked(number, description, recorded)
-                if _digest(shard) != recorded[number][_DIGEST]:
+                if recorded is None:
+                    shard, digest = self._open(number, description)
+                else:
+                    shard, digest = self._checked(number, description, recorded), recorded[number][_DIGEST]
+                if _digest(shard) != digest:
                     found[number] = f"{self._shard(number)} is damaged: its contents are not what was written."
             except CacheError as error:
                 found[number] = str(error)
         return found
 
     def reopen(self, shards: list[int]) -> None:
-        """Make a finished cache one that lacks ``shards``, so that building completes it."""
+        """Make the cache one that lacks ``shards``, so that building completes it."""
         description, _ = self._read_json()
-        self._write_json(_BUILD, asdict(description))
-        (self.path / _MANIFEST).unlink()
+        self._write_json(_BUILD, vars(description))
         for number in shards:
             self._shard(number).unlink(missing_ok=True)
+        # Last: killed before, it is a finished cache that lacks shards, and not one whose damaged shards look new.
+        (self.path / _MANIFEST).unlink(missing_ok=True)
 
     def _shard(self, number: int) -> Path:
         return self.path / f"embeddings-{number:06d}.safetensors"
@@ -250,7 +259,7 @@ class CacheFolder:
         _require_own(path)
         try:
             with safe_open(path, framework="pt") as file:
-                digest = (file.metadata() or {}).get(_DIGEST, "")
+                place, _, digest = (file.metadata() or {}).get(_SHARD, "").partition(" ")
                 values = file.get_tensor(_KEY)
                 scales = file.get_tensor(_SCALES) if description.dtype == "int8" else None
         except (SafetensorError, OSError, ValueError, KeyError) as error:
@@ -266,10 +275,12 @@ class CacheFolder:
                 f"{path} holds {values.dtype} of shape {tuple(values.shape)}, expected {description.dtype} of shape "
                 f"{expected}. {_REPAIR}"
             )
+        if place != _place(description, number):
+            raise CacheError(f"{path} is another than the one that was written: it is of another cache. {_REPAIR}")
         return Shard(values, scales), digest
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        with whole(self.path / name, _GO_ON) as path:
+        with whole(self.path / name, self._advice) as path:
             path.write_text(json.dumps({"schema": SCHEMA, **value}, indent=2), encoding="utf-8")
 
     def _read_json(self) -> tuple[Description, list[dict[str, Any]] | None]:
@@ -293,6 +304,7 @@ class CacheFolder:
             or -(-description.rows // description.shard_size) > _MOST_SHARDS
             or description.dtype not in list(DTYPES)  # which need not be hashable
             or not isinstance(description.fingerprint, dict)
+            or not _is_shallow(description.fingerprint)
             or (path.name == _MANIFEST and not _fit(shards, len(description.shards)))
         ):
             raise CacheError(f"{path} is damaged: it contradicts itself. Build the cache again in another folder.")
@@ -312,6 +324,17 @@ def _fit(shards: Any, count: int) -> bool:
             for each in shards
         )
     )
+
+
+def _is_shallow(value: Any, depth: int = 6) -> bool:
+    """Whether nothing is nested so deeply that Python cannot compare or print it."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return depth > 0 and all(_is_shallow(each, depth - 1) for each in inner)
+
+
+def _place(description: Description, number: int) -> str:
+    """Which shard of which cache a file is."""
+    return digest_json([description.flat(), number])
 
 
 def _require_own(path: Path) -> None:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .distributed import Processes
 from .errors import CheckpointError, InputError
 from .files import make_folder, whole
 from .loss import CorrectedMultipleNegativesLoss
@@ -43,22 +44,22 @@ def save_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint
         checkpoint: the checkpoint's folder.
     """
     folder = Path(checkpoint) / FOLDER
-    make_folder(folder, _GO_ON)
-    for name, loss in losses.items():
-        processes = loss.processes
-        for old in folder.glob("*.safetensors"):  # of as many processes as had begun this checkpoint and were killed
-            if (match := _PART.fullmatch(old.name)) and match["name"] == name and int(match["size"]) != processes.size:
-                old.unlink(missing_ok=True)
-        path = folder / f"{name}-{processes.rank:05}-of-{processes.size:05}.safetensors"
-        tensors, description = _state(loss)
-        with whole(path, _GO_ON) as partial:
-            save_file(tensors, partial, {"state": json.dumps(description)})
-    for loss in losses.values():
-        loss.processes.wait()  # before the first process says that all is there, and removes older checkpoints
-        if loss.processes.rank == 0:
-            for pattern in (".tmp*", "*.partial"):  # left by safetensors and by us, where an earlier attempt was killed
-                for leftover in folder.glob(pattern):
-                    leftover.unlink(missing_ok=True)
+    # Nobody goes on before all are here: the first process says next that all is there, and removes older checkpoints.
+    with Processes.current().together("Saving the correctors' state"):
+        make_folder(folder, _GO_ON)
+        for name, loss in losses.items():
+            _save(name, loss, folder)
+
+
+def _save(name: str, loss: CorrectedMultipleNegativesLoss, folder: Path) -> None:
+    processes = loss.processes
+    for old in folder.glob("*.safetensors"):  # of as many processes as had begun this checkpoint and were killed
+        if (match := _PART.fullmatch(old.name)) and match["name"] == name and int(match["size"]) != processes.size:
+            old.unlink(missing_ok=True)
+    path = folder / f"{name}-{processes.rank:05}-of-{processes.size:05}.safetensors"
+    tensors, description = _state(loss)
+    with whole(path, _GO_ON) as partial:
+        save_file(tensors, partial, {"state": json.dumps(description)})
 
 
 def load_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint: str | os.PathLike) -> None:
@@ -83,14 +84,23 @@ def load_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint
 
 
 def seal(checkpoint: str | os.PathLike) -> None:
-    """Note what every file of a checkpoint is, when all processes have written theirs; one of them calls it.
+    """Note what every file of a checkpoint is that has not been noted yet; one of the processes calls it, when all have
+    written theirs.
 
     Raises:
         StorageError: the note cannot be written.
     """
     folder = Path(checkpoint)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".md", ".partial"))
-    described = {str(path.relative_to(folder)): _described(path) for path in files if path.name != _DIGESTS}
+    make_folder(folder / FOLDER, _GO_ON)
+    for pattern in (".tmp*", "*.partial"):  # left by safetensors and by us, where an earlier attempt was killed
+        for leftover in (folder / FOLDER).glob(pattern):
+            leftover.unlink(missing_ok=True)
+    note = folder / FOLDER / _DIGESTS
+    described = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and path.suffix not in (".md", ".partial") and path != note and name not in described:
+            described[name] = _described(path)
     with whole(folder / FOLDER / _DIGESTS, _GO_ON) as partial:
         partial.write_text(json.dumps(described, indent=2), encoding="utf-8")
 
@@ -118,10 +128,13 @@ def fault_of(checkpoint: str | os.PathLike) -> str | None:
             return f"has a damaged {FOLDER}/{_DIGESTS}"
         for name, described in noted:
             path = folder / name
-            if not path.is_file():
-                return f"lacks {name}"
-            if _described(path) != described:
-                return f"has a damaged {name}: it is not what was written"
+            try:
+                if not path.is_file():
+                    return f"lacks {name}"
+                if _described(path) != described:
+                    return f"has a damaged {name}: it is not what was written"
+            except OSError as error:
+                return f"has {name}, which cannot be read ({error})"
     for path in (folder / FOLDER).glob("*.safetensors"):
         match = _PART.fullmatch(path.name)
         if match is None:
@@ -187,7 +200,7 @@ def _restore(loss: CorrectedMultipleNegativesLoss, parts: list[tuple[dict[str, T
     else:
         search.corrector.load_state_dict(_under("corrector.", parts[0][0]))
         search.overlay.load_state_dicts(_under("overlay.", tensors) for tensors, _ in parts)
-        loss.divergence_watch.state = parts[0][0]["divergence"].to(search.cache.device)
+        loss.divergence_watch.state = parts[0][0]["divergence"]
     search.steps = description["steps"]
     for name in _COUNTERS:
         setattr(loss, name, description[name])

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from .errors import StCorrectorError
+from .errors import CacheError, StCorrectorError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return args.run(args)
-    except StCorrectorError as error:
+    except (StCorrectorError, OSError) as error:  # the latter from the Hub, too
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     repair.add_argument("--model", required=True, help="the model that the cache was built by: a folder or a Hub id")
     repair.add_argument("--revision", help="commit, branch or tag of a model on the Hub")
     repair.add_argument("--corpus", required=True, help="the corpus that it was built of: a BEIR folder")
+    repair.add_argument("--prompt", help="what preceded the targets' texts, if it was not the model's own prompt")
     repair.add_argument("--max_targets", type=int, help="the corpus is the first so many of them")
     repair.add_argument("--batch_size", type=int, default=64, help="targets in one forward pass")
     return parser
@@ -57,6 +58,8 @@ def _verify(args: argparse.Namespace) -> int:
 
     folder = CacheFolder(args.path)
     damaged = folder.damaged()
+    if not damaged and not folder.is_finished:
+        raise CacheError(f"The cache in {args.path} is undamaged, but not finished: EmbeddingCache.build completes it.")
     for message in damaged.values():
         print(message)
     print(f"{len(damaged):,} of {len(folder.description().shards):,} shards are damaged." if damaged else "Undamaged.")
@@ -69,7 +72,7 @@ def _repair(args: argparse.Namespace) -> int:
     from .cache import EmbeddingCache
     from .corpus import Corpus
 
-    corpus = Corpus.from_beir(args.corpus, max_targets=args.max_targets)
+    corpus = Corpus.from_beir(args.corpus, max_targets=args.max_targets, prompt=args.prompt)
     model = SentenceTransformer(args.model, revision=args.revision)
     print(EmbeddingCache.repair(model, corpus, args.path, args.batch_size))
     return 0

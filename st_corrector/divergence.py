@@ -52,7 +52,10 @@ class DivergenceWatch:
     @property
     def state(self) -> Tensor:
         """What was taken in since it last looked, ``(n, 2)``."""
-        return torch.stack(self._errors) if self._errors else torch.empty(0, 2)
+        if not self._errors:
+            return torch.empty(0, 2)
+        # Those of before a checkpoint may be elsewhere.
+        return torch.stack([each.to(self._errors[-1].device) for each in self._errors])
 
     @state.setter
     def state(self, errors: Tensor) -> None:

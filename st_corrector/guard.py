@@ -31,7 +31,8 @@ class Guard(TrainerCallback):
       which it was found, but has learnt from those accumulated before it, and from a batch whose gradients alone are
       not finite. Ten such steps in a row end the run in any case.
     - SIGTERM, which clusters send before they take a machine away, is answered with a checkpoint after the present
-      step, by all processes after the same one; then the processes exit with status 143, as terminated ones do.
+      step, by all processes after the same one; then the processes exit with status 143, as terminated ones do. A
+      second SIGTERM ends them at once.
 
     Args:
         policy: ``"stop"`` or ``"skip"``.
@@ -54,13 +55,19 @@ class Guard(TrainerCallback):
             return
 
         def told(number: int, frame: Any) -> None:
+            if self._told:  # twice: whoever says so does not want to wait
+                signal.signal(signal.SIGTERM, before)
+                signal.raise_signal(signal.SIGTERM)
             self._told = True
 
-        before = signal.signal(signal.SIGTERM, told)
+        self._told = False
+        before = signal.signal(signal.SIGTERM, told) or signal.SIG_DFL
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+            if self._told and not self.is_stopping:  # after the last step
+                signal.raise_signal(signal.SIGTERM)
 
     def drop_step(self, error: NonFiniteError, model: nn.Module, step: int) -> None:
         """Drop the optimizer step ``step`` for ``error``, or raise it.
@@ -83,18 +90,28 @@ class Guard(TrainerCallback):
         model.zero_grad()
         self._dropped = True
 
+    def check_gradients(self, model: nn.Module, args: TrainingArguments, step: int) -> None:
+        """Drop the step if its gradients are not finite.
+
+        Raises:
+            NonFiniteError: see :meth:`drop_step`.
+        """
+        if args.fp16:  # the gradients' scaler looks for them, and leaves out the step by itself
+            return
+        gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        if gradients and not torch.isfinite(get_total_norm(gradients.values())):
+            bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+            # A norm beyond float32 is infinite though all gradients are finite.
+            what = f"The gradients of {len(bad)} parameters, e.g. {bad[:3]}," if bad else "The gradients' norm"
+            advice = "lower the learning rate or the loss's scale."
+            self.drop_step(NonFiniteError(f"{what} are NaN or infinite: {advice}"), model, step)
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
-        if not args.fp16:  # there the gradients' scaler looks for them, and leaves out the step by itself
-            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            if gradients and not torch.isfinite(get_total_norm(gradients.values())):
-                bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
-                # A norm beyond float32 is infinite though all gradients are finite.
-                what = f"The gradients of {len(bad)} parameters, e.g. {bad[:3]}," if bad else "The gradients' norm"
-                advice = "lower the learning rate or the loss's scale."
-                self.drop_step(NonFiniteError(f"{what} are NaN or infinite: {advice}"), model, state.global_step)
+        if args.max_grad_norm <= 0:  # else they were looked at before they were clipped
+            self.check_gradients(model, args, state.global_step)
         if self._dropped:
             model.zero_grad()  # of what has been accumulated after that
         self._in_a_row = self._in_a_row + 1 if self._dropped else 0

@@ -377,8 +377,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         loss = self.calculate_loss([each.pieces for each in columns], candidates, with_backward=True)
         if self.processes.any(not torch.isfinite(loss), loss.device):
             raise NonFiniteError(
-                f"The loss is {loss.item()}, of finite embeddings: their similarities, or scale={self.scale}, are too "
-                "large."
+                f"The loss is {loss.item()} here, and not finite in one of {self.processes.size} processes, though the "
+                f"embeddings are: their similarities, or scale={self.scale}, are too large."
             )
         task_loss = self._connected(loss, columns)
         if self._search is None or not self.num_negatives:
@@ -619,6 +619,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         self.targets_reencoded += len(self.corpus)
         self.refreshed = True
         self._search = self._make_search(cache, type(old.corrector)(**old.corrector.config))
+        self.divergence_watch = DivergenceWatch(self.processes)
 
     def restart_corrector(self, diverged: bool) -> None:
         """Go on without correction, if it has diverged, or with the corrector anew. What has been written back was
@@ -628,6 +629,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         corrector = self._identity if diverged else type(self._configured)(**self._configured.config)
         self._search = self._make_search(self.search.cache, corrector)
         self._search.steps = steps
+        self.divergence_watch = DivergenceWatch(self.processes)
 
     @property
     def _identity(self) -> IdentityCorrector:

@@ -27,7 +27,7 @@ from .corpus import Corpus
 from .correctors import make_corrector
 from .distributed import Processes
 from .encoding import DocumentEncoder
-from .errors import CheckpointError, InputError, NonFiniteError, StorageError
+from .errors import CheckpointError, InputError, NonFiniteError, ProcessError, StorageError
 from .files import storing
 from .fingerprint import digest_json
 from .guard import Guard, NonFinitePolicy
@@ -191,18 +191,26 @@ class CorrectorTrainer(SentenceTransformerTrainer):
             self.guard.drop_step(error, model, self.state.global_step)
             return torch.tensor(torch.nan, device=self.args.device)  # left out of the mean that is logged
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        # Before clipping, which spreads what is not finite over all parameters.
+        self.guard.check_gradients(self.model, self.args, self.state.global_step)
+        return super()._clip_grad_norm(model)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        advice = "Nothing of it is left; the checkpoints before are as they were: resume from the last one."
+        advice = (
+            "The checkpoints before are as they were, and what is not complete is removed: resume from the last one."
+        )
         try:
             with storing(checkpoint, advice):
                 if self.args.should_save:
                     unseal(checkpoint)
                 super()._save_checkpoint(model, trial)
                 if self.args.should_save and not self.args.save_only_model:
-                    seal(checkpoint)
-        except StorageError:
-            if self.args.should_save:
+                    seal(checkpoint)  # what was written last
+        except (StorageError, ProcessError):
+            # With its last file it is complete, and what has failed came after.
+            if self.args.should_save and not (checkpoint / "trainer_state.json").exists():
                 shutil.rmtree(checkpoint, ignore_errors=True)
             raise
         if self.guard.is_stopping:
@@ -233,6 +241,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         # Here every process writes what it alone has, before the trainer's state says that all is there.
         super()._save_rng_state(output_dir)
         save_losses(self._stateful_losses(), output_dir)
+        if self.args.should_save:
+            seal(output_dir)
 
     def _load_from_checkpoint(self, checkpoint_path: str, *args: Any) -> None:
         super()._load_from_checkpoint(checkpoint_path, *args)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,10 +16,12 @@ import pytest
 import torch
 from conftest import FORKS, make_static_model, make_texts
 
-from st_corrector import CacheError, Corpus, EmbeddingCache, ProcessError, StorageError
+import st_corrector
+from st_corrector import CacheError, Corpus, EmbeddingCache, NonFiniteError, ProcessError, StorageError
 from st_corrector.cache_folder import CacheFolder, Description
 from st_corrector.cli import main
 from st_corrector.distributed import Processes
+from st_corrector.fingerprint import weights_fingerprint
 from st_corrector.shard import Shard
 
 
@@ -100,7 +103,7 @@ def test_a_flipped_bit_is_found_and_mended(static_model, corpus, built, capsys, 
     before = contents(built)
     shard = built / "embeddings-000002.safetensors"
     data = bytearray(shard.read_bytes())
-    position = {"the embeddings": len(data) - 100, "the digest": data.index(b"sha256") + 10, "the header": 9}[place]
+    position = {"the embeddings": len(data) - 100, "the digest": data.index(b'"}') - 5, "the header": 9}[place]
     data[position] ^= 1
     shard.write_bytes(data)
     assert main(["cache", "verify", str(built)]) == 1
@@ -145,6 +148,47 @@ def test_only_what_is_damaged_is_encoded_anew(static_model, corpus, built, monke
     assert set(encoded) == {0, *range(192, 200)}  # row 0 says how wide embeddings are
 
 
+def test_a_repair_that_is_killed_leaves_nothing_that_looks_whole(static_model, corpus, built, monkeypatch):
+    before, unlink = contents(built), Path.unlink
+    (built / "embeddings-000001.safetensors").write_bytes(before["embeddings-000001.safetensors"][:-1])
+    for stop_at in ("embeddings-000001.safetensors", "manifest.json"):
+
+        def killed(self, *args, name=stop_at, **settings):
+            if self.name == name:
+                raise KeyboardInterrupt
+            unlink(self, *args, **settings)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Path, "unlink", killed)
+            EmbeddingCache.repair(static_model, corpus, built)
+        with pytest.raises(CacheError, match=r"embeddings-000001\.safetensors is (damaged|missing)"):
+            EmbeddingCache.load(built)
+    EmbeddingCache.repair(static_model, corpus, built)
+    assert contents(built) == before
+
+
+def test_what_was_damaged_while_a_build_had_stopped_is_mended(static_model, corpus, built):
+    before = contents(built)
+    (built / "manifest.json").unlink()
+    description = {name: value for name, value in json.loads(before["manifest.json"]).items() if name != "shards"}
+    (built / "build.json").write_text(json.dumps(description))
+    shard = built / "embeddings-000002.safetensors"
+    for data in (before[shard.name][:-1], before["embeddings-000001.safetensors"]):
+        shard.write_bytes(data)
+        with pytest.raises(CacheError, match=r"embeddings-000002\.safetensors is .*EmbeddingCache\.repair"):
+            EmbeddingCache.build(static_model, corpus, built, progress=False)
+    EmbeddingCache.repair(static_model, corpus, built)
+    assert contents(built) == before
+
+
+def test_a_finished_cache_is_shared_and_need_not_be_writable(static_model, corpus, small_disk):
+    EmbeddingCache.build(static_model, corpus, small_disk / "cache", progress=False)
+    with CacheFolder(small_disk / "cache").locked():
+        assert len(EmbeddingCache.build(static_model, corpus, small_disk / "cache", progress=False)) == 200
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert len(EmbeddingCache.build(static_model, corpus, small_disk / "cache", progress=False)) == 200
+
+
 def test_a_cache_of_something_else_is_not_repaired_away(corpus, built):
     before = contents(built)
     (built / "embeddings-000003.safetensors").write_bytes(b"")
@@ -158,7 +202,7 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_encoding(small_disk):
     vectors = torch.randn(10_000, 64)
     with pytest.raises(StorageError, match=r"takes 2\.6 MB, and the disk of .* has 0\.3 MB left"):
         EmbeddingCache.from_tensor(vectors).save(small_disk / "cache")
-    assert not contents(small_disk / "cache")
+    assert not (small_disk / "cache").exists(), "the same call will do when there is room"
 
 
 def test_a_disk_that_fills_up_loses_nothing_that_was_finished(static_model, corpus, small_disk, tmp_path):
@@ -166,11 +210,11 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_finished(static_model, corp
     folder = small_disk / "cache"
     write, hog = CacheFolder.write, small_disk / "somebody else's"
 
-    def filling(self, number, shard):
+    def filling(self, description, number, shard):
         if number == 7:
             free = os.statvfs(small_disk)
             hog.write_bytes(bytes(free.f_bavail * free.f_bsize))
-        write(self, number, shard)
+        write(self, description, number, shard)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(CacheFolder, "write", filling)
@@ -191,10 +235,10 @@ def test_a_read_only_folder_is_refused(static_model, corpus, small_disk):
 def test_a_folder_that_vanishes_is_an_error_and_not_half_a_cache(static_model, corpus, tmp_path, monkeypatch):
     write, folder = CacheFolder.write, tmp_path / "cache"
 
-    def vanishing(self, number, shard):
+    def vanishing(self, description, number, shard):
         if number == 2:
             folder.rename(tmp_path / "elsewhere")
-        write(self, number, shard)
+        write(self, description, number, shard)
 
     monkeypatch.setattr(CacheFolder, "write", vanishing)
     with pytest.raises(StorageError, match=r"embeddings-000002\.safetensors cannot be written: No such file"):
@@ -236,6 +280,22 @@ def _fail_on_one(rank, folder):
     with own, processes.together("Working"):
         if rank == 1:
             raise ValueError("rank 1's own")
+    datasets.config.HF_DATASETS_CACHE = f"{folder}/derived"
+    model, corpus = make_static_model(), Corpus.from_texts(make_texts(200)[1])
+    fingerprint = weights_fingerprint(model)
+    st_corrector.encoding.weights_fingerprint = lambda model: fingerprint
+    if rank == 1:
+        model[0].embedding.weight.data.fill_(torch.nan)
+    ours = (
+        pytest.raises(NonFiniteError, match="targets are NaN")
+        if rank == 1
+        else pytest.raises(
+            ProcessError,
+            match=r"Building the cache has failed in another process:\n  rank 1: NonFiniteError: The embedd",
+        )
+    )
+    with ours:
+        EmbeddingCache.build(model, corpus, f"{folder}/cache", shard_size=20, progress=False)
     torch.distributed.destroy_process_group()
 
 
@@ -309,7 +369,7 @@ def test_the_shell_says_what_a_cache_is(built, tmp_path, capsys):
     folder = CacheFolder(tmp_path / "begun")
     with folder.locked():
         folder.begin(Description(200, 24, "float32", 64, {"corpus": "x"}))
-        folder.write(0, Shard(torch.zeros(64, 24)))
+        folder.write(folder.description(), 0, Shard(torch.zeros(64, 24)))
     assert main(["cache", "info", str(tmp_path / "begun")]) == 0
     assert "not finished: 3 shards are missing" in capsys.readouterr().out
     assert main(["cache", "verify", str(tmp_path / "begun")]) == 1

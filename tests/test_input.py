@@ -63,7 +63,10 @@ def test_all_bad_lines_are_counted_and_the_first_are_shown(folder, tmp_path):
 def test_a_limited_corpus_is_read_no_further(folder):
     with (folder / "corpus.jsonl").open("a") as file:
         file.write("not JSON\n")
+    with (folder / "corpus.jsonl").open("ab") as file:
+        file.write(b"\xff\n")
     assert len(Corpus.from_beir(folder, max_targets=2)) == 2
+    assert len(Corpus.from_beir(folder, max_targets=4)) == 4
     with pytest.raises(CorpusError, match="not valid JSON"):
         Corpus.from_beir(folder, max_targets=100)
 
@@ -180,6 +183,15 @@ def test_a_damaged_derived_file_is_written_anew(folder, tmp_path, caplog):
         file.write_bytes(file.read_bytes()[:20])
     assert Corpus.from_beir(folder).texts(range(4)) == expected
     assert "is damaged" in caplog.text and "written anew" in caplog.text
+
+
+def test_what_fails_in_reading_is_not_called_a_full_disk():
+    def texts():
+        yield "fine"
+        raise ConnectionError("the source is gone")
+
+    with pytest.raises(ConnectionError, match="the source is gone"):
+        Corpus.from_texts(texts())
 
 
 def test_a_full_disk_leaves_no_derived_file(small_disk):

@@ -142,9 +142,14 @@ class Corrector(ABC):
                         f"{name} of {self!r} has become NaN or infinite: its settings, or the embeddings' lengths "
                         f"(up to {float(fresh.norm(dim=-1).max()):.3g}), are too much for float32."
                     )
-        except NonFiniteError:
+        except (NonFiniteError, torch.linalg.LinAlgError) as error:
             self.load_state_dict(before)
-            raise
+            if isinstance(error, NonFiniteError):
+                raise
+            raise NonFiniteError(
+                f"{self!r} cannot solve for what this step has to teach ({error}): its regularization is too small for "
+                f"embeddings of length {float(fresh.norm(dim=-1).max()):.3g}."
+            ) from error
         return metrics
 
     @torch.no_grad()

@@ -64,7 +64,6 @@ def cache() -> Path:
     """A cache of three shards."""
     path = FOLDER / "cache"
     if not path.exists():
-        CacheFolder(path)
         EmbeddingCache.from_tensor(torch.randn(40_000, 2)).save(path)
     return path
 
@@ -84,12 +83,12 @@ def build(data: bytes) -> None:
     (folder / "build.json").write_bytes(data)
     description = CacheFolder(folder).description()
     CacheFolder(folder).missing(description)
-    CacheFolder(folder).require(description)
+    CacheFolder(folder).require(CacheFolder(cache()).description() if description.rows % 2 else description)
 
 
 def corrector(data: bytes) -> None:
     """A corrector's name, and its settings behind the first line's end."""
-    name, _, settings = data.decode("utf-8", "surrogatepass" if data[:1] == b"\xed" else "replace").partition("\n")
+    name, _, settings = data.decode("utf-8", "surrogateescape").partition("\n")
     make_corrector(name, 4, **read_settings(settings))
 
 
