@@ -9,6 +9,8 @@ TORCH  := torch==2.13.0
 # The lower bounds of pyproject.toml, on which `make test-oldest` runs the suite.
 OLDEST := torch==2.11.0 sentence-transformers==6.0.1 transformers==5.17.0 accelerate==1.10.0 datasets==4.0.0 \
           huggingface-hub==1.5.0 safetensors==0.8.0 tqdm==4.66.3 numpy==1.26.4 pyarrow==21.0.0
+# Many tests start processes of their own: with several threads each, they slow one another down.
+ONE    := OMP_NUM_THREADS=1
 NQ     ?= ../shared/data/nq
 PRESET ?= cpu
 # A smoke test's figures are no results.
@@ -23,10 +25,10 @@ demo: $(VENV)/.installed  ## code search over the installed packages, trained in
 	$(BIN)/python recipes/quickstart.py
 
 test: $(VENV)/.installed  ## the test suite, offline
-	$(BIN)/python -m pytest -q -m "not long"
+	$(ONE) $(BIN)/python -m pytest -q -m "not long"
 
 test-long: $(VENV)/.installed  ## the tests that take minutes
-	$(BIN)/python -m pytest -q -m long
+	$(ONE) $(BIN)/python -m pytest -q -m long
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -48,7 +50,7 @@ synthetic: $(VENV)/.installed  ## the synthetic study of how far a corrector can
 	$(BIN)/python recipes/synthetic_staleness.py --output benchmarks/results/synthetic
 
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest -q -m "not long"
+	$(ONE) .venv-oldest/bin/python -m pytest -q -m "not long"
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
