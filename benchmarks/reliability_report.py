@@ -32,7 +32,7 @@ From [{RESULTS.name}](../{RESULTS.relative_to(ROOT)}) ({"; ".join(sorted(version
 - Builds of a cache killed at random moments: {builds["kills"]}, of these {builds["before_its_end"]} before their end.
   Completed to the same bytes: {builds["same_bytes"]}. Finished shards that were encoded again:
   {builds["finished_shards_encoded_again"]} of {builds["shards_kept"]:,}.
-- Training runs killed at random moments: {runs["kills"]}, of {len(runs["cases"])} kinds,
+- Training runs killed at random moments from their first checkpoint on: {runs["kills"]}, of {len(runs["cases"])} kinds,
   {runs["before_its_end"]} before their end.
   With a complete checkpoint to go on from: {runs["went_on_from_a_checkpoint"]}.
   Ended with the same bits: {runs["identical"]}.
