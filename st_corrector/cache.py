@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .cache_folder import CacheFolder, Description
+from .cache_folder import MOST_SHARDS, CacheFolder, Description
 from .corpus import Corpus
 from .distributed import Processes
 from .encoding import DocumentEncoder
@@ -139,6 +139,8 @@ class EmbeddingCache:
             raise CacheError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
         if batch_size < 1 or shard_size < 1:
             raise CacheError(f"batch_size and shard_size must be at least 1, got {batch_size} and {shard_size}.")
+        if len(corpus) > shard_size * MOST_SHARDS:
+            raise CacheError(f"{len(corpus):,} targets in shards of {shard_size} are too many files: raise shard_size.")
         processes = Processes.current()
         encoder = DocumentEncoder(model, corpus, progress=progress)
         folder = CacheFolder(Path(path))

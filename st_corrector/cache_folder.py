@@ -31,11 +31,10 @@ from .shard import DTYPES, Shard
 SCHEMA = 2
 _MANIFEST, _BUILD, _LOCK = "manifest.json", "build.json", ".lock"
 _KEY, _SCALES, _DIGEST = "embeddings", "scales", "sha256"
-_SHARD = (
-    "shard"  # in its file: which of which cache, and the digest; one entry, since safetensors orders several at random
-)
+# Of a shard's file: which it is of which cache, and its digest. One entry: safetensors orders several at random.
+_SHARD = "shard"
 _LARGEST_JSON = 64 << 20  # of a manifest with billions of targets
-_MOST_SHARDS = 1 << 20  # nothing that a file says makes us count further
+MOST_SHARDS = 1 << 20  # nothing that a file says makes us count further
 
 
 @dataclass(frozen=True)
@@ -301,7 +300,7 @@ class CacheFolder:
         shards = found.get("shards")
         if (
             not all(type(count) is int and count > 0 for count in counts)
-            or -(-description.rows // description.shard_size) > _MOST_SHARDS
+            or -(-description.rows // description.shard_size) > MOST_SHARDS
             or description.dtype not in list(DTYPES)  # which need not be hashable
             or not isinstance(description.fingerprint, dict)
             or not _is_shallow(description.fingerprint)

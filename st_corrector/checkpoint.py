@@ -129,6 +129,8 @@ def fault_of(checkpoint: str | os.PathLike) -> str | None:
         for name, described in noted:
             path = folder / name
             try:
+                if not path.resolve().is_relative_to(folder.resolve()):
+                    return f"names a file outside of itself, {name}"
                 if not path.is_file():
                     return f"lacks {name}"
                 if _described(path) != described:

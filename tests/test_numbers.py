@@ -1,10 +1,11 @@
 """What is not finite, a corrector that makes things worse, and corpora at the edge of having sense."""
 
+import json
 import math
 
 import pytest
 import torch
-from conftest import WORDS, make_static_model, make_texts
+from conftest import ROOT, WORDS, make_static_model, make_texts
 from test_checkpoint import trainer_of
 from test_faults import At, same, state_of
 
@@ -222,6 +223,18 @@ def diverging(corpus, folder, policy, **settings):
         learning_rate=1e-3,
         **settings,
     )
+
+
+def test_no_run_of_the_study_would_have_lost_its_corrector():
+    """What the rule's margin and patience were set by."""
+    excess = [
+        (entry["corrected_error"] - entry["drift"], entry["step"])
+        for file in (ROOT / "benchmarks" / "results").glob("*/*-seed*.json")
+        for entry in json.loads(file.read_text())["log"]
+        if {"corrected_error", "drift"} <= entry.keys()
+    ]
+    assert len(excess) > 500
+    assert max(excess)[0] < 0.004 and all(step <= 10 for more, step in excess if more > 1e-4)
 
 
 def test_a_corrector_that_makes_things_worse_is_given_up(corpus, tmp_path, caplog):
