@@ -5,9 +5,11 @@ Nothing writes to it once it is built (:mod:`.cache_folder` has its files); trai
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,11 +22,14 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .cache_folder import MOST_SHARDS, CacheFolder, Description
+from .arrow import default_cache_dir
+from .cache_folder import FILES, MOST_SHARDS, CacheFolder, Description
 from .corpus import Corpus
 from .distributed import Processes
 from .encoding import DocumentEncoder
 from .errors import CacheError, NonFiniteError, StorageError
+from .fingerprint import digest_json
+from .hub import push_folder
 from .memory import require_memory
 from .shard import DTYPES, Shard
 
@@ -57,6 +62,8 @@ class EmbeddingCache:
         """The first corpus row that it holds; rows are always counted in the corpus, in a part too."""
         self.corpus_size = len(self) if corpus_size is None else corpus_size
         """Rows of the whole corpus."""
+        self.path: Path | None = None
+        """The folder that it is memory-mapped from, if it is that of one whole cache."""
 
     # ------------------------------------------------------------------ constructors
 
@@ -109,7 +116,7 @@ class EmbeddingCache:
         cls,
         model: SentenceTransformer,
         corpus: Corpus,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         batch_size: int = 64,
         dtype: str = "float32",
         shard_size: int = 16_384,
@@ -181,7 +188,7 @@ class EmbeddingCache:
 
     @classmethod
     def repair(
-        cls, model: SentenceTransformer, corpus: Corpus, path: str | os.PathLike, batch_size: int = 64
+        cls, model: SentenceTransformer, corpus: Corpus, path: str | os.PathLike[str], batch_size: int = 64
     ) -> EmbeddingCache:
         """Encode anew what is damaged or missing in the cache of ``model`` and ``corpus`` in ``path``.
 
@@ -202,7 +209,7 @@ class EmbeddingCache:
                         folder.reopen(list(damaged))
         return cls.build(model, corpus, path, batch_size, found.dtype)
 
-    def save(self, path: str | os.PathLike) -> EmbeddingCache:
+    def save(self, path: str | os.PathLike[str]) -> EmbeddingCache:
         """Write it into the new folder ``path``, as :meth:`build` would have; returns it memory-mapped from there.
 
         Raises:
@@ -235,7 +242,7 @@ class EmbeddingCache:
             folder.finish(description)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, verify: bool = False) -> EmbeddingCache:
+    def load(cls, path: str | os.PathLike[str], verify: bool = False) -> EmbeddingCache:
         """The finished cache in the folder ``path``, memory-mapped: nothing is read until it is used.
 
         Args:
@@ -250,7 +257,91 @@ class EmbeddingCache:
         if verify and (damaged := folder.damaged()):
             raise CacheError("\n".join(list(damaged.values())[:5]) + f"\n{len(damaged)} shards in all.")
         description, shards = folder.read()
-        return cls(shards, description.fingerprint)
+        cache = cls(shards, description.fingerprint)
+        cache.path = folder.path
+        return cache
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        verify: bool = True,
+    ) -> EmbeddingCache:
+        """The cache that :meth:`push_to_hub` has put into a dataset repository, memory-mapped from a local copy.
+
+        Interrupted, the same call goes on behind the files that are there; once they are, it only asks whether there is
+        anything newer, and offline (``HF_HUB_OFFLINE=1``) not even that.
+
+        Args:
+            path: where the local copy is, or is made; by default among this package's derived files.
+            revision: branch, tag or commit.
+            token: by default the one of ``hf auth login`` or ``HF_TOKEN``.
+            verify: read all of it and compare it with what was written.
+
+        Raises:
+            CacheError: what the repository holds is no finished cache, or what has come is not what was written.
+            OSError: the Hub cannot be reached, or has no such repository (huggingface_hub's own exceptions).
+        """
+        from huggingface_hub import snapshot_download
+
+        if path is None:
+            name = f"{repo_id.replace('/', '--')}-{digest_json([repo_id, revision])[:12]}"
+            path = default_cache_dir() / "from-hub" / name
+        # Into a folder of its own: the Hub's shared one holds links, which a cache's folder must not.
+        snapshot_download(
+            repo_id,
+            repo_type="dataset",
+            revision=revision,
+            token=token,
+            local_dir=str(path),
+            allow_patterns=list(FILES),
+        )
+        return cls.load(path, verify=verify)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Add an embedding cache",
+    ) -> str:
+        """Upload it into a dataset repository on the Hub, shard by shard; returns the commit's address.
+
+        Called again after it was cut short, it sends only the shards that the Hub has not received. Embeddings tell
+        about the texts that they are of: think before you publish those of a private corpus.
+
+        Args:
+            repo_id: made if it is not there.
+            private: of a repository that is made here.
+            token: by default the one of ``hf auth login`` or ``HF_TOKEN``.
+            revision: a branch, made if it is not there.
+
+        Raises:
+            CacheError: it is only a part of a cache.
+            OSError: the Hub cannot be reached or refuses (huggingface_hub's own exceptions).
+        """
+        if self.path is None:
+            with tempfile.TemporaryDirectory() as folder:
+                return self.save(Path(folder) / "cache").push_to_hub(
+                    repo_id, private=private, token=token, revision=revision, commit_message=commit_message
+                )
+        return push_folder(
+            self.path,
+            repo_id,
+            repo_type="dataset",
+            card=_CARD.format(repo_id=repo_id, cache=self, fingerprint=json.dumps(self.fingerprint, indent=2)),
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+            files=FILES,
+        )
 
     # ------------------------------------------------------------------ reading
 
@@ -362,6 +453,29 @@ class EmbeddingCache:
             if scales is not None and stored.scales is not None:
                 scales[here] = stored.scales
         return EmbeddingCache([Shard(values, scales)], self.fingerprint, self.first_row, self.corpus_size)
+
+
+_CARD = """---
+tags:
+- sentence-transformers
+- st_corrector
+- embeddings
+---
+
+# An embedding cache
+
+{cache}, row by row the targets of a corpus. The embeddings depend on:
+
+```json
+{fingerprint}
+```
+
+```python
+from st_corrector import EmbeddingCache
+
+cache = EmbeddingCache.from_hub("{repo_id}")
+```
+"""
 
 
 def _require_finite(shard: Shard, first_row: int) -> None:

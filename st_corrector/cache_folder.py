@@ -29,6 +29,8 @@ from .fingerprint import differences, digest_json
 from .shard import DTYPES, Shard
 
 SCHEMA = 2
+FILES = ("manifest.json", "embeddings-*.safetensors")
+"""What a finished cache consists of, as patterns."""
 _MANIFEST, _BUILD, _LOCK = "manifest.json", "build.json", ".lock"
 _KEY, _SCALES, _DIGEST = "embeddings", "scales", "sha256"
 # Of a shard's file: which it is of which cache, and its digest. One entry: safetensors orders several at random.

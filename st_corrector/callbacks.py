@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .encoding import evaluating, unwrap
+from .encoding import unwrap
 from .errors import InputError
 from .loss import CorrectedMultipleNegativesLoss
 from .staleness import selection_fidelity, staleness
@@ -133,16 +133,7 @@ class FidelityCallback(TrainerCallback):
         loss, search = self.loss, self.loss.search
         model = unwrap(loss.model)
         with loss.metrics.timed("fidelity", model.device):
-            with evaluating(model):
-                # In full width, as training sees it, whatever the model's truncate_dim.
-                queries = model.encode_query(
-                    self._queries,
-                    batch_size=self.batch_size,
-                    convert_to_tensor=True,
-                    show_progress_bar=False,
-                    truncate_dim=search.cache.dim,
-                )
-            queries = loss.comparable(queries)
+            queries = loss.encode_queries(self._queries, self.batch_size)
             fresh = loss.comparable(loss.encoder.encode(model, self._rows, batch_size=self.batch_size))
             rows = torch.from_numpy(self._rows).to(fresh.device)
             search.corrector.to(fresh.device)

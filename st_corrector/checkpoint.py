@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,12 @@ from .loss import CorrectedMultipleNegativesLoss
 FOLDER = "st_corrector"
 _COUNTERS = ("targets_encoded", "targets_verified", "targets_reencoded")
 _GO_ON = "Then resume from the last checkpoint that is complete."
-_DESCRIBED = {"corrector", "cache", "rows", "steps", "refreshed", "diverged", *_COUNTERS}
+_DESCRIBED = {"corrector", "cache", "rows", "steps", "refreshed", "diverged", "removed", *_COUNTERS}
 _DIGESTS = "digests.json"
 _PART = re.compile(r"(?P<name>.+)-(?P<rank>\d{5})-of-(?P<size>\d{5})\.safetensors")
 
 
-def save_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint: str | os.PathLike) -> None:
+def save_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint: str | os.PathLike[str]) -> None:
     """Write the state of ``losses`` into the folder of a checkpoint; every process calls it.
 
     Args:
@@ -62,7 +63,7 @@ def _save(name: str, loss: CorrectedMultipleNegativesLoss, folder: Path) -> None
         save_file(tensors, partial, {"state": json.dumps(description)})
 
 
-def load_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint: str | os.PathLike) -> None:
+def load_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint: str | os.PathLike[str]) -> None:
     """Take over what :func:`save_losses` has written, with as many processes or another number of them.
 
     Where the cache had been refreshed it is refreshed again, by the model as it was saved, and the corrector starts
@@ -83,7 +84,7 @@ def load_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint
         _restore(loss, [_read(part) for part in parts])
 
 
-def seal(checkpoint: str | os.PathLike) -> None:
+def seal(checkpoint: str | os.PathLike[str]) -> None:
     """Note what every file of a checkpoint is that has not been noted yet; one of the processes calls it, when all have
     written theirs.
 
@@ -105,13 +106,13 @@ def seal(checkpoint: str | os.PathLike) -> None:
         partial.write_text(json.dumps(described, indent=2), encoding="utf-8")
 
 
-def unseal(checkpoint: str | os.PathLike) -> None:
+def unseal(checkpoint: str | os.PathLike[str]) -> None:
     """Say of a checkpoint that is about to be written once more that it is not complete."""
     for name in ("trainer_state.json", f"{FOLDER}/{_DIGESTS}"):
         (Path(checkpoint) / name).unlink(missing_ok=True)
 
 
-def fault_of(checkpoint: str | os.PathLike) -> str | None:
+def fault_of(checkpoint: str | os.PathLike[str]) -> str | None:
     """What is wrong with a checkpoint whose writing was cut short, or that has been damaged since; None if nothing.
 
     All of it is read, where :func:`seal` has noted what it was.
@@ -169,6 +170,7 @@ def _state(loss: CorrectedMultipleNegativesLoss) -> tuple[dict[str, Tensor], dic
         "steps": search.steps,
         "refreshed": loss.refreshed,
         "diverged": loss.diverged,
+        "removed": loss.removed,
         **{name: getattr(loss, name) for name in _COUNTERS},
     }
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, description
@@ -204,6 +206,7 @@ def _restore(loss: CorrectedMultipleNegativesLoss, parts: list[tuple[dict[str, T
         search.overlay.load_state_dicts(_under("overlay.", tensors) for tensors, _ in parts)
         loss.divergence_watch.state = parts[0][0]["divergence"]
     search.steps = description["steps"]
+    loss.removed = Counter(description["removed"])
     for name in _COUNTERS:
         setattr(loss, name, description[name])
 

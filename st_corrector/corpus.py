@@ -68,6 +68,8 @@ class Corpus:
         targets = targets if targets._indices is None else targets.flatten_indices()
         self.targets = targets
         self.prompt = prompt
+        self.name: str | None = None
+        """What model cards and reports call it: set by constructors that know, or by you."""
         self._arrow = targets.with_format("arrow")
         self._qrels = dict(qrels or {})
         self._cache_dir = _folder(cache_dir)
@@ -269,6 +271,7 @@ class Corpus:
         corpus = cls(
             read_or_write_arrow(path, _TARGETS, batched_tables(targets(), _TARGETS)), prompt=prompt, cache_dir=cache_dir
         )
+        corpus.name = source.resolve().name
         texts, answers, repeated = {}, {}, []
         for record in read_jsonl(queries_file):
             if record["_id"] in texts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sentence_transformers.sentence_transformer.evaluation import SentenceEvalua
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .cache import EmbeddingCache
 from .corpus import Corpus
 from .encoding import DocumentEncoder, evaluating
 from .errors import InputError
@@ -66,7 +68,7 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
         write_csv: bool = True,
         show_progress_bar: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.corpus, self.split, self.name = corpus, split, name
         self.qrels = corpus.qrels(split)
         if not len(self.qrels):
@@ -80,8 +82,7 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
     def __call__(  # type: ignore[override]
         self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
-        rows = self.retrieve(model).numpy()
-        metrics = {**ranking_metrics(self._relevance(rows), self._relevant_counts()), **self._answer_metrics(rows)}
+        metrics = self.score(self.retrieve(model))
         logger.info("Retrieval from %d targets for %d queries (%s):", len(self.corpus), len(self.qrels), self.split)
         for metric, value in metrics.items():
             logger.info("%s: %.4f", metric, value)
@@ -91,9 +92,26 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
         return metrics
 
+    def score(self, rows: Tensor) -> dict[str, float]:
+        """The metrics of what was retrieved.
+
+        Args:
+            rows: corpus rows for each query, best first, −1 beyond the last: ``(Q, 100)``; see :meth:`retrieve`.
+        """
+        found = rows.numpy()
+        return {**ranking_metrics(self._relevance(found), self._relevant_counts()), **self._answer_metrics(found)}
+
     @torch.no_grad()
-    def retrieve(self, model: SentenceTransformer) -> Tensor:
-        """The first 100 corpus rows for each query, best first: ``(Q, 100)`` on the CPU, −1 beyond a smaller corpus."""
+    def retrieve(self, model: SentenceTransformer, embeddings: EmbeddingCache | None = None) -> Tensor:
+        """The first 100 corpus rows for each query, best first: ``(Q, 100)`` on the CPU, −1 beyond a smaller corpus.
+
+        Args:
+            embeddings: search these, as an index that is served would be, instead of encoding the corpus.
+
+        Raises:
+            InputError: the model compares by something else than cosine or dot product, or the embeddings are of
+                another corpus or width.
+        """
         if model.similarity_fn_name not in ("cosine", "dot"):
             raise InputError(f"The model compares by {model.similarity_fn_name!r}; expected 'cosine' or 'dot'.")
         compare = (lambda x: F.normalize(x, dim=-1)) if model.similarity_fn_name == "cosine" else (lambda x: x)
@@ -105,6 +123,8 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
                 show_progress_bar=False,
             )
         queries = compare(queries.float().clone())
+        if embeddings is not None:
+            return self._search(queries, embeddings, compare)
         encoder = DocumentEncoder(model, self.corpus, progress=self.show_progress_bar)
         best = RunningTopK(len(queries), _DEPTH, queries.device)
         with tqdm(
@@ -127,6 +147,17 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
                     bar.update(len(rows))
                 # encode_query cuts to model.truncate_dim where that is set; the targets are cut to the same width.
                 best.update(compare(embeddings[:, : queries.shape[1]]) @ queries.T, start)
+        return best.best[1].cpu()
+
+    def _search(self, queries: Tensor, embeddings: EmbeddingCache, compare: Callable[[Tensor], Tensor]) -> Tensor:
+        if (len(embeddings), embeddings.dim) != (len(self.corpus), queries.shape[1]):
+            raise InputError(
+                f"{embeddings!r} does not fit: the corpus has {len(self.corpus):,} targets, the model's queries "
+                f"{queries.shape[1]} dimensions."
+            )
+        best = RunningTopK(len(queries), _DEPTH, queries.device)
+        for row, chunk in embeddings.chunks(max(1, min(self.chunk_size, _SCORES_AT_ONCE // len(queries)))):
+            best.update(compare(chunk.float().to(queries.device)) @ queries.T, row)
         return best.best[1].cpu()
 
     def get_config_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,7 @@ from .corpus import Corpus
 from .correctors import Corrector, IdentityCorrector, make_corrector
 from .distributed import Processes, checksum
 from .divergence import DivergencePolicy, DivergenceWatch
-from .encoding import DocumentEncoder, returning_also, unwrap
+from .encoding import DocumentEncoder, evaluating, returning_also, unwrap
 from .errors import InputError, NonFiniteError
 from .filters import FalseNegativeFilter, is_in, known_positives, pad_rows, repeats_earlier
 from .search import CorrectedSearch, Sampler
@@ -271,6 +272,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         """Targets encoded without gradient to verify them so far; see ``candidates``."""
         self.targets_reencoded = 0
         """Targets encoded for the cache alone so far, by :meth:`refresh` or as background targets; else zero."""
+        self.removed: Counter[str] = Counter()
+        """Candidates that each rule on false negatives has removed so far, by :attr:`Check.name` or argument."""
         self.diverged = False
         """Whether the corrector has made things worse and was given up; see ``divergence``."""
         self.divergence_watch = DivergenceWatch(self.processes)
@@ -518,6 +521,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             self._choosing_search, queries, exclude, positive_scores.detach(), labels, self._encode_without_gradient
         )
         self.targets_verified += len(selection.verified_rows)
+        self.removed.update(selection.removed)
         self.metrics.add(**{f"removed_by_{rule}": count for rule, count in selection.removed.items()})
         if isinstance(self.search, ShortlistSearch) and self.search.recall is not None:
             self.metrics.add(recall=self.search.recall)
@@ -640,6 +644,24 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         if self.shortlist is None:
             return CorrectedSearch(cache, corrector, normalize=cosine, processes=self.processes)
         return ShortlistSearch(cache, corrector, self.shortlist, normalize=cosine, processes=self.processes)
+
+    @torch.no_grad()
+    def encode_queries(self, texts: list[str], batch_size: int = 64) -> Tensor:
+        """``f(x)`` of ``texts`` by the model as it is now, as the search sees it: ``(B, d)``; nothing is changed by it.
+
+        In full width, as in training, whatever the model's ``truncate_dim``.
+        """
+        model = unwrap(self.model)
+        with evaluating(model):
+            return self.comparable(
+                model.encode_query(
+                    texts,
+                    batch_size=batch_size,
+                    convert_to_tensor=True,
+                    show_progress_bar=False,
+                    truncate_dim=self.search.cache.dim,
+                )
+            )
 
     def comparable(self, embeddings: Tensor) -> Tensor:
         """Embeddings as the search and the corrector see them: float32, unit vectors where cosine is compared."""

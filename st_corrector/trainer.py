@@ -16,7 +16,7 @@ import torch
 from datasets import IterableDataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from torch import Tensor, nn
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
 from .cache import EmbeddingCache
@@ -24,7 +24,7 @@ from .cached_loss import CachedCorrectedMultipleNegativesLoss
 from .callbacks import FidelityCallback, RefreshCallback
 from .checkpoint import FOLDER, fault_of, load_losses, save_losses, seal, unseal
 from .corpus import Corpus
-from .correctors import make_corrector
+from .correctors import Corrector, Frames, IdentityCorrector, make_corrector
 from .distributed import Processes
 from .encoding import DocumentEncoder
 from .errors import CheckpointError, InputError, NonFiniteError, ProcessError, StorageError
@@ -33,6 +33,8 @@ from .fingerprint import digest_json
 from .guard import Guard, NonFinitePolicy
 from .loss import CorrectedMultipleNegativesLoss
 from .memory import describe_memory, require_memory
+from .model_card import CorrectorModelCardData
+from .recorder import Recorder
 from .training_args import CorrectorTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         self.corpus = corpus
         if corpus is not None and kwargs.get("train_dataset") is None:
             kwargs["train_dataset"] = corpus.pairs("train" if args is None else args.train_split)
+        if model is not None:
+            model.model_card_data = CorrectorModelCardData.of(model.model_card_data)
         super().__init__(model, args, **kwargs)
         dispatched = getattr(self.args.accelerator_config, "dispatch_batches", None) is not False
         if isinstance(self.train_dataset, IterableDataset) and dispatched:
@@ -104,6 +108,12 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         self.guard = Guard(cast(NonFinitePolicy, self.args.non_finite), Processes.current())
         """What has been skipped, and whether the run was told to stop."""
         self.add_callback(self.guard)
+        self.recorder = Recorder(self.model, losses, self.args.example_queries)
+        """Keeps the record of the run."""
+        if losses:
+            self.add_callback(self.recorder)
+            if isinstance(self.model.model_card_data, CorrectorModelCardData):  # not with model_init
+                self.model.model_card_data.tell_of(self.recorder.record)
         for loss in losses.values() if kwargs.get("loss") is None else ():
             if self.args.refresh_every is not None:
                 self.add_callback(RefreshCallback(loss, self.args.refresh_every))
@@ -182,7 +192,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         if 0 < self.state.max_steps <= self.state.global_step:
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(*args, **kwargs)
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         try:
@@ -194,7 +204,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         # Before clipping, which spreads what is not finite over all parameters.
         self.guard.check_gradients(self.model, self.args, self.state.global_step)
-        return super()._clip_grad_norm(model)
+        return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -236,6 +246,28 @@ class CorrectorTrainer(SentenceTransformerTrainer):
                 metrics = {f"{_prefix(name)}{key}": round(value, 6) for key, value in loss.pop_metrics().items()}
                 logs = logs | metrics
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.state.global_step:
+            self.recorder.update(self.state)  # which the model's card tells about
+        super()._save(output_dir, state_dict)
+        if (corrector := self.trained_corrector()) is not None:
+            corrector.save_pretrained(output_dir if output_dir is not None else str(self.args.output_dir))
+
+    def trained_corrector(self) -> Corrector | None:
+        """The corrector, and between which embeddings it maps: from the cache's to those of the model as it is now.
+
+        None where there is none that has learnt anything, or there are several, of several data sets: then take those
+        of the losses.
+        """
+        losses = [loss for loss in self._stateful_losses().values() if loss.search.steps]
+        if len(losses) != 1 or isinstance(losses[0].search.corrector, IdentityCorrector):
+            return None
+        (loss,) = losses
+        search = loss.search
+        fresh = loss.encoder.fingerprint(self.model)
+        search.corrector.frames = Frames(dict(search.cache.fingerprint), fresh, search.normalize)
+        return search.corrector
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Here every process writes what it alone has, before the trainer's state says that all is there.

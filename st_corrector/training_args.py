@@ -90,6 +90,10 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
         default=None,
         metadata={"help": "Measure every so many steps what of the selection fresh embeddings would make."},
     )
+    example_queries: int = field(
+        default=8,
+        metadata={"help": "Training queries whose negatives, early and late, are recorded for the run's report."},
+    )
     corrector_divergence: str = field(
         default="identity",
         metadata={"help": "What to do with a corrector that makes things worse: identity (go on without) or warn."},
@@ -105,7 +109,7 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         if isinstance(self.corrector_settings, dict):
             self.corrector_settings = json.dumps(self.corrector_settings)
         read_settings(self.corrector_settings)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError
 from .affine import AffineCorrector
-from .base import Corrector, PullBack
+from .affine_map import AffineMap
+from .base import Corrector, Frames, PullBack
 from .identity import IdentityCorrector
 from .kernel import KernelRidgeCorrector
 from .mean_shift import MeanShiftCorrector
@@ -30,6 +32,8 @@ CORRECTORS: dict[str, type[Corrector]] = {
         RidgeMLPCorrector,
     )
 }
+LOADABLE: dict[str, type[Corrector]] = {**CORRECTORS, AffineMap.name: AffineMap}
+"""What can be saved and loaded: those, and what maps to another width, which no training can use."""
 
 
 def make_corrector(corrector: str | Corrector, dim: int, /, **settings: Any) -> Corrector:
@@ -44,12 +48,24 @@ def make_corrector(corrector: str | Corrector, dim: int, /, **settings: Any) -> 
         return corrector
     if not isinstance(corrector, str) or corrector not in CORRECTORS:
         raise InputError(f"corrector {corrector!r:.80} is not one of {', '.join(CORRECTORS)}, nor a Corrector.")
-    kind = CORRECTORS[corrector]
+    return configured(CORRECTORS[corrector], dim, settings)
+
+
+def configured(kind: type[Corrector], dim: int, settings: Mapping[str, Any]) -> Corrector:
+    """A corrector of that kind, whose settings are checked: they may come from a file.
+
+    Raises:
+        InputError: it has no such setting, it lacks one, or one is out of its range.
+    """
     parameters = dict(list(inspect.signature(kind).parameters.items())[1:])  # without dim
     for name, value in settings.items():
         if name not in parameters:
-            raise InputError(f"{corrector!r} has no setting {name!r:.80}; it has {', '.join(parameters)}.")
-        _check_setting(name, value, type(parameters[name].default))
+            raise InputError(f"{kind.name!r} has no setting {name!r:.80}; it has {', '.join(parameters)}.")
+        default = parameters[name].default
+        _check_setting(name, value, int if default is inspect.Parameter.empty else type(default))
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in settings:
+            raise InputError(f"{kind.name!r} needs the setting {name!r}.")
     return kind(dim, **settings)
 
 
@@ -83,15 +99,18 @@ def _check_setting(name: str, value: Any, kind: type) -> None:
 
 
 # Wider or deeper correctors would cost more than encoding does.
-_LARGEST = {"hidden": 4_096, "depth": 4, "num_features": 4_096, "steps": 1_000}
+_LARGEST = {"new_dim": 16_384, "hidden": 4_096, "depth": 4, "num_features": 4_096, "steps": 1_000}
 _LARGEST_SEED = 2**63 - 1
 _LARGEST_NUMBER = 1e30
 
 
 __all__ = [
     "CORRECTORS",
+    "LOADABLE",
     "AffineCorrector",
+    "AffineMap",
     "Corrector",
+    "Frames",
     "IdentityCorrector",
     "KernelRidgeCorrector",
     "MLPCorrector",
@@ -100,6 +119,7 @@ __all__ = [
     "PullBack",
     "RidgeCorrector",
     "RidgeMLPCorrector",
+    "configured",
     "make_corrector",
     "read_settings",
 ]

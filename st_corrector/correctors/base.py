@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import inspect
+import os
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError, NonFiniteError
+from ..hub import push
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Frames(NamedTuple):
+    """Between which embeddings a trained corrector maps.
+
+    Args:
+        stale: what those that it maps from depend on, by component (:attr:`EmbeddingCache.fingerprint`); empty where
+            that is not known.
+        fresh: the same of those that it maps to.
+        unit: whether stale embeddings are brought to unit length before they are corrected.
+    """
+
+    stale: dict[str, Any]
+    fresh: dict[str, Any]
+    unit: bool
 
 
 class PullBack(NamedTuple):
@@ -70,6 +91,8 @@ class Corrector(ABC):
             raise InputError(f"A corrector needs the embeddings' dimension as a positive integer, got {dim!r}.")
         self.dim = dim
         self.normalize = normalize
+        self.frames: Frames | None = None
+        """Between which embeddings it maps; known when it has been trained and saved, or fitted."""
 
     @torch.no_grad()
     def __call__(self, stale: Tensor) -> Tensor:
@@ -142,7 +165,7 @@ class Corrector(ABC):
                         f"{name} of {self!r} has become NaN or infinite: its settings, or the embeddings' lengths "
                         f"(up to {float(fresh.norm(dim=-1).max()):.3g}), are too much for float32."
                     )
-        except (NonFiniteError, torch.linalg.LinAlgError) as error:
+        except (NonFiniteError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # public, but not in __all__
             self.load_state_dict(before)
             if isinstance(error, NonFiniteError):
                 raise
@@ -197,6 +220,101 @@ class Corrector(ABC):
     def to(self, device: torch.device | str) -> Corrector:
         """Move everything to ``device``, in place; returns itself."""
 
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write it into ``folder/corrector``, beside a model's files if these are there.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        from .saving import write
+
+        write(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """The corrector of a folder, or of a repository on the Hub: one of its own, or that of a model trained with it.
+
+        ``Corrector.from_pretrained`` loads any of this package, a subclass only its own kind.
+
+        Args:
+            name: the folder, or the repository's id.
+            revision: branch, tag or commit of the repository.
+            token, cache_dir, local_files_only: see :func:`huggingface_hub.hf_hub_download`.
+
+        Raises:
+            InputError: there is none, it is damaged, or another kind's.
+            OSError: the repository cannot be reached, found or read (huggingface_hub's own exceptions).
+        """
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
+        from .saving import CONFIG, FOLDER, STATE, read
+
+        config, state = Path(name) / FOLDER / CONFIG, Path(name) / FOLDER / STATE
+        if Path(name).is_dir():
+            if not config.is_file() or not state.is_file():
+                raise InputError(f"{name} holds no corrector (no {FOLDER}/{CONFIG} and {FOLDER}/{STATE}).")
+        else:
+            try:
+                config, state = (
+                    Path(
+                        hf_hub_download(
+                            str(name),
+                            f"{FOLDER}/{file}",
+                            revision=revision,
+                            token=token,
+                            cache_dir=None if cache_dir is None else str(cache_dir),
+                            local_files_only=local_files_only,
+                        )
+                    )
+                    for file in (CONFIG, STATE)
+                )
+            except RemoteEntryNotFoundError as error:
+                raise InputError(f"The repository {name} holds no corrector: {error}") from error
+        corrector = read(config, state, cls)
+        assert isinstance(corrector, cls)
+        return corrector
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Add the corrector",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Upload it into a repository on the Hub, into the folder ``corrector``: that of the model that it was trained
+        with, of which nothing else changes, or one of its own. Returns the commit's address.
+
+        Args:
+            repo_id: made if it is not there.
+            private: of a repository that is made here.
+            token: by default the one of ``hf auth login`` or ``HF_TOKEN``.
+            revision: a branch, made if it is not there.
+
+        Raises:
+            OSError: the Hub cannot be reached or refuses (huggingface_hub's own exceptions).
+        """
+        return push(
+            self.save_pretrained,
+            repo_id,
+            repo_type="model",
+            card=_CARD.format(repo_id=repo_id, corrector=self),
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+        )
+
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments: ``type(corrector)(**corrector.config)`` is an untrained copy."""
@@ -206,5 +324,25 @@ class Corrector(ABC):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
 
 
+_CARD = """---
+library_name: st_corrector
+tags:
+- sentence-transformers
+- st_corrector
+---
+
+# A corrector of stale embeddings
+
+It maps embeddings of an earlier state of a text encoder to those of a later one. What it maps between is in
+`corrector/config.json`.
+
+```python
+from st_corrector import Corrector
+
+corrector = Corrector.from_pretrained("{repo_id}")
+```
+
+`{corrector!r}`
+"""
 _MAX_ITERATIONS = 50
 _TOLERANCE = 1e-6

@@ -71,11 +71,11 @@ class MLPCorrector(Corrector):
         generator = torch.Generator().manual_seed(seed)
         layers: list[nn.Module] = []
         for width in [dim] + [hidden] * (depth - 1):
-            layer = skip_init(nn.Linear, width, hidden)
+            layer: nn.Linear = skip_init(nn.Linear, width, hidden)
             for parameter in (layer.weight, layer.bias):
                 nn.init.uniform_(parameter, -(width**-0.5), width**-0.5, generator=generator)
             layers += [layer, _ACTIVATIONS[activation]()]
-        last = skip_init(nn.Linear, hidden, dim)
+        last: nn.Linear = skip_init(nn.Linear, hidden, dim)
         for parameter in (last.weight, last.bias):
             nn.init.zeros_(parameter)
         self._hidden_layers, self._last = nn.Sequential(*layers), last
@@ -83,7 +83,8 @@ class MLPCorrector(Corrector):
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate)
 
     def correction(self, stale: Tensor) -> Tensor:
-        return self.network(stale)
+        corrected: Tensor = self.network(stale)
+        return corrected
 
     @property
     def working_width(self) -> int:
@@ -98,7 +99,8 @@ class MLPCorrector(Corrector):
 
     def features(self, stale: Tensor) -> Tensor:
         """The last hidden layer, ``(n, d) → (n, hidden)``."""
-        return self._hidden_layers(stale)
+        features: Tensor = self._hidden_layers(stale)
+        return features
 
     def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
         stale, fresh, queries = stale.detach(), fresh.detach(), queries.detach()

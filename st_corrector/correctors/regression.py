@@ -40,4 +40,5 @@ class StreamingRidge:
         self.moment = torch.addmm(self.moment, x.T, y, beta=self.forgetting)
         regularized = self.gram.clone()
         regularized.diagonal().add_(self.regularization)
-        return torch.cholesky_solve(self.moment, torch.linalg.cholesky(regularized))
+        # Row by row, as it is saved: a product with a matrix that lies otherwise in memory differs in the last bits.
+        return torch.cholesky_solve(self.moment, torch.linalg.cholesky(regularized)).contiguous()

@@ -1,0 +1,113 @@
+"""A corrector's files, in a folder of their own beside whatever else is in a model's folder or repository::
+
+corrector/config.json                which it is, its settings, and between which embeddings it maps
+corrector/corrector.safetensors      all that it has learnt
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ..errors import InputError
+from ..files import make_folder, whole
+from . import LOADABLE, configured
+from .base import Corrector, Frames
+
+FOLDER, CONFIG, STATE = "corrector", "config.json", "corrector.safetensors"
+_SCHEMA = 1
+_LARGEST_CONFIG = 1 << 20
+_LARGEST_DIM = 16_384  # nothing that a file says makes us allocate more
+
+
+def write(corrector: Corrector, folder: Path) -> None:
+    """Write ``folder/corrector``.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    folder = folder / FOLDER
+    make_folder(folder)
+    frames = corrector.frames
+    settings = {name: value for name, value in corrector.config.items() if name != "dim"}
+    described = {
+        "schema": _SCHEMA,
+        "corrector": corrector.name,
+        "dim": corrector.dim,
+        "settings": settings,
+        "maps": None if frames is None else frames._asdict(),
+    }
+    tensors = {name: value.detach().cpu().contiguous() for name, value in corrector.state_dict().items()}
+    with whole(folder / STATE) as partial:
+        partial.write_bytes(save(tensors))
+    with whole(folder / CONFIG) as partial:
+        partial.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def read(config: Path, state: Path, kind: type[Corrector]) -> Corrector:
+    """What :func:`write` has written.
+
+    Args:
+        config, state: the two files; whatever is in them, the outcome is a corrector or an error.
+        kind: what it has to be; a class of one's own is known by it.
+
+    Raises:
+        InputError: they are not a corrector's, damaged, or another kind's.
+    """
+    found = _parse(config)
+    name, dim, settings, maps = (found.get(key) for key in ("corrector", "dim", "settings", "maps"))
+    own = getattr(kind, "name", None)
+    known = {**LOADABLE, **({own: kind} if isinstance(own, str) else {})}
+    if found.get("schema") != _SCHEMA or not isinstance(settings, dict):
+        raise InputError(f"{config} is not that of a corrector of schema {_SCHEMA}: another version may have saved it.")
+    if not isinstance(name, str) or name not in known:
+        raise InputError(
+            f"{config} is that of a corrector {name!r:.80}, which is none of {', '.join(known)}: load it by its class."
+        )
+    if not issubclass(known[name], kind):
+        raise InputError(f"{config} is that of a {known[name].__name__}, not of a {kind.__name__}.")
+    if type(dim) is not int or not 0 < dim <= _LARGEST_DIM:
+        raise InputError(f"{config}: dim must be an integer from 1 to {_LARGEST_DIM}, got {dim!r:.80}.")
+    if name in LOADABLE:
+        corrector = configured(LOADABLE[name], dim, settings)
+    else:
+        try:
+            corrector = kind(dim, **settings)
+        except TypeError as error:
+            raise InputError(f"{config} has settings that a {kind.__name__} does not take ({error}).") from error
+    corrector.frames = _frames(config, maps)
+    try:
+        with safe_open(state, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        corrector.load_state_dict(tensors)
+    except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise InputError(f"{state} is not the state of {corrector!r}, or damaged: {error}") from error
+    return corrector
+
+
+def _parse(config: Path) -> dict[str, Any]:
+    try:
+        if config.stat().st_size > _LARGEST_CONFIG:
+            raise ValueError(f"{config.stat().st_size:,} bytes")
+        found = json.loads(config.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{config} is not readable as a corrector's configuration ({error}).") from error
+    return found
+
+
+def _frames(config: Path, maps: Any) -> Frames | None:
+    if maps is None:
+        return None
+    try:
+        frames = Frames(**maps)
+        if not isinstance(frames.stale, dict) or not isinstance(frames.fresh, dict) or type(frames.unit) is not bool:
+            raise TypeError("stale and fresh must be objects, unit true or false")
+    except TypeError as error:
+        raise InputError(f"{config}: what it maps between is not readable ({error}).") from error
+    return frames
