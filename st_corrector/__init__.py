@@ -4,9 +4,11 @@ from ._version import __version__
 from .cache import EmbeddingCache
 from .cached_loss import CachedCorrectedMultipleNegativesLoss
 from .callbacks import FidelityCallback, RefreshCallback
+from .carry_over import CarryOverEstimate, estimate_carry_over, upgrade_embeddings
 from .corpus import Corpus
 from .correctors import (
     AffineCorrector,
+    AffineMap,
     Corrector,
     IdentityCorrector,
     KernelRidgeCorrector,
@@ -28,6 +30,7 @@ from .errors import (
 )
 from .evaluation import CorpusRetrievalEvaluator
 from .filters import AnswerCheck, Check, CrossEncoderCheck, FalseNegativeFilter
+from .fitting import fit_corrector
 from .index import FaissIndex
 from .loss import CorrectedMultipleNegativesLoss
 from .search import CorrectedSearch
@@ -37,9 +40,11 @@ from .training_args import CorrectorTrainingArguments
 
 __all__ = [
     "AffineCorrector",
+    "AffineMap",
     "AnswerCheck",
     "CacheError",
     "CachedCorrectedMultipleNegativesLoss",
+    "CarryOverEstimate",
     "Check",
     "CheckpointError",
     "Corpus",
@@ -71,4 +76,7 @@ __all__ = [
     "StCorrectorError",
     "StorageError",
     "__version__",
+    "estimate_carry_over",
+    "fit_corrector",
+    "upgrade_embeddings",
 ]

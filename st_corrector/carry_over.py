@@ -158,8 +158,15 @@ def estimate_carry_over(
     )
 
 
-def sample_rows(corpus: Corpus, sample: int, seed: int = 1) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Rows of ``corpus`` by chance, for :func:`estimate_carry_over`: with another seed than a corrector was fitted by,
-    which would know its sample.
+def sample_rows(
+    corpus: Corpus, sample: int, without: np.ndarray[Any, Any] | None = None
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Rows of ``corpus`` by chance, for :func:`estimate_carry_over`, ascending.
+
+    Args:
+        sample: how many.
+        without: rows that are left out: those that a corrector was fitted on, which it knows better than others.
     """
-    return drawn(len(corpus), sample, seed)
+    others = np.arange(len(corpus)) if without is None else np.setdiff1d(np.arange(len(corpus)), without)
+    chosen: np.ndarray[Any, np.dtype[np.int64]] = others[drawn(len(others), sample, seed=1)]
+    return chosen

@@ -134,9 +134,9 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
             for start in range(0, len(self.corpus), chunk_size):
                 rows = np.arange(start, min(start + chunk_size, len(self.corpus)))
                 if getattr(model, "_distributed_inference", None) is None:
-                    embeddings = encoder.encode(model, rows, batch_size=self.batch_size, bar=bar)
+                    fresh = encoder.encode(model, rows, batch_size=self.batch_size, bar=bar)
                 else:  # in a trainer of several processes the others wait to serve encode(), and nothing else
-                    embeddings = model.encode(
+                    fresh = model.encode(
                         self.corpus.texts(rows),
                         prompt=encoder.prompt,
                         task="document",
@@ -146,7 +146,7 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
                     ).float()
                     bar.update(len(rows))
                 # encode_query cuts to model.truncate_dim where that is set; the targets are cut to the same width.
-                best.update(compare(embeddings[:, : queries.shape[1]]) @ queries.T, start)
+                best.update(compare(fresh[:, : queries.shape[1]]) @ queries.T, start)
         return best.best[1].cpu()
 
     def _search(self, queries: Tensor, embeddings: EmbeddingCache, compare: Callable[[Tensor], Tensor]) -> Tensor:

@@ -7,10 +7,10 @@ Tokens, offline mode, endpoints and download folders are those of :mod:`huggingf
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 
 
 def push(
@@ -60,31 +60,22 @@ def push_folder(
     private: bool | None,
     token: str | bool | None,
     revision: str | None,
-    files: tuple[str, ...] | None = None,
+    files: Iterable[str] = ("**/*",),
 ) -> str:
     """Upload ``folder``; see :func:`push`. Called again after it was cut short, it sends what is not there yet.
 
     Args:
-        files: patterns of the files that are sent; None sends all.
+        files: patterns of the files that are sent.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+    sent = sorted({path for pattern in files for path in folder.glob(pattern) if path.is_file()})
+    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in sent]
     if not api.file_exists(repo_id, "README.md", repo_type=repo_type, revision=revision):
-        api.upload_file(
-            path_or_fileobj=card.encode("utf-8"),
-            path_in_repo="README.md",
-            repo_id=repo_id,
-            repo_type=repo_type,
-            revision=revision,
-            commit_message="Add a card",
-        )
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        repo_type=repo_type,
-        revision=revision,
-        commit_message=commit_message,
-        allow_patterns=None if files is None else list(files),
+        operations.append(CommitOperationAdd("README.md", card.encode("utf-8")))
+    # Large files are received one by one before the commit: those that were are not sent again.
+    return api.create_commit(
+        repo_id, operations, commit_message=commit_message, repo_type=repo_type, revision=revision
     ).commit_url

@@ -35,7 +35,7 @@ class FaissIndex:
         self._index, self.factory, self.normalize, self.parameters = index, factory, normalize, parameters
         if parameters:
             try:
-                _faiss().ParameterSpace().set_index_parameters(index, parameters)
+                faiss_module().ParameterSpace().set_index_parameters(index, parameters)
             except RuntimeError as error:
                 raise InputError(f"FAISS cannot set {parameters!r} on an index {factory!r}: {error}") from error
 
@@ -44,7 +44,7 @@ class FaissIndex:
         cls,
         cache: EmbeddingCache,
         factory: str,
-        path: str | os.PathLike | None = None,
+        path: str | os.PathLike[str] | None = None,
         *,
         normalize: bool = True,
         parameters: str = "",
@@ -61,7 +61,7 @@ class FaissIndex:
             InputError: FAISS is not installed, or does not understand ``factory`` or ``parameters``.
             CacheError: ``path`` holds something else.
         """
-        faiss = _faiss()
+        faiss = faiss_module()
         folder = None if path is None else Path(path)
         if folder is not None and (folder / _DESCRIPTION).exists():
             return cls.load(folder, cache, factory=factory, normalize=normalize, parameters=parameters)
@@ -86,7 +86,7 @@ class FaissIndex:
     @classmethod
     def load(
         cls,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         cache: EmbeddingCache,
         *,
         factory: str | None = None,
@@ -105,7 +105,7 @@ class FaissIndex:
         Raises:
             CacheError: there is none, or it is one of something else.
         """
-        faiss, folder = _faiss(), Path(path)
+        faiss, folder = faiss_module(), Path(path)
         expected = {**_identity(cache), "factory": factory, "normalize": normalize}
         try:
             found = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
@@ -135,7 +135,7 @@ class FaissIndex:
         return cls(index, found["factory"], normalize, parameters)
 
     def __len__(self) -> int:
-        return self._index.ntotal
+        return int(self._index.ntotal)
 
     def __repr__(self) -> str:
         return f"FaissIndex({self.factory!r}, {len(self):,} rows, parameters={self.parameters!r})"
@@ -150,7 +150,7 @@ class FaissIndex:
             k: how many rows.
             skip: rows that are left out, as a bitmap: bit ``row % 8`` of byte ``row // 8``.
         """
-        faiss = _faiss()
+        faiss = faiss_module()
         faiss.omp_set_num_threads(torch.get_num_threads())
         parameters = None
         if skip is not None:
@@ -164,7 +164,7 @@ class FaissIndex:
         make_folder(folder)
         with whole(folder / _INDEX) as partial:
             try:
-                _faiss().write_index(self._index, str(partial))
+                faiss_module().write_index(self._index, str(partial))
             except RuntimeError as error:  # how FAISS tells that a file cannot be written
                 raise StorageError(f"{folder / _INDEX} cannot be written ({error}): is the disk full?") from error
         description = {**_identity(cache), "factory": self.factory, "normalize": self.normalize}
@@ -188,7 +188,7 @@ def _identity(cache: EmbeddingCache) -> dict[str, Any]:
 
 def _search_parameters(index: Any, selector: Any) -> Any:
     """FAISS's parameters for one search: a selector, and all else as the index has it."""
-    faiss = _faiss()
+    faiss = faiss_module()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
         return faiss.SearchParametersPreTransform(index_params=_search_parameters(index.index, selector))
@@ -201,7 +201,12 @@ def _search_parameters(index: Any, selector: Any) -> Any:
     return faiss.SearchParameters(sel=selector)
 
 
-def _faiss() -> Any:
+def faiss_module() -> Any:
+    """FAISS.
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         import faiss
     except ImportError as error:

@@ -60,10 +60,10 @@ class CorrectorModelCardData(SentenceTransformerModelCardData):
             if isinstance(evaluator, CorpusRetrievalEvaluator):
                 record.evaluations["before"] = _plain(metrics)
 
-    def _compute_column_stats(self, dataset: Any, column: str, task: str | None = None) -> dict[str, Any]:
+    def _compute_column_stats(self, dataset: Any, column: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if column == "label":  # not a class, whose every value would be listed
             return {"dtype": "int", "modality": "", "data": {"meaning": "corpus row of the positive"}}
-        return super()._compute_column_stats(dataset, column, task)
+        return super()._compute_column_stats(dataset, column, *args, **kwargs)
 
     def set_evaluation_metrics(self, evaluator: Any, metrics: dict[str, Any], epoch: int = 0, step: int = 0) -> None:
         super().set_evaluation_metrics(evaluator, metrics, epoch, step)

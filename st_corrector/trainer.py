@@ -241,7 +241,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         return True  # the plain trainer says that there is none
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        if "loss" in logs or "train_loss" in logs:  # the latter at the end, after steps that were not logged yet
             for name, loss in self._corrected_losses().items():
                 metrics = {f"{_prefix(name)}{key}": round(value, 6) for key, value in loss.pop_metrics().items()}
                 logs = logs | metrics

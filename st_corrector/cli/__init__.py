@@ -1,0 +1,47 @@
+"""``st-corrector``: caches, evaluation, reports, and indices carried over to newer models, from the shell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .._version import __version__
+from ..errors import StCorrectorError
+from . import cache, card, compare, evaluate, report, upgrade
+
+_EPILOG = """
+exit status: 0; 1 where damage was found or something failed, with the reason on the standard error; 2 for arguments
+that are not understood. With --json the result is one JSON object on the standard output, and nothing else is.
+
+Models, corpora and correctors are folders or ids on the Hugging Face Hub; tokens, HF_HUB_OFFLINE and HF_ENDPOINT are
+huggingface_hub's.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; its exit status: 0, or 1 where it has found damage or failed."""
+    args = parser().parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except (StCorrectorError, OSError) as error:  # the latter from the Hub, too
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    made = argparse.ArgumentParser(
+        prog="st-corrector",
+        description=__doc__.replace("``", ""),
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--version", action="version", version=f"st-corrector {__version__}")
+    commands = made.add_subparsers(required=True, metavar="command")
+    for command in (cache, evaluate, upgrade, report, card, compare):
+        command.add_to(commands)
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""What several commands ask for: a corpus, a model, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+
+from ..corpus import Corpus
+
+Commands = Any  # argparse's own type of subparsers is private
+
+
+def add_command(commands: Commands, name: str, help: str, run: Any, epilog: str = "") -> argparse.ArgumentParser:
+    """A command that ``run`` runs, of its parsed arguments."""
+    made: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.set_defaults(run=run)
+    return made
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument(
+        "--corpus", required=required, help="the targets: a folder in BEIR's layout, or a BEIR repository on the Hub"
+    )
+    parser.add_argument("--prompt", help="what precedes the targets' texts, if it is not the model's own prompt")
+    parser.add_argument("--max_targets", type=int, metavar="N", help="the corpus is the first N of them")
+
+
+def add_model(parser: argparse.ArgumentParser, help: str, required: bool = True) -> None:
+    parser.add_argument("--model", required=required, help=f"{help}: a folder or a Hub id")
+    parser.add_argument("--revision", help="commit, branch or tag of a model on the Hub")
+    parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="texts in one forward pass")
+
+
+def open_corpus(args: argparse.Namespace) -> Corpus:
+    """The corpus that the arguments name."""
+    if Path(args.corpus).is_dir():
+        return Corpus.from_beir(args.corpus, max_targets=args.max_targets, prompt=args.prompt)
+    return Corpus.from_hub(args.corpus, max_targets=args.max_targets, prompt=args.prompt)
+
+
+def open_model(args: argparse.Namespace) -> SentenceTransformer:
+    """The model that the arguments name."""
+    return SentenceTransformer(args.model, revision=args.revision)
+
+
+def show(value: dict[str, Any]) -> None:
+    """Print a result as JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def table(rows: dict[str, list[str]], columns: list[str]) -> str:
+    """Rows of cells under their columns' names, aligned."""
+    cells = [["", *columns], *([name, *values] for name, values in rows.items())]
+    widths = [max(len(row[n]) for row in cells) for n in range(len(columns) + 1)]
+    lines = []
+    for name, *values in cells:
+        aligned = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *aligned]))
+    return "\n".join(lines)

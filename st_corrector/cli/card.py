@@ -1,0 +1,28 @@
+"""``st-corrector card``: how the negatives were chosen, in a model's card."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..model_card import update_card
+from ..record import RunRecord
+from .arguments import Commands, add_command
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command."""
+    made = add_command(
+        commands,
+        "card",
+        "write how a run's negatives were chosen into the card of a model: anew, if it is there already",
+        _run,
+        "The trainer's own saves have it; this is for cards that were edited, or models that were saved otherwise.",
+    )
+    made.add_argument("run", type=Path, help="the run's folder, the output_dir of CorrectorTrainer")
+    made.add_argument("--model", type=Path, help="the model's folder (default: the run's own)")
+
+
+def _run(args: argparse.Namespace) -> int:
+    print(update_card(args.model or args.run, RunRecord.load(args.run)))
+    return 0

@@ -1,0 +1,113 @@
+"""``st-corrector upgrade-index``: carry served embeddings over to a newer model."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from ..carry_over import estimate_carry_over, sample_rows
+from ..corpus import Corpus
+from ..correctors import Corrector
+from ..encoding import DocumentEncoder
+from ..errors import InputError
+from ..fitting import drawn, fit_to_pairs
+from ..vectors import open_vectors
+from .arguments import Commands, add_command, add_corpus, add_json, add_model, open_corpus, open_model, show
+
+_EPILOG = """
+INDEX is a .npy or .safetensors file of shape (targets, dimension), the folder of an embedding cache, or (by any other
+name) a FAISS index whose vectors can be reconstructed. It is only read.
+
+  st-corrector upgrade-index old.npy new.npy --corrector outputs/nq
+      with the corrector that was trained together with the new model
+
+  st-corrector upgrade-index old.faiss new.faiss --fit ridge --model outputs/nq --corpus data/nq
+      with one that is fitted on 20,000 targets, which the new model encodes: for any two models
+
+With --model and --corpus it tells what the new index keeps of a re-embedded one: estimated on a sample that the new
+model really encodes, for the queries of --split, or of a file with one query a line. Rows (FAISS: ids in ascending
+order) must be those of the corpus then.
+"""
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command."""
+    made = add_command(
+        commands,
+        "upgrade-index",
+        "carry an index over to a newer model without encoding its texts again, and tell what that keeps",
+        _run,
+        _EPILOG,
+    )
+    made.add_argument("index", type=Path, help="the embeddings that are served now")
+    made.add_argument("output", type=Path, help="where the new ones go, in the same form; it must not exist")
+    how = made.add_mutually_exclusive_group(required=True)
+    how.add_argument("--corrector", help="a trained one: a folder or a Hub id")
+    how.add_argument("--fit", metavar="KIND", help="fit one: ridge, as usual, or mlp, kernel-ridge, mean-shift, …")
+    made.add_argument("--fit_sample", type=int, default=20_000, metavar="N", help="targets that it is fitted on")
+    made.add_argument("--tensor", help="of a safetensors file, which of its tensors")
+    made.add_argument("--factory", help="make the new FAISS index from this string, instead of one of the same kind")
+    add_model(made, "the new model", required=False)
+    add_corpus(made, required=False)
+    made.add_argument("--split", default="dev", help="the queries of the estimate (default: dev)")
+    made.add_argument("--queries", type=Path, help="a file with one query a line, instead")
+    made.add_argument("--sample", type=int, default=5_000, metavar="N", help="targets encoded again for the estimate")
+    add_json(made)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if (args.model is None) != (args.corpus is None) or (args.fit and args.model is None):
+        raise InputError("--model and --corpus go together, and --fit needs both.")
+    vectors = open_vectors(args.index, args.tensor, args.factory)
+    if args.output.exists():
+        raise InputError(f"{args.output} is there already: choose another name, or move it away.")
+    model = corpus = None
+    queries: list[str] = []
+    if args.model is not None:
+        corpus, model = open_corpus(args), open_model(args)
+        if vectors.count != len(corpus):
+            raise InputError(f"{args.index} has {vectors.count:,} rows, the corpus {len(corpus):,} targets.")
+        queries = _queries(args, corpus)
+    fitted_on = None
+    if args.fit is None:
+        corrector = Corrector.from_pretrained(args.corrector)
+    else:
+        assert model is not None and corpus is not None
+        logging.getLogger("st_corrector.fitting").setLevel(logging.INFO)
+        fitted_on = drawn(len(corpus), args.fit_sample, seed=0)
+        print(f"Encoding {len(fitted_on):,} targets to fit the corrector on.", file=sys.stderr)
+        fresh = DocumentEncoder(model, corpus).encode(model, fitted_on, batch_size=args.batch_size).cpu()
+        unit = model.similarity_fn_name == "cosine"
+        corrector = fit_to_pairs(vectors.take(fitted_on), fresh, args.fit, unit=unit)
+    vectors.upgrade(corrector, args.output)
+    if model is None or corpus is None:
+        print("Not estimated what that keeps: pass --model and --corpus.", file=sys.stderr)
+        estimate = None
+    else:
+        rows = sample_rows(corpus, args.sample, without=fitted_on)
+        estimate = estimate_carry_over(
+            vectors.take(rows), rows, corrector, model, corpus, queries, batch_size=args.batch_size
+        )
+    if args.json:
+        found = None if estimate is None else asdict(estimate)
+        show({"output": str(args.output), "rows": vectors.count, "corrector": repr(corrector), "estimate": found})
+        return 0
+    print(f"{args.output}: {vectors.count:,} embeddings, carried over by {corrector!r}")
+    if estimate is not None:
+        print(estimate)
+    return 0
+
+
+def _queries(args: argparse.Namespace, corpus: Corpus) -> list[str]:
+    if args.queries is None:
+        return list(corpus.qrels(args.split).queries["text"])
+    try:
+        lines = args.queries.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{args.queries} is not UTF-8 text ({error}).") from error
+    if not (queries := [line.strip() for line in lines if line.strip()]):
+        raise InputError(f"{args.queries} has no queries: expected one a line.")
+    return queries
