@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
@@ -84,7 +85,9 @@ def read_or_write_arrow(path: Path, schema: pa.Schema, tables: Iterable[pa.Table
         lock.release()
 
 
-def batched_tables(records: Iterable[dict], schema: pa.Schema, batch_size: int = 10_000) -> Iterator[pa.Table]:
+def batched_tables(
+    records: Iterable[dict[str, Any]], schema: pa.Schema, batch_size: int = 10_000
+) -> Iterator[pa.Table]:
     """Collect dict records into tables of at most ``batch_size`` rows.
 
     Raises:
@@ -100,7 +103,7 @@ def batched_tables(records: Iterable[dict], schema: pa.Schema, batch_size: int =
         yield _table(batch, schema, first)
 
 
-def _table(records: list[dict], schema: pa.Schema, first: int) -> pa.Table:
+def _table(records: list[dict[str, Any]], schema: pa.Schema, first: int) -> pa.Table:
     try:
         return pa.Table.from_pylist(records, schema=schema)
     except UnicodeEncodeError:

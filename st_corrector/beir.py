@@ -1,5 +1,7 @@
 """Readers of the BEIR layout: ``corpus.jsonl[.gz]``, ``queries.jsonl[.gz]``, ``qrels/<split>.tsv``.
 
+What they give, targets, queries and judgements, is the same from a repository on the Hub (:mod:`.beir_hub`).
+
 Files come from anywhere: whatever is in them, the outcome is records or a :class:`CorpusError`, and at most one line of
 a file is in memory.
 """
@@ -10,17 +12,85 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pyarrow as pa
+
+from .arrow import batched_tables
+from .columns import TARGETS
 from .errors import CorpusError
+from .fingerprint import digest_json
 from .text import half_character
 
 LONGEST_LINE = 64 << 20
 """Bytes; a line beyond that is not a text but a broken file."""
 _SHOWN = 5
 _SCORE_NAMES = ("score", "relevance", "rel", "label", "grade")
+
+
+class Judgements(NamedTuple):
+    """The judgements of one split.
+
+    Attributes:
+        source: what they are read from, as an error says it.
+        triples: ``(query id, target id, score)``; a target is relevant where the score is above 0.
+    """
+
+    split: str
+    source: str
+    triples: Iterable[tuple[str, str, float]]
+
+
+class RetrievalData(NamedTuple):
+    """Targets, queries and judgements, each read when it is iterated over, and once.
+
+    Attributes:
+        name: what all of it is called.
+        targets: tables of :data:`~st_corrector.columns.TARGETS`.
+        targets_key: a digest of what ``targets`` are read from.
+        targets_source, queries_source: what they are read from, as an error says it.
+        queries: records as :func:`read_jsonl` gives them.
+        judgements: one for each split.
+    """
+
+    name: str
+    targets: Iterable[pa.Table]
+    targets_key: str
+    targets_source: str
+    queries: Iterable[dict[str, Any]]
+    queries_source: str
+    judgements: Sequence[Judgements]
+
+
+def open_folder(folder: Path, max_targets: int | None = None) -> RetrievalData:
+    """What is in a folder of BEIR's layout.
+
+    Args:
+        max_targets: read no more than so many targets.
+
+    Raises:
+        CorpusError: a file is missing; and, when they are read, what :func:`read_jsonl` and :func:`read_qrels` raise.
+    """
+    corpus, queries = find_jsonl(folder, "corpus"), find_jsonl(folder, "queries")
+    qrels = sorted((folder / "qrels").glob("*.tsv"))
+    if not qrels:
+        raise CorpusError(f"{folder / 'qrels'} has no <split>.tsv: expected one file of judgements for each split.")
+    targets = (
+        {"id": record["_id"], "title": record["title"], "text": record["text"]}
+        for record in read_jsonl(corpus, max_targets)
+    )
+    stat = corpus.stat()
+    return RetrievalData(
+        folder.resolve().name,
+        batched_tables(targets, TARGETS),
+        digest_json([str(corpus.resolve()), stat.st_size, stat.st_mtime_ns, max_targets]),
+        corpus.name,
+        read_jsonl(queries),
+        queries.name,
+        [Judgements(file.stem, str(file), read_qrels(file)) for file in qrels],
+    )
 
 
 def find_jsonl(folder: Path, stem: str) -> Path:
@@ -57,16 +127,11 @@ def read_jsonl(path: Path, limit: int | None = None) -> Iterator[dict[str, Any]]
         except (ValueError, RecursionError) as error:
             faults.add(number, f"not valid JSON ({error})")
             continue
-        if problem := _problem(record):
+        if problem := record_problem(record):
             faults.add(number, problem)
             continue
         count += 1
-        yield {
-            "_id": str(record["_id"]),
-            "text": record["text"],
-            "title": record.get("title"),
-            "answers": record.get("answers") or [],
-        }
+        yield normal_record(record)
         if count == limit:
             break
     faults.raise_if_any()
@@ -152,8 +217,18 @@ def _lines(path: Path, faults: _Faults) -> Iterator[tuple[int, str]]:
         ) from error
 
 
-def _problem(record: Any) -> str | None:
-    """What is wrong with a record, if anything is."""
+def normal_record(record: dict[str, Any]) -> dict[str, Any]:
+    """A record in which nothing is wrong, with ``_id``, ``text``, ``title`` and ``answers`` and nothing else."""
+    return {
+        "_id": str(record["_id"]),
+        "text": record["text"],
+        "title": record.get("title"),
+        "answers": record.get("answers") or [],
+    }
+
+
+def record_problem(record: Any) -> str | None:
+    """What is wrong with a target's or a query's record, if anything is."""
     if not isinstance(record, dict):
         return f"a JSON {type(record).__name__}, expected an object with _id and text"
     missing = [key for key in ("_id", "text") if record.get(key) is None]

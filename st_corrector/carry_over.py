@@ -123,12 +123,7 @@ def estimate_carry_over(
     """
     if not queries:
         raise InputError("An estimate needs queries: a split of the corpus, or a file of them.")
-    depths = [depth for depth in _DEPTHS if round(depth * len(rows) / len(corpus)) >= 1]
-    if not depths:
-        raise InputError(
-            f"A sample of {len(rows):,} of {len(corpus):,} targets is too small to say anything of the first "
-            f"{_DEPTHS[-1]}: encode at least {-(-len(corpus) // _DEPTHS[-1]):,}."
-        )
+    depths = estimated_depths(len(rows), len(corpus))
     unit = new.similarity_fn_name == "cosine"
     fresh = DocumentEncoder(new, corpus).encode(new, rows, batch_size=batch_size).cpu()
     with evaluating(new):
@@ -155,6 +150,20 @@ def estimate_carry_over(
         recall=recall,
         recall_unchanged=recall_unchanged,
         standard_error=error,
+    )
+
+
+def estimated_depths(sample: int, targets: int) -> list[int]:
+    """The depths ``k`` of which a sample of so many of all ``targets`` can say something.
+
+    Raises:
+        InputError: there is none.
+    """
+    if depths := [depth for depth in _DEPTHS if round(depth * sample / targets) >= 1]:
+        return depths
+    raise InputError(
+        f"A sample of {sample:,} of {targets:,} targets is too small to say anything of the first {_DEPTHS[-1]}: take "
+        f"at least {-(-targets // _DEPTHS[-1]):,}, and leave as many to it where a corrector is fitted on others."
     )
 
 

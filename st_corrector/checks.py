@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,22 @@ from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor
 
 from .cache import EmbeddingCache
+from .corpus import Corpus
 from .encoding import DocumentEncoder, unwrap
 from .errors import InputError, NonFiniteError
 from .fingerprint import differences
+from .selection import NegativeSelector
 from .tokens import TokenizedCorpus
 
 
-def check_settings(corpus, cache, selector, background_targets, similarity_fct, split) -> None:
+def check_settings(
+    corpus: Corpus,
+    cache: EmbeddingCache | None,
+    selector: NegativeSelector,
+    background_targets: int,
+    similarity_fct: Callable[[Tensor, Tensor], Tensor],
+    split: str | None,
+) -> None:
     if background_targets < 0:
         raise InputError(f"background_targets must not be negative, got {background_targets}.")
     if selector.num_negatives and cache is None:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from .arrow import batched_tables, default_cache_dir, read_or_write_arrow, write_arrow
-from .beir import find_jsonl, read_jsonl, read_qrels
+from .beir import RetrievalData, open_folder
+from .beir_hub import open_repository
+from .columns import BATCH, TARGETS, batches, column_names, target_tables
 from .errors import CorpusError
 from .fingerprint import digest, digest_json, max_lengths, tokenizer_fingerprint
 from .qrels import Qrels
@@ -26,10 +30,8 @@ from .tokens import TextCorpus, TokenizedCorpus, TokenLayout, tokenize_texts
 
 logger = logging.getLogger(__name__)
 
-_TARGETS = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
 _QUERIES = pa.schema([("id", pa.string()), ("text", pa.string()), ("answers", pa.list_(pa.string()))])
 _PAIRS = pa.schema([("anchor", pa.string()), ("positive", pa.string()), ("label", pa.int64())])
-_BATCH = 10_000
 
 
 def join_title(title: str | None, text: str) -> str:
@@ -42,7 +44,7 @@ class Corpus:
 
     Texts, ids and token ids are Arrow files, memory-mapped: a corpus of tens of millions of passages
     costs no memory to hold. Use one of the constructors :meth:`from_texts`, :meth:`from_pairs`,
-    :meth:`from_dataset` and :meth:`from_beir`.
+    :meth:`from_dataset`, :meth:`from_beir` and :meth:`from_hub`.
 
     Args:
         targets: columns ``id``, ``title`` (may be null) and ``text``, all strings.
@@ -60,7 +62,7 @@ class Corpus:
         targets: Dataset,
         qrels: Mapping[str, Qrels] | None = None,
         prompt: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         if len(targets) == 0:
             raise CorpusError("The corpus has no targets.")
@@ -100,7 +102,7 @@ class Corpus:
         titles: Sequence[str | None] | None = None,
         *,
         prompt: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> Corpus:
         """A corpus of ``texts`` in their order.
 
@@ -114,7 +116,7 @@ class Corpus:
         """
         given = {name: values for name, values in (("ids", ids), ("titles", titles)) if values is not None}
 
-        def records() -> Iterator[dict]:
+        def records() -> Iterator[dict[str, Any]]:
             row = -1
             for row, text in enumerate(texts):
                 if not isinstance(text, str):
@@ -131,119 +133,125 @@ class Corpus:
                 if len(values) != row + 1:
                     raise CorpusError(f"{row + 1} texts but {len(values)} {name}: give one for each text, or none.")
 
-        return cls(_write_by_content(records(), _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
+        tables = batched_tables(records(), TARGETS)
+        return cls(_write_by_content(tables, _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
 
     @classmethod
     def from_dataset(
         cls,
-        dataset: Dataset,
+        dataset: Dataset | IterableDataset,
         text: str = "text",
         id: str | None = None,
         title: str | None = None,
         *,
         prompt: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> Corpus:
-        """A corpus from columns of any :class:`datasets.Dataset`.
+        """A corpus from columns of any :class:`datasets.Dataset` or :class:`datasets.IterableDataset`.
 
         Args:
+            dataset: a stream is read from its beginning to its end, by each process and at each call.
             text, id, title: the columns' names; without ``id`` each target's row number is its id.
 
         Raises:
             CorpusError: a column is not there, or a text is null.
         """
-        wanted = {"text": text, "id": id, "title": title}
-        for role, column in wanted.items():
-            if column is not None and column not in dataset.column_names:
+        found = column_names(dataset)
+        for role, column in (("text", text), ("id", id), ("title", title)):
+            if column is not None and column not in found:
                 raise CorpusError(
-                    f"The dataset has no column {column!r} for {role}; it has {dataset.column_names}. Say which one: "
+                    f"The dataset has no column {column!r} for {role}; it has {found}. Say which one: "
                     f"from_dataset(dataset, {role}='…')."
                 )
-        columns = {role: column for role, column in wanted.items() if column is not None}
-
-        def tables() -> Iterator[pa.Table]:
-            start = 0
-            for batch in dataset.select_columns(list(columns.values())).with_format("arrow").iter(_BATCH):
-                try:
-                    got = {role: batch.column(column).cast(pa.string()) for role, column in columns.items()}
-                except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                    raise CorpusError(f"The columns {columns} cannot be read as strings ({error}).") from error
-                if nulls := got["text"].null_count:
-                    raise CorpusError(f"{nulls} targets near row {start} have no text: filter them out first.")
-                numbers = pa.array(map(str, range(start, start + len(batch))), pa.string())
-                start += len(batch)
-                yield pa.table(
-                    [got.get("id", numbers), got.get("title", pa.nulls(len(batch), pa.string())), got["text"]],
-                    schema=_TARGETS,
-                )
-
-        folder = _folder(cache_dir)
-        path = folder / f"targets-{digest_json([dataset._fingerprint, columns])}.arrow"
-        return cls(read_or_write_arrow(path, _TARGETS, tables()), prompt=prompt, cache_dir=cache_dir)
+        folder, tables = _folder(cache_dir), target_tables(dataset, text, id, title)
+        if isinstance(dataset, IterableDataset):
+            targets = _write_by_content(tables, folder)
+        else:
+            columns = {"text": text} | ({} if id is None else {"id": id}) | ({} if title is None else {"title": title})
+            path = folder / f"targets-{digest_json([dataset._fingerprint, columns])}.arrow"
+            targets = read_or_write_arrow(path, TARGETS, tables)
+        return cls(targets, prompt=prompt, cache_dir=cache_dir)
 
     @classmethod
     def from_pairs(
         cls,
-        splits: Dataset | Mapping[str, Dataset],
+        splits: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset],
         query: str = "anchor",
         positive: str = "positive",
+        negatives: Sequence[str] = (),
         *,
         prompt: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> Corpus:
-        """A corpus from datasets of (query, positive) pairs: its targets are the distinct positives of all splits,
-        in the order of their first appearance. Pairs with the same query text are one query with several positives.
+        """A corpus from data sets of (query, positive) pairs or (query, positive, negative …) triplets: its targets are
+        the distinct texts of all splits, in the order of their first appearance. Rows with the same query text are one
+        query with several positives. The triplets' negatives are targets among others: which of all targets a step
+        takes as negatives, the model decides.
 
         Args:
-            splits: split name → dataset; one dataset alone is the split ``"train"``.
-            query, positive: the two text columns' names.
+            splits: split name → data set; one data set alone is the split ``"train"``. A stream is read from its
+                beginning to its end, by each process and at each call.
+            query: the column of the queries' texts.
+            positive: the column of the positives: a text, or a list of texts that are all relevant.
+            negatives: columns of further texts, or lists of texts; what is null in them is left out.
 
         Raises:
-            CorpusError: a split is not a :class:`datasets.Dataset`, or a column is not there.
+            CorpusError: a split is no data set, a column is not there, or a row lacks its query or its positive.
         """
-        splits = {"train": splits} if isinstance(splits, Dataset) else splits
+        splits = {"train": splits} if isinstance(splits, (Dataset, IterableDataset)) else splits
+        columns = [query, positive, *negatives]
         for split, dataset in splits.items():
-            if not isinstance(dataset, Dataset):
-                raise CorpusError(f"Split {split!r} is a {type(dataset).__name__}, expected a datasets.Dataset.")
-            for column in (query, positive):
-                if column not in dataset.column_names:
+            if not isinstance(dataset, (Dataset, IterableDataset)):
+                raise CorpusError(
+                    f"Split {split!r} is a {type(dataset).__name__}, expected a datasets.Dataset or IterableDataset."
+                )
+            found = column_names(dataset)
+            for column in columns:
+                if column not in found:
                     raise CorpusError(
-                        f"Split {split!r} has no column {column!r}; it has {dataset.column_names}. Say which ones: "
+                        f"Split {split!r} has no column {column!r}; it has {found}. Say which ones: "
                         "from_pairs(splits, query='…', positive='…')."
                     )
         # 16 bytes a text instead of the text: what tells targets apart while the splits are streamed.
         row_of: dict[bytes, int] = {}
-        pairs: dict[str, list[tuple[str, int]]] = {split: [] for split in splits}
+        queries: dict[str, dict[str, int]] = {split: {} for split in splits}
+        judged = {split: (array("q"), array("q")) for split in splits}
 
-        def records() -> Iterator[dict]:
+        def records() -> Iterator[dict[str, Any]]:
             for split, dataset in splits.items():
-                for batch in dataset.select_columns([query, positive]).iter(_BATCH):
-                    for question, text in zip(batch[query], batch[positive], strict=True):
-                        if not isinstance(question, str) or not isinstance(text, str):
-                            raise CorpusError(
-                                f"Pair {len(pairs[split])} of split {split!r} is not two strings: {question!r:.60} and "
-                                f"{text!r:.60}. Filter such pairs out first."
-                            )
-                        key = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+                numbers, (of_pair, row_of_pair) = queries[split], judged[split]
+                rows = (row for each in batches(dataset, columns) for row in zip(*map(each.get, columns), strict=True))
+                for pair, (question, found, *others) in enumerate(rows):
+                    positives, further = _texts(found), [text for other in others for text in _texts(other)]
+                    if not positives or not all(isinstance(text, str) for text in (question, *positives, *further)):
+                        raise CorpusError(
+                            f"Pair {pair} of split {split!r} is not {'two strings' if not others else 'all strings'}: "
+                            f"{' and '.join(f'{value!r:.60}' for value in (question, found, *others[:3]))}. "
+                            "Filter such pairs out first."
+                        )
+                    for place, text in enumerate([*positives, *further]):
+                        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
                         if key not in row_of:
                             row_of[key] = len(row_of)
                             yield {"id": str(row_of[key]), "title": None, "text": text}
-                        pairs[split].append((question, row_of[key]))
+                        if place < len(positives):
+                            of_pair.append(numbers.setdefault(question, len(numbers)))
+                            row_of_pair.append(row_of[key])
 
-        corpus = cls(_write_by_content(records(), _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
-        for split, judged in pairs.items():
-            texts = dict.fromkeys(question for question, _ in judged)
-            corpus._add_split(split, {text: text for text in texts}, [q for q, _ in judged], [row for _, row in judged])
+        tables = batched_tables(records(), TARGETS)
+        corpus = cls(_write_by_content(tables, _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
+        for split, (of_pair, row_of_pair) in judged.items():
+            corpus._add_split(split, [_query(text, text) for text in queries[split]], of_pair, row_of_pair)
         return corpus
 
     @classmethod
     def from_beir(
         cls,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         *,
         max_targets: int | None = None,
         prompt: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> Corpus:
         """A corpus from a folder in BEIR's layout: ``corpus.jsonl[.gz]`` (``_id``, ``text``, optional ``title``),
         ``queries.jsonl[.gz]`` (``_id``, ``text``, optional ``answers``) and ``qrels/<split>.tsv``.
@@ -254,55 +262,95 @@ class Corpus:
         Raises:
             CorpusError: a file is missing or malformed, or judgements name unknown queries or targets.
         """
-        source, cache = Path(folder), _folder(cache_dir)
-        corpus_file, queries_file = find_jsonl(source, "corpus"), find_jsonl(source, "queries")
-        qrels_files = sorted((source / "qrels").glob("*.tsv"))
-        if not qrels_files:
-            raise CorpusError(f"{source / 'qrels'} has no <split>.tsv: expected one file of judgements for each split.")
+        return cls._from_retrieval_data(open_folder(Path(folder), max_targets), max_targets is None, prompt, cache_dir)
 
-        def targets() -> Iterator[dict]:
-            for record in read_jsonl(corpus_file, max_targets):
-                yield {"id": record["_id"], "title": record["title"], "text": record["text"]}
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str | os.PathLike[str],
+        *,
+        qrels: str | os.PathLike[str] | None = None,
+        qrels_config: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        streaming: bool = False,
+        max_targets: int | None = None,
+        prompt: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Corpus:
+        """A corpus from a retrieval data set on the Hub, such as ``mteb/nq``: the configs ``corpus`` (an id, ``text``,
+        optional ``title``), ``queries`` (an id, ``text``, optional ``answers``), and ``qrels`` or ``default`` with the
+        judgements (``query-id``, ``corpus-id``, ``score``), whose splits become this corpus's. A judgement is relevant
+        if its score is above 0.
 
-        # The parsed file is kept under what identifies its source, so that a large corpus is parsed once.
-        stat = corpus_file.stat()
-        key = digest_json([str(corpus_file.resolve()), stat.st_size, stat.st_mtime_ns, max_targets])
-        path = cache / f"targets-{key}.arrow"
-        corpus = cls(
-            read_or_write_arrow(path, _TARGETS, batched_tables(targets(), _TARGETS)), prompt=prompt, cache_dir=cache_dir
+        Instead of judgements there may be triplets of ids or lists of ids with labels, as in
+        ``Corpus.from_hub("sentence-transformers/msmarco", qrels_config="labeled-list")``.
+
+        Args:
+            repo_id: the repository, or a local folder with such a repository's files.
+            qrels: the repository (or folder) of the judgements, where they have their own, such as ``BeIR/nq-qrels``
+                for ``BeIR/nq``.
+            qrels_config: the config of the judgements, where it is another.
+            revision: commit, branch or tag of ``repo_id``.
+            token: by default the one that :mod:`huggingface_hub` finds.
+            streaming: read without downloading the files first; what a corpus needs is kept on disk either way.
+            max_targets: keep the first so many targets, and the judgements that point at them.
+
+        Raises:
+            CorpusError: a repository, config, split or column is not there or cannot be told from others, a value is
+                not what it should be, or judgements name unknown queries or targets.
+        """
+        data = open_repository(
+            os.fspath(repo_id),
+            None if qrels is None else os.fspath(qrels),
+            qrels_config,
+            revision,
+            token,
+            streaming,
+            max_targets,
         )
-        corpus.name = source.resolve().name
+        return cls._from_retrieval_data(data, max_targets is None, prompt, cache_dir)
+
+    @classmethod
+    def _from_retrieval_data(
+        cls, data: RetrievalData, complete: bool, prompt: str | None, cache_dir: str | os.PathLike[str] | None
+    ) -> Corpus:
         texts, answers, repeated = {}, {}, []
-        for record in read_jsonl(queries_file):
+        for record in data.queries:
             if record["_id"] in texts:
                 repeated.append(record["_id"])
             texts[record["_id"]], answers[record["_id"]] = record["text"], record["answers"]
         if repeated:
             raise CorpusError(
-                f"{queries_file} has {len(repeated)} query ids more than once, e.g. {repeated[:3]}: judgements find "
-                "queries by id, so each needs its own."
+                f"{data.queries_source} of {data.name} has {len(repeated)} query ids more than once, e.g. "
+                f"{repeated[:3]}: judgements find queries by id, so each needs its own."
             )
-        for file in qrels_files:
-            judged = [(query, target) for query, target, score in read_qrels(file) if score > 0]
+        # The targets are kept under what identifies their source, so that a large corpus is read once.
+        path = _folder(cache_dir) / f"targets-{data.targets_key}.arrow"
+        corpus = cls(read_or_write_arrow(path, TARGETS, data.targets), prompt=prompt, cache_dir=cache_dir)
+        corpus.name = data.name
+        judged_somewhere: set[str] = set()
+        for split, source, triples in data.judgements:
+            # What is judged twice is kept once: triplets name each pair with hundreds of negatives.
+            judged = list(dict.fromkeys((query, target) for query, target, score in triples if score > 0))
             if unknown := sorted({query for query, _ in judged} - texts.keys()):
                 raise CorpusError(
-                    f"{file} judges {len(unknown)} queries that {queries_file.name} does not have, e.g. {unknown[:3]}."
+                    f"{source} judges {len(unknown)} queries that {data.queries_source} does not have, e.g. "
+                    f"{unknown[:3]}."
                 )
             rows = corpus.rows_of([target for _, target in judged], missing=-1)
-            if max_targets is None and (rows < 0).any():
+            if complete and (rows < 0).any():
                 unknown = sorted({target for (_, target), row in zip(judged, rows, strict=True) if row < 0})
                 raise CorpusError(
-                    f"{file} judges {len(unknown)} targets that {corpus_file.name} does not have, e.g. {unknown[:3]}."
+                    f"{source} judges {len(unknown)} targets that {data.targets_source} does not have, e.g. "
+                    f"{unknown[:3]}."
                 )
-            corpus._add_split(
-                file.stem,
-                texts,
-                [query for (query, _), row in zip(judged, rows, strict=True) if row >= 0],
-                rows[rows >= 0],
-                answers,
-            )
-        judged_queries = {id for split in corpus.splits for id in corpus.qrels(split).queries["id"]}
-        if unjudged := len(texts) - len(judged_queries):
+            numbers: dict[str, int] = {}
+            found = [query for (query, _), row in zip(judged, rows, strict=True) if row >= 0]
+            of_pair = [numbers.setdefault(query, len(numbers)) for query in found]
+            corpus._add_split(split, [_query(id, texts[id], answers[id]) for id in numbers], of_pair, rows[rows >= 0])
+            judged_somewhere |= numbers.keys()
+        if unjudged := len(texts) - len(judged_somewhere):
             logger.info("%d of %d queries have no relevant target in any split and are left out.", unjudged, len(texts))
         return corpus
 
@@ -327,22 +375,43 @@ class Corpus:
         if unknown := [query for query, _ in judged if query not in queries]:
             raise CorpusError(f"{len(unknown)} judged queries have no text, e.g. {unknown[:3]}.")
         rows = self.rows_of([target for _, target in judged])
-        self._add_split(split, queries, [query for query, _ in judged], rows, answers)
+        numbers: dict[str, int] = {}
+        of_pair = [numbers.setdefault(query, len(numbers)) for query, _ in judged]
+        given = answers or {}
+        self._add_split(split, [_query(id, queries[id], given.get(id, ())) for id in numbers], of_pair, rows)
+
+    def hold_out(self, queries: int, split: str = "train", into: str = "dev", seed: int = 0) -> None:
+        """Take ``queries`` of the split's, at random, and make them a split of their own. The targets stay the same.
+
+        Raises:
+            CorpusError: the split has not more than so many queries, or is not there; or the new one is there already.
+        """
+        qrels = self.qrels(split)
+        if into in self._qrels:
+            raise CorpusError(f"There is a split {into!r} already: nothing is held out into it.")
+        if not 0 < queries < len(qrels):
+            raise CorpusError(
+                f"{queries} queries cannot be held out of the {len(qrels)} of split {split!r}: at least one, not all."
+            )
+        held_out = np.zeros(len(qrels), dtype=bool)
+        held_out[np.random.default_rng(seed).choice(len(qrels), queries, replace=False)] = True
+        for name, kept in ((into, held_out), (split, ~held_out)):
+            pairs, number = kept[qrels.query], np.cumsum(kept) - 1
+            records = qrels.queries.select(np.flatnonzero(kept)).to_list()
+            self._add_split(name, records, number[qrels.query[pairs]], qrels.row[pairs])
 
     def _add_split(
         self,
         split: str,
-        texts: Mapping[str, str],
-        query_of_pair: Sequence[str],
+        queries: list[dict[str, Any]],
+        query_of_pair: Sequence[int] | np.ndarray,
         row_of_pair: Sequence[int] | np.ndarray,
-        answers: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        position: dict[str, int] = {}
-        numbers = [position.setdefault(query, len(position)) for query in query_of_pair]
-        records = [{"id": id, "text": texts[id], "answers": list((answers or {}).get(id, ()))} for id in position]
-        path = self._cache_dir / f"queries-{digest_json([split, records])}.arrow"
-        queries = read_or_write_arrow(path, _QUERIES, batched_tables(records, _QUERIES))
-        self._qrels[split] = Qrels(queries, numbers, row_of_pair)
+        """Add the split's ``queries``, and their judgements by the query's position and the target's row."""
+        path = self._cache_dir / f"queries-{digest_json([split, queries])}.arrow"
+        self._qrels[split] = Qrels(
+            read_or_write_arrow(path, _QUERIES, batched_tables(queries, _QUERIES)), query_of_pair, row_of_pair
+        )
 
     # ------------------------------------------------------------------ rows, ids, texts
 
@@ -355,11 +424,13 @@ class Corpus:
 
     def __getitem__(self, row: int) -> dict[str, str | None]:
         """``{"id", "title", "text"}`` of one row."""
-        return self.targets[int(row)]
+        target: dict[str, str | None] = self.targets[int(row)]
+        return target
 
     def ids(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The ids of ``rows``."""
-        return self._arrow[np.asarray(rows, dtype=np.int64)].column("id").to_pylist()
+        ids: list[str] = self._arrow[np.asarray(rows, dtype=np.int64)].column("id").to_pylist()
+        return ids
 
     def rows_of(self, ids: Sequence[str], missing: int | None = None) -> np.ndarray:
         """The rows of ``ids``, shape ``(len(ids),)``; one pass over the id column, whatever their number.
@@ -379,7 +450,7 @@ class Corpus:
             here = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))
             row_of_distinct[found.drop_null().to_numpy()] = start + here
             start += len(chunk)
-        rows = row_of_distinct[pc.index_in(wanted, value_set=distinct).to_numpy(zero_copy_only=False)]
+        rows: np.ndarray = row_of_distinct[pc.index_in(wanted, value_set=distinct).to_numpy(zero_copy_only=False)]
         if (rows < 0).any():
             if missing is None:
                 unknown = [id for id, row in zip(ids, rows, strict=True) if row < 0]
@@ -393,14 +464,15 @@ class Corpus:
 
     def text_lengths(self) -> np.ndarray:
         """The length of every target's text in bytes, shape ``(N,)``."""
-        return pc.binary_length(self.targets.data.column("text")).to_numpy().astype(np.int64)
+        lengths: np.ndarray = pc.binary_length(self.targets.data.column("text")).to_numpy()
+        return lengths.astype(np.int64)
 
     # ------------------------------------------------------------------ identity and duplicates
 
     @cached_property
     def _row_digests(self) -> np.ndarray:
         """A 64-bit digest of each target's joined text, shape ``(N,)``."""
-        texts = (text for batch in self._arrow.iter(_BATCH) for text in _joined(batch))
+        texts = (text for batch in self._arrow.iter(BATCH) for text in _joined(batch))
         return np.fromiter(map(_digest, texts), dtype=np.uint64, count=len(self))
 
     @cached_property
@@ -411,7 +483,7 @@ class Corpus:
     @cached_property
     def _repeated(self) -> dict[int, np.ndarray]:
         """Row → all rows with the same words; only rows that have a duplicate are in it."""
-        texts = (normalized(text) for batch in self._arrow.iter(_BATCH) for text in _joined(batch))
+        texts = (normalized(text) for batch in self._arrow.iter(BATCH) for text in _joined(batch))
         all_digests = np.fromiter(map(_digest, texts), dtype=np.uint64, count=len(self))
         order = np.argsort(all_digests, kind="stable")
         digests = all_digests[order]
@@ -456,8 +528,8 @@ class Corpus:
         anchors = qrels.queries.with_format("arrow")
 
         def tables() -> Iterator[pa.Table]:
-            for start in range(0, len(qrels.row), _BATCH):
-                query, row = qrels.query[start : start + _BATCH], qrels.row[start : start + _BATCH]
+            for start in range(0, len(qrels.row), BATCH):
+                query, row = qrels.query[start : start + BATCH], qrels.row[start : start + BATCH]
                 text = anchors[query].column("text")
                 yield pa.table([text, pa.array(self.texts(row)), pa.array(row)], schema=_PAIRS)
 
@@ -494,7 +566,7 @@ class Corpus:
         return TokenizedCorpus(read_or_write_arrow(self._cache_dir / f"tokens-{key}.arrow", schema, tables()), layout)
 
 
-def _folder(cache_dir: str | os.PathLike | None) -> Path:
+def _folder(cache_dir: str | os.PathLike[str] | None) -> Path:
     return default_cache_dir() if cache_dir is None else Path(cache_dir)
 
 
@@ -515,17 +587,27 @@ def _joined(table: pa.Table) -> list[str]:
     return [join_title(title, text) for title, text in zip(titles, texts, strict=True)]
 
 
-def _write_by_content(records: Iterable[dict], folder: Path) -> Dataset:
-    """Write target records under a name that follows from their content, which is known only afterwards."""
+def _query(id: str, text: str, answers: Iterable[str] = ()) -> dict[str, Any]:
+    """The record of a judged query."""
+    return {"id": id, "text": text, "answers": list(answers)}
+
+
+def _texts(value: Any) -> list[Any]:
+    """A column's value as a list of texts: of several, one, or none; nulls left out."""
+    return [text for text in (value if isinstance(value, list) else [value]) if text is not None]
+
+
+def _write_by_content(tables: Iterable[pa.Table], folder: Path) -> Dataset:
+    """Write targets under a name that follows from their content, which is known only afterwards."""
     state = hashlib.blake2b(digest_size=16)
 
-    def tables() -> Iterator[pa.Table]:
-        for table in batched_tables(records, _TARGETS):
+    def hashed() -> Iterator[pa.Table]:
+        for table in tables:
             state.update(repr(table.to_pydict()).encode("utf-8"))
             yield table
 
     partial = folder / f"targets-{os.getpid()}-{id(state)}.arrow"
-    write_arrow(partial, _TARGETS, tables())
+    write_arrow(partial, TARGETS, hashed())
     path = folder / f"targets-{state.hexdigest()}.arrow"
     os.replace(partial, path)
     return Dataset.from_file(str(path))

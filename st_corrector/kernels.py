@@ -140,8 +140,8 @@ def block_maxima(values: Tensor, probes: Tensor, factors: Tensor | None, left_ou
 
 if triton is not None:
 
-    @triton.jit
-    def _block_maxima(
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _block_maxima(  # type: ignore[no-untyped-def]  # Triton reads annotations as types of its own
         values,
         split,
         factors,

@@ -17,7 +17,8 @@ def available_memory(device: torch.device | str) -> int:
         # What the caching allocator holds and does not use can be had as well.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available
+    available: int = psutil.virtual_memory().available
+    return available
 
 
 def describe_memory(needs: Mapping[str, int], device: torch.device | str) -> str:

@@ -156,14 +156,14 @@ class _Described:
     @classmethod
     def of(cls, name: str, loss: LossRecord, record: RunRecord) -> _Described:
         settings, corpus, counts = loss.settings, loss.corpus, loss.counts
-        targets = corpus["targets"]
+        targets = int(corpus.get("targets", 0))
         extra = counts.get("targets_verified", 0) + counts.get("targets_reencoded", 0)
         exhaustive = record.steps * targets
         share = f" ({100 * extra / exhaustive:.2g} % of it)" if extra and exhaustive else ""
         named = f"{_cell(corpus['name'])}, " if corpus.get("name") else ""
         return cls(
             name=_cell(name),
-            corpus=f"{named}{targets:,} targets, fingerprint `{corpus['fingerprint']}`",
+            corpus=f"{named}{targets:,} targets, fingerprint `{_cell(corpus.get('fingerprint'))}`",
             cache=_cache(loss, targets),
             corrector=_corrector(loss),
             negatives=_negatives(settings),
@@ -179,14 +179,15 @@ class _Described:
 def _cache(loss: LossRecord, targets: int) -> str | None:
     if loss.cache is None:
         return None
-    return f"{targets:,} × {loss.cache['dim']} in {loss.cache['dtype']}, {loss.cache['bytes'] / 1e6:,.0f} MB"
+    size = f"{loss.cache.get('bytes', 0) / 1e6:,.0f} MB"
+    return f"{targets:,} × {loss.cache.get('dim')} in {_cell(loss.cache.get('dtype'))}, {size}"
 
 
 def _corrector(loss: LossRecord) -> str:
     if loss.cache is None or not loss.settings.get("num_negatives"):
         return "none: negatives are the other queries' positives"
     given_up = ", given up during the run because it made things worse" if loss.diverged else ""
-    return f"`{_cell(loss.settings['corrector'])}`{given_up}"
+    return f"`{_cell(loss.settings.get('corrector'))}`{given_up}"
 
 
 def _negatives(settings: dict[str, Any]) -> str:

@@ -31,7 +31,8 @@ class Qrels:
 
     def rows_of(self, query: int) -> np.ndarray:
         """The corpus rows that are judged relevant to the ``query``-th query, ascending."""
-        return self.row[self._starts[query] : self._starts[query + 1]]
+        rows: np.ndarray = self.row[self._starts[query] : self._starts[query + 1]]
+        return rows
 
     @cached_property
     def _by_row(self) -> tuple[np.ndarray, np.ndarray]:

@@ -125,7 +125,8 @@ class RunRecord:
         """
         text = json.dumps({"schema": _SCHEMA, **asdict(self)}, indent=1, ensure_ascii=False, allow_nan=True)
         with whole(run / FILE) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
+            # Halves of characters, which only JSON's own escapes can stand for, are written as these.
+            partial.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
     @classmethod
     def load(cls, run: Path) -> RunRecord:
@@ -153,7 +154,7 @@ class RunRecord:
     @property
     def series(self) -> list[dict[str, Any]]:
         """The entries of the log that are about training steps."""
-        return [entry for entry in self.log if "loss" in entry]
+        return [entry for entry in self.log if "loss" in entry or any(name.endswith("drift") for name in entry)]
 
 
 def _read(kind: Any, found: Any, name: str) -> Any:
@@ -167,7 +168,9 @@ def _read(kind: Any, found: Any, name: str) -> Any:
         TypeError: it is not.
         ValueError: a number is larger than any that was written.
     """
-    if kind is Any:
+    if kind is Any:  # down to where nothing is held, so that whatever is nested too deeply to be shown is refused here
+        if isinstance(found, (list, dict)):
+            return _read(list[Any] if isinstance(found, list) else dict[str, Any], found, name)
         return found
     inner, actual, has_fields = get_args(kind), type(found), is_dataclass(kind)
     if type(None) in inner:

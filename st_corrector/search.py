@@ -386,7 +386,7 @@ class CorrectedSearch:
 
     def _find_factors(self, values: Tensor, chunk: Shard, first_row: int) -> Tensor | None:
         """The same in the first pass, which finds them out and looks whether all is finite."""
-        norms = values.float().norm(dim=-1)
+        norms: Tensor = values.float().norm(dim=-1)
         if not torch.isfinite(norms).all() and len(bad := chunk.not_finite()):
             rows = (bad[:5] + first_row).tolist()
             raise CacheError(

@@ -138,13 +138,12 @@ class NumpyVectors(Vectors):
 
     def write(self, path: Path, dim: int, blocks: Iterable[Tensor]) -> None:
         with whole(path) as partial:
-            out = np.lib.format.open_memmap(partial, "w+", self._array.dtype, (self.count, dim))
-            start = 0
-            for block in blocks:
-                out[start : start + len(block)] = block.numpy()
-                start += len(block)
-            out.flush()
-            del out
+            form = {"descr": np.lib.format.dtype_to_descr(self._array.dtype), "fortran_order": False}
+            # Written, not mapped: on a full disk a mapped file ends the process instead of raising anything.
+            with partial.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, {**form, "shape": (self.count, dim)})
+                for block in blocks:
+                    file.write(block.numpy().astype(self._array.dtype).tobytes())
 
 
 class SafetensorsVectors(Vectors):
@@ -183,14 +182,11 @@ class SafetensorsVectors(Vectors):
             scratch = partial.with_suffix(".scratch")
             try:
                 # On disk, since safetensors writes whole tensors, and these need not fit into memory.
+                with scratch.open("wb") as file:
+                    for block in blocks:
+                        file.write(block.to(self._dtype).contiguous().view(torch.uint8).numpy().tobytes())
                 size = self.count * dim
-                scratch.touch()
-                os.truncate(scratch, size * self._dtype.itemsize)
-                out = torch.from_file(str(scratch), shared=True, size=size, dtype=self._dtype).view(self.count, dim)
-                start = 0
-                for block in blocks:
-                    out[start : start + len(block)] = block.to(self._dtype)
-                    start += len(block)
+                out = torch.from_file(str(scratch), shared=False, size=size, dtype=self._dtype).view(self.count, dim)
                 others = {name: self._file.get_tensor(name) for name in self._file.keys() if name != self.name}  # noqa: SIM118
                 save_file({**others, self.name: out}, partial, self._file.metadata())
             finally:

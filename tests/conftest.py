@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import transformers
+from hub import HubServer
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
@@ -145,6 +147,14 @@ def nq() -> Path:
     if not (NQ / "corpus.jsonl.gz").is_file():
         pytest.skip(f"Natural Questions data is not at {NQ.relative_to(ROOT.parent)} beside the checkout")
     return NQ
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A stand-in for the Hugging Face Hub that this test is logged in to; see ``hub.py``."""
+    with HubServer(tmp_path / "hub") as server:
+        server.connect(monkeypatch)
+        yield server
 
 
 @pytest.fixture

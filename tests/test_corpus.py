@@ -1,13 +1,14 @@
 import gzip
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_bert_model, make_static_model, make_texts
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from tokenizers import Tokenizer, normalizers
@@ -310,3 +311,161 @@ def test_leftovers_of_killed_writers_are_cleared(static_model, corpus):
     path.unlink()
     corpus.tokenize(static_model)
     assert not old.exists() and young.exists() and path.exists()
+
+
+# ---------------------------------------------------------------------- streams, triplets
+
+
+def stream(columns, untyped=False):
+    """The columns as a stream: with types, as of files that ``load_dataset`` reads, or without, as of a generator."""
+    dataset = Dataset.from_dict(columns)
+    return IterableDataset.from_generator(lambda: iter(dataset)) if untyped else dataset.to_iterable_dataset()
+
+
+@pytest.mark.parametrize("untyped", [False, True])
+def test_a_stream_is_the_corpus_that_the_same_rows_on_disk_are(tmp_path, untyped):
+    count = 12_000  # more than a batch
+    columns = {
+        "pid": list(range(count)),
+        "head": [None if n % 3 else f"title {n % 7}" for n in range(count)],
+        "body": [f"text {n % 9_000}" for n in range(count)],
+        "question": [f"question {n % 5_000}" for n in range(count)],
+    }
+    dataset = Dataset.from_dict(columns)
+    on_disk = Corpus.from_dataset(dataset, text="body", id="pid", title="head")
+    streamed = Corpus.from_dataset(stream(columns, untyped), text="body", id="pid", title="head")
+    assert len(streamed) == count and streamed.fingerprint == on_disk.fingerprint
+    assert streamed.targets.to_dict() == on_disk.targets.to_dict() and streamed.targets.cache_files
+    splits = {"train": dataset, "dev": dataset.select(range(100))}
+    streams = {"train": stream(columns, untyped), "dev": stream(columns, untyped).take(100)}
+    on_disk, streamed = (Corpus.from_pairs(each, "question", "body") for each in (splits, streams))
+    assert len(streamed) == 9_000 and streamed.fingerprint == on_disk.fingerprint
+    for split in splits:
+        assert streamed.pairs(split).to_dict() == on_disk.pairs(split).to_dict()
+    parquet = tmp_path / "rows.parquet"
+    dataset.to_parquet(parquet)
+    read = load_dataset("parquet", data_files=str(parquet), split="train", streaming=True)
+    assert Corpus.from_pairs(read, "question", "body").fingerprint == on_disk.fingerprint
+
+
+@pytest.mark.parametrize("untyped", [False, True])
+def test_what_is_wrong_in_a_stream_is_said_as_of_a_dataset(untyped):
+    columns = {"body": ["a", None, "c"], "question": ["q", "r", "s"], "numbers": [[1], [2], [3]]}
+    with pytest.raises(CorpusError, match=r"no column 'text' for text; it has \['body', 'question', 'numbers'\]"):
+        Corpus.from_dataset(stream(columns, untyped))
+    with pytest.raises(CorpusError, match="1 targets near row 0 have no text"):
+        Corpus.from_dataset(stream(columns, untyped), text="body")
+    with pytest.raises(CorpusError, match="cannot be read as strings"):
+        Corpus.from_dataset(stream(columns, untyped), text="numbers")
+    with pytest.raises(CorpusError, match="Split 'train' has no column 'anchor'"):
+        Corpus.from_pairs(stream(columns, untyped))
+    with pytest.raises(CorpusError, match="Pair 1 of split 'train' is not two strings: 'r' and None"):
+        Corpus.from_pairs(stream(columns, untyped), "question", "body")
+
+
+def test_rows_of_a_stream_need_not_have_all_columns():
+    rows = [{"text": "a", "title": "T"}, {"text": "b"}, {"title": "U"}]
+    streamed = IterableDataset.from_generator(lambda: iter(rows[:2]))
+    assert Corpus.from_dataset(streamed, title="title").texts([0, 1]) == ["T a", "b"]
+    with pytest.raises(CorpusError, match="1 targets near row 0 have no text"):
+        Corpus.from_dataset(IterableDataset.from_generator(lambda: iter(rows)))
+    mixed = IterableDataset.from_generator(lambda: iter([{"text": "a"}, {"text": 5}]))
+    with pytest.raises(CorpusError, match="cannot be read as strings"):
+        Corpus.from_dataset(mixed)
+    half = IterableDataset.from_generator(lambda: iter([{"text": "a", "q": "q"}, {"text": "cut \ud83d", "q": "q"}]))
+    with pytest.raises(CorpusError, match="half of a character"):
+        Corpus.from_dataset(half)
+    with pytest.raises(CorpusError, match="half of a character"):
+        Corpus.from_pairs(half, "q", "text")
+    with pytest.raises(CorpusError, match=r"no column 'text' for text; it has \[\]"):
+        Corpus.from_dataset(IterableDataset.from_generator(lambda: iter([])))
+
+
+def test_a_stream_is_never_held_in_memory():
+    """Of what has been read there are digests and rows; texts are there for a batch, however many follow."""
+    length = 2_000
+
+    def peak(count):
+        def rows():
+            for n in range(count):
+                yield {"q": f"question {n % 10}", "a": f"{n} ".ljust(length, "x")}
+
+        tracemalloc.start()
+        try:
+            assert len(Corpus.from_pairs(IterableDataset.from_generator(rows), "q", "a")) == count
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(30_000) - peak(10_000) < 20_000 * length / 4
+
+
+def test_negatives_of_triplets_are_targets_and_nothing_else():
+    columns = {
+        "query": ["one", "two", "one"],
+        "positive": ["x", "y", "z"],
+        "negative_1": ["n", "x", "m"],
+        "negative_2": [["o", "n"], None, []],
+    }
+    corpus = Corpus.from_pairs(Dataset.from_dict(columns), "query", "positive", negatives=["negative_1", "negative_2"])
+    assert corpus.texts(range(len(corpus))) == ["x", "n", "o", "y", "z", "m"]
+    assert corpus.pairs("train").to_list() == [
+        {"anchor": "one", "positive": "x", "label": 0},
+        {"anchor": "one", "positive": "z", "label": 4},
+        {"anchor": "two", "positive": "y", "label": 3},
+    ]
+    again = Corpus.from_pairs(stream(columns), "query", "positive", negatives=["negative_1", "negative_2"])
+    assert again.fingerprint == corpus.fingerprint
+    with pytest.raises(CorpusError, match="no column 'negative_3'"):
+        Corpus.from_pairs(Dataset.from_dict(columns), "query", "positive", negatives=["negative_3"])
+    ids = Dataset.from_dict({"query": ["one"], "positive": ["x"], "negative": [7]})
+    with pytest.raises(CorpusError, match="Pair 0 of split 'train' is not all strings: 'one' and 'x' and 7"):
+        Corpus.from_pairs(ids, "query", "positive", negatives=["negative"])
+
+
+def test_a_list_of_positives_is_several_positives():
+    data = Dataset.from_dict({"anchor": ["q", "r", "q"], "positive": [["x", "y"], ["y"], ["z", "x"]]})
+    corpus = Corpus.from_pairs(data)
+    assert corpus.texts(range(3)) == ["x", "y", "z"]
+    assert corpus.qrels("train").rows_of(0).tolist() == [0, 1, 2] and corpus.qrels("train").rows_of(1).tolist() == [1]
+    with pytest.raises(CorpusError, match=r"Pair 1 of split 'train' is not two strings: 'r' and \[\]"):
+        Corpus.from_pairs(Dataset.from_dict({"anchor": ["q", "r"], "positive": [["x"], []]}))
+
+
+def test_fingerprints_and_orders_of_earlier_versions_are_kept():
+    """Embedding caches are found by them: what was computed by earlier versions must stay valid."""
+    pairs = Dataset.from_dict({"q": ["one", "two", "one"] * 50, "a": [f"x{n % 90}" for n in range(150)]})
+    corpus = Corpus.from_pairs({"train": pairs, "dev": pairs.select(range(10))}, "q", "a")
+    assert corpus.fingerprint == "fda8613b934ffef81de280d91d69344f"
+    assert corpus.ids(range(len(corpus))) == [str(row) for row in range(90)]
+    titled = Dataset.from_dict({"text": ["one", "two"], "title": ["A", None]})
+    assert Corpus.from_dataset(titled, title="title").fingerprint == "a505bad60f8a3a51f5b94de3c1420c59"
+
+
+def test_queries_that_are_held_out_are_a_split_of_their_own(tmp_path):
+    records = [{"_id": f"q{n}", "text": f"question {n}", "answers": [f"answer {n}"]} for n in range(30)]
+    targets = [{"_id": f"d{n}", "text": f"text {n}"} for n in range(40)]
+    lines = [(f"q{n}", f"d{n + more}", 1) for n in range(30) for more in (0, 5)]
+    folder = write_beir(tmp_path, targets, records, {"train": lines})
+    whole, corpus = Corpus.from_beir(folder), Corpus.from_beir(folder)
+    corpus.hold_out(8)
+    assert corpus.fingerprint == whole.fingerprint, "the targets stay"
+    train, dev = corpus.qrels("train"), corpus.qrels("dev")
+    assert (
+        len(train) == 22
+        and len(dev) == 8
+        and set(train.queries["id"]) | set(dev.queries["id"]) == set(whole.qrels("train").queries["id"])
+    )
+    for qrels in (train, dev):
+        for position, query in enumerate(qrels.queries):
+            number = int(query["id"][1:])
+            assert qrels.rows_of(position).tolist() == [number, number + 5]
+            assert query["text"] == f"question {number}" and query["answers"] == [f"answer {number}"]
+    again = Corpus.from_beir(folder)
+    again.hold_out(8)
+    assert again.qrels("dev").queries["id"][:] == dev.queries["id"][:], "always the same ones"
+    for count in (0, 22):
+        with pytest.raises(CorpusError, match=f"{count} queries cannot be held out of the 22 of split 'train'"):
+            corpus.hold_out(count, into="test")
+    with pytest.raises(CorpusError, match="There is a split 'dev' already"):
+        corpus.hold_out(3)

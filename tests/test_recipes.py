@@ -12,6 +12,9 @@ import torch
 from conftest import ROOT, make_texts
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
+from test_hub_corpus import upload, write_repository
+
+from st_corrector import InputError
 
 RECIPES = ROOT / "recipes"
 
@@ -19,9 +22,9 @@ RECIPES = ROOT / "recipes"
 ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
 
 
-def run(recipe, *arguments, launcher=()):
+def run(recipe, *arguments, launcher=(), environment=None):
     command = [sys.executable, *launcher, str(RECIPES / recipe), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -60,11 +63,11 @@ def small_nq(nq, tmp_path_factory):
 METRICS = {"mrr@10", "ndcg@10", "recall@1", "recall@5", "recall@20", "recall@100", "map@100", "answer_recall@20"}
 
 
-def check_results(path, strategy, steps):
+def check_results(path, strategy, steps, metrics=METRICS):
     results = json.loads(path.read_text())
     assert results["strategy"] == strategy and results["steps"] == steps and results["seed"] == 3
     for when in ("before", "after"):
-        assert results[when].keys() >= METRICS and all(0 <= value <= 1 for value in results[when].values())
+        assert results[when].keys() >= metrics and all(0 <= value <= 1 for value in results[when].values())
     assert results["command"].startswith("python ") and results["args"]["strategy"] == strategy
     assert results["targets"] == 200 and results["versions"]["torch"] and results["seconds"]["train"] > 0
     return results
@@ -72,9 +75,8 @@ def check_results(path, strategy, steps):
 
 def test_train_nq_with_a_real_transformer(small_nq, minilm_path, tmp_path):
     options = ["--max_steps", 4, "--per_device_train_batch_size", 8, "--num_negatives", 2, "--max_seq_length", 64]
-    out = run(
-        "train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3, *options, "--output_dir", tmp_path
-    )
+    options += ["--caches", tmp_path / "caches", "--output_dir", tmp_path]
+    out = run("train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3, *options)
     results = check_results(tmp_path / "results.json", "corrected", 4)
     assert results["before"]["ndcg@10"] > 0.5, "the pretrained model is at work"
     assert 4 * 8 < results["targets_encoded"] <= 4 * 8 * 3 and results["targets_encoded_for_cache"] == 0
@@ -86,19 +88,11 @@ def test_train_nq_with_a_real_transformer(small_nq, minilm_path, tmp_path):
 
 
 def test_accelerate_launches_train_nq_with_the_static_encoder_and_refreshes(small_nq, minilm_path, tmp_path):
-    options = [
-        "--max_steps",
-        5,
-        "--per_device_train_batch_size",
-        8,
-        "--encoder",
-        "static",
-        "--results",
-        tmp_path / "r.json",
-    ]
+    options = ["--max_steps", 5, "--per_device_train_batch_size", 8, "--encoder", "static"]
+    options += ["--results", tmp_path / "r.json", "--caches", tmp_path / "caches", "--output_dir", tmp_path / "out"]
     run(
         *("train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3, "--strategy", "refresh:2"),
-        *(*options, "--output_dir", tmp_path / "out"),
+        *options,
         launcher=ACCELERATE,
     )
     results = check_results(tmp_path / "r.json", "refresh:2", 5)
@@ -153,24 +147,210 @@ def test_an_unknown_strategy_is_refused_before_anything_is_loaded(tmp_path):
 
 
 def test_options_that_a_strategy_does_not_look_at_are_refused(recipe_module, monkeypatch, capsys):
-    recipe = recipe_module("train_nq")
+    recipe = recipe_module("command_line")
     for strategy in ("in-batch", "mined-once"):
         options = ["--strategy", strategy, "--relative_margin", "0.1", "--budget", "batch", "--probe_every", "5"]
         monkeypatch.setattr(sys, "argv", ["train_nq.py", *options])
         with pytest.raises(SystemExit):
-            recipe.parse_arguments()
+            recipe.parse_arguments("train_nq", "", "data/nq")
         assert "leave out --budget, --relative_margin, --probe_every" in capsys.readouterr().err
 
 
-def test_a_hub_data_set_becomes_corpus_and_splits(recipe_module, monkeypatch):
-    queries, texts = make_texts(50)
-    train_nq = recipe_module("train_nq")
-    pairs = Dataset.from_dict({"query": queries, "answer": texts})
-    monkeypatch.setattr(train_nq, "load_dataset", lambda name, split, revision: pairs)
-    corpus = train_nq.load_corpus(train_nq.RecipeArguments(eval_queries=10))
-    assert len(corpus) == 50 and len(corpus.qrels("dev")) == 10 and len(corpus.qrels("train")) == 40
-    for pair in corpus.pairs("train"):
-        assert pair["positive"] == texts[queries.index(pair["anchor"])] == corpus.texts([pair["label"]])[0]
+# ---------------------------------------------------------------------- data
+
+
+PAIRS = Dataset.from_dict(dict(zip(("question", "reply"), make_texts(50), strict=True)))
+
+
+def load(recipe_module, dataset, **arguments):
+    data = recipe_module("data")
+    return data.load_corpus(data.DataArguments(str(dataset), **{"eval_queries": 10, **arguments}))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_data_set_of_pairs_becomes_corpus_and_splits(recipe_module, hub, capsys, streaming):
+    PAIRS.push_to_hub("tester/pairs", "pair")
+    corpus = load(recipe_module, "tester/pairs", streaming=streaming)
+    assert "tester/pairs is pairs of 'question' and 'reply'; dev is held out of its training queries." in (
+        capsys.readouterr().out
+    )
+    assert len(corpus) == 50 and corpus.name == "tester/pairs"
+    assert len(corpus.qrels("dev")) == 10 and len(corpus.qrels("train")) == 40
+    for split in ("train", "dev"):
+        for pair in corpus.pairs(split):
+            assert pair["positive"] == PAIRS["reply"][PAIRS["question"][:].index(pair["anchor"])]
+            assert pair["positive"] == corpus.texts([pair["label"]])[0]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl", "csv", "jsonl.gz"])
+@pytest.mark.parametrize("whole_folder", [False, True])
+def test_local_files_of_pairs_are_read(recipe_module, tmp_path, ending, whole_folder):
+    file = tmp_path / "mine" / f"train.{ending}"
+    file.parent.mkdir()
+    if ending.startswith("jsonl"):
+        PAIRS.to_json(file, compression="gzip" if ending.endswith("gz") else None)
+    else:
+        PAIRS.to_csv(file) if ending == "csv" else PAIRS.to_parquet(file)
+    corpus = load(recipe_module, file.parent if whole_folder else file)
+    assert sorted(corpus.texts(range(50))) == sorted(PAIRS["reply"][:]) and len(corpus.qrels("dev")) == 10
+
+
+def test_a_dev_split_of_the_datas_own_is_taken(recipe_module, tmp_path, capsys):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for split, rows in (("train", range(40)), ("dev", range(40, 50))):
+        PAIRS.select(rows).to_parquet(folder / f"{split}.parquet")
+    corpus = load(recipe_module, folder, eval_queries=3)
+    assert "dev is its split 'validation'." in capsys.readouterr().out
+    assert corpus.qrels("validation").queries["text"][:] == PAIRS["question"][40:]
+    assert len(corpus.qrels("train")) == 40
+    PAIRS.select(range(20)).to_parquet(folder / "train.parquet")
+    assert len(load(recipe_module, folder).qrels("train")) == 20, "files that have changed are read anew"
+
+
+def test_triplets_are_told_by_their_columns(recipe_module, tmp_path, capsys):
+    rows = {"negative_1": ["n", "m"], "negative_2": ["o", None], "positive": ["x", "y"], "query": ["one", "two"]}
+    file = tmp_path / "triplets.parquet"
+    Dataset.from_dict({**rows, "score": [0.5, 0.7]}).to_parquet(file)
+    corpus = load(recipe_module, file, eval_queries=1)
+    assert "pairs of 'query' and 'positive', negatives ['negative_1', 'negative_2']" in capsys.readouterr().out
+    assert sorted(corpus.texts(range(len(corpus)))) == ["m", "n", "o", "x", "y"]
+    without = load(recipe_module, file, eval_queries=1, negative_columns="")
+    assert sorted(without.texts(range(len(without)))) == ["x", "y"]
+    other = load(recipe_module, file, eval_queries=1, positive_column="negative_1", negative_columns="positive")
+    assert sorted(other.texts(range(len(other)))) == ["m", "n", "x", "y"]
+    assert {pair["positive"] for pair in other.pairs("train")} <= {"m", "n"}
+
+
+def test_lists_of_positives_and_negatives_are_read(recipe_module, tmp_path):
+    rows = [{"query": f"q{n}", "pos": [f"p{n}", f"p{n + 1}"], "neg": [f"n{n}"] * n} for n in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = load(recipe_module, tmp_path / "rows.jsonl", eval_queries=1)
+    assert sorted(corpus.texts(range(len(corpus)))) == [*(f"n{n}" for n in range(1, 5)), *(f"p{n}" for n in range(6))]
+    assert len(corpus.pairs("train")) == 8 and len(corpus.pairs("dev")) == 2
+
+
+def test_a_query_of_several_rows_is_held_out_with_all_of_them(recipe_module, tmp_path):
+    rows = {"query": [f"q{n % 12}" for n in range(60)], "answer": [f"a{n}" for n in range(60)]}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    corpus = load(recipe_module, tmp_path / "rows.parquet", eval_queries=4)
+    train, dev = (set(corpus.pairs(split)["anchor"]) for split in ("train", "dev"))
+    assert len(train) == 8 and len(dev) == 4 and not train & dev
+    assert all(len(corpus.qrels("dev").rows_of(query)) == 5 for query in range(4))
+
+
+def test_retrieval_data_sets_are_told_from_pairs(recipe_module, small_nq, hub, tmp_path, capsys):
+    """As a folder of BEIR's, as a folder of a repository's files, and from the Hub: the same."""
+    folder = nq_repository(small_nq, tmp_path / "repository")
+    upload(folder, "tester/nq")
+    found = [load(recipe_module, place) for place in (small_nq, folder, "tester/nq")]
+    found.append(load(recipe_module, "tester/nq", streaming=True, dataset_config="qrels"))
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" is ")[1].split(";")[0] for line in said] == ["a BEIR folder", *["a retrieval data set"] * 3]
+    assert len({corpus.fingerprint for corpus in found}) == 1
+    for corpus in found:
+        assert sorted(corpus.splits) == ["dev", "train"]
+        assert corpus.pairs("dev").to_list() == found[0].pairs("dev").to_list()
+
+
+WRONG = {
+    "several configs": ({}, r"has the configs \['one', 'two'\]: name one with --dataset_config"),
+    "no such config": ({"dataset_config": "three"}, r"has the configs \['one', 'two'\]"),
+    "no such column": ({"dataset_config": "one", "query_column": "q"}, r"has no column 'q'; it has \['a', 'b', 'c'\]"),
+    "three columns": ({"dataset_config": "one"}, r"has the columns \['a', 'b', 'c'\]: say which .* --query_column"),
+    "max_targets": ({"dataset_config": "one", "max_targets": 3}, "is a data set of pairs: leave out --max_targets"),
+    "qrels": ({"dataset_config": "one", "qrels": "x/y"}, "is a data set of pairs: leave out --qrels"),
+    "no train": ({"dataset_config": "two"}, r"has the splits \['test'\], expected one named 'train'"),
+    "too few": (
+        {"dataset_config": "one", "query_column": "a", "positive_column": "c"},
+        "--eval_queries: 10 queries cannot be held out of the 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_data_that_cannot_be_told_is_refused(recipe_module, tmp_path, wrong):
+    arguments, message = WRONG[wrong]
+    columns = {"a": ["x", "y"], "b": ["u", "v"], "c": ["r", "s"]}
+    write_repository(tmp_path, {"one": {"train": columns}, "two": {"test": columns}})
+    with pytest.raises(InputError, match=message):
+        load(recipe_module, tmp_path, **arguments)
+
+
+def test_arguments_for_pairs_are_refused_for_retrieval_data(recipe_module, tmp_path):
+    corpus, queries = {"_id": ["a"], "text": ["x"]}, {"_id": ["q"], "text": ["y"]}
+    judged = {"query-id": ["q"], "corpus-id": ["a"], "score": [1]}
+    write_repository(tmp_path, {"corpus": {"c": corpus}, "queries": {"q": queries}, "default": {"test": judged}})
+    with pytest.raises(InputError, match="is a retrieval data set: leave out --query_column"):
+        load(recipe_module, tmp_path, query_column="text")
+    with pytest.raises(InputError, match=r"has judgements for \['test'\], expected some for 'train'"):
+        load(recipe_module, tmp_path)
+    with pytest.raises(InputError, match="nowhere"):
+        load(recipe_module, tmp_path / "nowhere")
+
+
+def nq_repository(beir, folder):
+    """A folder of BEIR's as a repository of parquet, as MTEB has it."""
+    opened = {name: (beir / f"{name}.jsonl").read_text().splitlines() for name in ("corpus", "queries")}
+    configs = {}
+    for name, lines in opened.items():
+        records = [json.loads(line) for line in lines]
+        columns = [column for column in ("_id", "title", "text", "answers") if column in records[0]]
+        configs[name] = {name: {column: [record[column] for record in records] for column in columns}}
+    configs["qrels"] = {}
+    for split in ("train", "dev"):
+        with (beir / "qrels" / f"{split}.tsv").open() as file:
+            lines = list(csv.DictReader(file, delimiter="\t"))
+        configs["qrels"][split] = {name: [line[name] for line in lines] for name in ("query-id", "corpus-id")}
+        configs["qrels"][split]["score"] = [int(line["score"]) for line in lines]
+    return write_repository(folder, configs)
+
+
+# ---------------------------------------------------------------------- MS MARCO
+
+
+def ms_marco(beir, folder):
+    """Real questions and passages in the layout of sentence-transformers/msmarco, ids and all."""
+    texts = {}
+    for name in ("corpus", "queries"):
+        for line in (beir / f"{name}.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            texts.setdefault(name, {})[record["_id"]] = record["text"]
+    with (beir / "qrels" / "train.tsv").open() as file:
+        judged = [(line["query-id"], line["corpus-id"]) for line in csv.DictReader(file, delimiter="\t")]
+    passages, queries = list(texts["corpus"]), list(texts["queries"])
+    # Each pair with several negatives, as the official triplets have it.
+    rows = [(query, target, passages[n]) for n in range(3) for query, target in judged if target != passages[n]]
+    names = {id: str(n) for ids in (passages, queries) for n, id in enumerate(ids)}
+    triplets = [[names[row[column]] for row in rows] for column in range(3)]
+    configs = {
+        "corpus": {"train": {"passage_id": [names[id] for id in passages], "passage": [*texts["corpus"].values()]}},
+        "queries": {"train": {"query_id": [names[id] for id in queries], "query": [*texts["queries"].values()]}},
+        "triplets": {"train": dict(zip(("query_id", "positive_id", "negative_id"), triplets, strict=True))},
+    }
+    return write_repository(folder, configs)
+
+
+def test_train_msmarco_trains_on_ids_of_triplets_from_the_hub(small_nq, hub, minilm_path, tmp_path):
+    upload(ms_marco(small_nq, tmp_path / "msmarco"), "tester/msmarco")
+    options = ["--max_steps", 5, "--per_device_train_batch_size", 8, "--num_negatives", 2, "--encoder", "static"]
+    options += ["--eval_queries", 20, "--seed", 3, "--model", minilm_path, "--caches", tmp_path / "caches"]
+    out = run(
+        *("train_msmarco.py", "--dataset", "tester/msmarco", "--dataset_config", "triplets", "--streaming", "True"),
+        *(*options, "--output_dir", tmp_path / "out"),
+        environment={**hub.environment(), "HF_DATASETS_CACHE": str(tmp_path / "datasets")},
+    )
+    assert "is a retrieval data set; dev is held out of its training queries." in out
+    assert "Corpus(200 targets; train: 60 queries, dev: 20 queries)" in out
+    results = check_results(tmp_path / "out" / "results.json", "corrected", 5, METRICS - {"answer_recall@20"})
+    assert results["before"] != results["after"] and results["args"]["cache_dtype"] == "int8"
+    assert not list(hub.home.rglob("*.parquet")), "streamed, not downloaded"
+
+
+def test_train_msmarcos_help_says_what_it_is_trained_on():
+    said = run("train_msmarco.py", "--help")
+    assert "(default: mteb/msmarco)" in said and "--dataset sentence-transformers/msmarco --dataset_config" in said
+    assert "(default: int8)" in said and "natural-questions" in run("train_nq.py", "--help")
 
 
 def test_strategies_are_parsed(recipe_module):
@@ -249,7 +429,7 @@ def test_quickstart_trains_compares_and_answers():
 
 
 def test_from_scratch_keeps_the_architecture_and_forgets_the_weights(recipe_module, minilm_path):
-    recipe = recipe_module("train_nq")
+    recipe = recipe_module("command_line")
     torch.manual_seed(0)
     scratch = recipe.load_model(recipe.RecipeArguments(model=minilm_path, from_scratch=True, max_seq_length=32), 0)
     pretrained = recipe.load_model(recipe.RecipeArguments(model=minilm_path), 0)
@@ -263,7 +443,7 @@ def test_from_scratch_keeps_the_architecture_and_forgets_the_weights(recipe_modu
 
 
 def test_the_first_layers_alone_are_the_models_first_layers(recipe_module, minilm_path, tmp_path):
-    recipe = recipe_module("train_nq")
+    recipe = recipe_module("command_line")
     whole = recipe.load_model(recipe.RecipeArguments(model=minilm_path), 0)
     short = recipe.load_model(recipe.RecipeArguments(model=minilm_path, num_layers=2), 0)
     features = whole.preprocess(["a question about rivers", "an answer about money"])

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; its exit status: 0, or 1 where it has found damage or failed."""
     args = parser().parse_args(arguments)
     try:
-        return int(args.run(args))
+        return int(args.command(args))
     except (StCorrectorError, OSError) as error:  # the latter from the Hub, too
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -23,7 +23,7 @@ def add_command(commands: Commands, name: str, help: str, run: Any, epilog: str 
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.set_defaults(run=run)
+    made.set_defaults(command=run)
     return made
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from ..carry_over import estimate_carry_over, sample_rows
+import numpy as np
+
+from ..carry_over import estimate_carry_over, estimated_depths, sample_rows
 from ..corpus import Corpus
 from ..correctors import Corrector
 from ..encoding import DocumentEncoder
 from ..errors import InputError
-from ..fitting import drawn, fit_to_pairs
+from ..fitting import FITTED, drawn, fit_to_pairs
 from ..vectors import open_vectors
 from .arguments import Commands, add_command, add_corpus, add_json, add_model, open_corpus, open_model, show
 
@@ -46,7 +47,7 @@ def add_to(commands: Commands) -> None:
     made.add_argument("output", type=Path, help="where the new ones go, in the same form; it must not exist")
     how = made.add_mutually_exclusive_group(required=True)
     how.add_argument("--corrector", help="a trained one: a folder or a Hub id")
-    how.add_argument("--fit", metavar="KIND", help="fit one: ridge, as usual, or mlp, kernel-ridge, mean-shift, …")
+    how.add_argument("--fit", choices=FITTED, help="fit one on targets that --model encodes: ridge, as usual")
     made.add_argument("--fit_sample", type=int, default=20_000, metavar="N", help="targets that it is fitted on")
     made.add_argument("--tensor", help="of a safetensors file, which of its tensors")
     made.add_argument("--factory", help="make the new FAISS index from this string, instead of one of the same kind")
@@ -71,25 +72,25 @@ def _run(args: argparse.Namespace) -> int:
         if vectors.count != len(corpus):
             raise InputError(f"{args.index} has {vectors.count:,} rows, the corpus {len(corpus):,} targets.")
         queries = _queries(args, corpus)
-    fitted_on = None
-    if args.fit is None:
+    fitted_on = drawn(vectors.count, args.fit_sample, seed=0) if args.fit else None
+    asked_of = np.empty(0, dtype=np.int64)
+    if corpus is not None:
+        asked_of = sample_rows(corpus, args.sample, without=fitted_on)
+        estimated_depths(len(asked_of), len(corpus))
+    if model is None or corpus is None or fitted_on is None:
         corrector = Corrector.from_pretrained(args.corrector)
     else:
-        assert model is not None and corpus is not None
-        logging.getLogger("st_corrector.fitting").setLevel(logging.INFO)
-        fitted_on = drawn(len(corpus), args.fit_sample, seed=0)
         print(f"Encoding {len(fitted_on):,} targets to fit the corrector on.", file=sys.stderr)
         fresh = DocumentEncoder(model, corpus).encode(model, fitted_on, batch_size=args.batch_size).cpu()
         unit = model.similarity_fn_name == "cosine"
         corrector = fit_to_pairs(vectors.take(fitted_on), fresh, args.fit, unit=unit)
     vectors.upgrade(corrector, args.output)
+    estimate = None
     if model is None or corpus is None:
         print("Not estimated what that keeps: pass --model and --corpus.", file=sys.stderr)
-        estimate = None
     else:
-        rows = sample_rows(corpus, args.sample, without=fitted_on)
         estimate = estimate_carry_over(
-            vectors.take(rows), rows, corrector, model, corpus, queries, batch_size=args.batch_size
+            vectors.take(asked_of), asked_of, corrector, model, corpus, queries, batch_size=args.batch_size
         )
     if args.json:
         found = None if estimate is None else asdict(estimate)

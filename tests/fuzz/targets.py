@@ -3,7 +3,7 @@
 With hypothesis: ``make test`` (some inputs) and ``make test-long`` (10,000 for each). With atheris, where it is
 installed, guided by coverage and without an end::
 
-    python tests/fuzz/targets.py jsonl|gzip|qrels|manifest|build|corrector [libFuzzer options]
+    python tests/fuzz/targets.py jsonl|gzip|qrels|manifest|build|corrector|record [libFuzzer options]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from st_corrector import EmbeddingCache, StCorrectorError
 from st_corrector.beir import read_jsonl, read_qrels
 from st_corrector.cache_folder import CacheFolder
 from st_corrector.correctors import make_corrector, read_settings
+from st_corrector.record import FILE, RunRecord
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
 
@@ -92,6 +93,16 @@ def corrector(data: bytes) -> None:
     make_corrector(name, 4, **read_settings(settings))
 
 
+def record(data: bytes) -> None:
+    """The record of a run: what is read is what is written again."""
+    folder = FOLDER / "run"
+    folder.mkdir(exist_ok=True)
+    (folder / FILE).write_bytes(data)
+    found = RunRecord.load(folder)
+    found.save(folder)
+    assert repr(RunRecord.load(folder)) == repr(found)  # in which NaN is NaN
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "jsonl": jsonl,
     "gzip": compressed,
@@ -99,6 +110,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "manifest": manifest,
     "build": build,
     "corrector": corrector,
+    "record": record,
 }
 
 

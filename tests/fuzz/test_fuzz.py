@@ -83,6 +83,61 @@ def described():
     return st.one_of(st.just(WHOLE), entries, shards, counts, mutated(WHOLE), JSON.map(dumped), st.binary(max_size=60))
 
 
+def recorded():
+    """The record of a run in which some value is another or gone, or whose bytes are changed."""
+    places = list(places_in(RECORDED))
+    replaced = st.tuples(st.sampled_from(places), JSON).map(lambda change: with_another(RECORDED, *change))
+    removed = st.sampled_from([place for place in places if place]).map(lambda place: with_another(RECORDED, place))
+    changed = st.one_of(replaced, removed).map(dumped)
+    nested = dumped(RECORDED).replace(b'{"max_steps": 3}', b'{"deep": ' + b"[" * 600 + b"]" * 600 + b"}")
+    some = st.sampled_from([dumped(RECORDED), nested, b"[" * 50_000, b"9" * 5_000])
+    return st.one_of(some, changed, mutated(dumped(RECORDED)), JSON.map(dumped))
+
+
+def places_in(document, place=()):
+    """Where values are in JSON: keys and positions down to each."""
+    yield place
+    if isinstance(document, (dict, list)):
+        for key, inner in document.items() if isinstance(document, dict) else enumerate(document):
+            yield from places_in(inner, (*place, key))
+
+
+def with_another(document, place, *value):
+    """JSON with another value in a place, or none."""
+    if not place:
+        return value[0]
+    document, (first, *rest) = document.copy(), place
+    if rest or value:
+        document[first] = with_another(document[first], rest, *value)
+    else:
+        del document[first]
+    return document
+
+
+CHOSEN = {"id": "t", "text": "a", "corrected_score": 0.5, "score": 1, "has_answer": None}
+RECORDED = {
+    "schema": 1,
+    "model": {"name": None, "dim": 2},
+    "arguments": {"max_steps": 3},
+    "losses": {
+        "": {
+            "settings": {"scale": 20.0},
+            "corpus": {"targets": 5, "splits": {"train": 3}},
+            "cache": {"dtype": "int8"},
+            "counts": {"targets_encoded": 7},
+            "removed": {"answer": 1},
+            "diverged": False,
+            "examples": [
+                {"query": "q", "positive": "p", "choices": [{"step": 0, "positive_score": 1.0, "negatives": [CHOSEN]}]}
+            ],
+        }
+    },
+    "steps": 3,
+    "seconds": 1.5,
+    "log": [{"loss": 1.0, "step": 1}],
+    "evaluations": {"before": {"mrr@10": 0.5}},
+    "versions": {"torch": "2"},
+}
 WHOLE = (cache() / "manifest.json").read_bytes()
 INPUTS = {
     "jsonl": LINES,
@@ -91,6 +146,7 @@ INPUTS = {
     "manifest": described(),
     "build": described(),
     "corrector": st.one_of(CORRECTOR, st.binary(max_size=60)),
+    "record": recorded(),
 }
 
 

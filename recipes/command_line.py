@@ -1,0 +1,227 @@
+"""The command line of the recipes that train a retriever: they differ in their data and defaults alone."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from common import STRATEGIES, Strategy, default_model, static_encoder, table, train
+from data import DEV, DataArguments, load_corpus
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.training_args import BatchSamplers
+from transformers import HfArgumentParser, set_seed
+
+from st_corrector import (
+    AnswerCheck,
+    CorpusRetrievalEvaluator,
+    CorrectorTrainingArguments,
+    InputError,
+    StCorrectorError,
+)
+
+METRICS = ("mrr@10", "ndcg@10", "recall@1", "recall@5", "recall@20", "recall@100", "answer_recall@20")
+# What suits each kind of encoder; everything can be given on the command line.
+DEFAULTS = {
+    "transformer": {"learning_rate": 2e-5, "per_device_train_batch_size": 32},
+    "static": {"learning_rate": 1e-3, "per_device_train_batch_size": 64, "max_steps": 150},
+}
+INHERITED = {option.name for option in dataclasses.fields(SentenceTransformerTrainingArguments)}
+# How negatives are chosen; and what of that every strategy looks at.
+OPTIONS = [option for option in dataclasses.fields(CorrectorTrainingArguments) if option.name not in INHERITED]
+FOR_ALL = {"num_negatives", "scale", "corrector", "corrector_settings", "train_split"}
+# The strategy decides over these.
+NOT_HERE = ("refresh_every", "cache_path", "train_split")
+
+
+@dataclass
+class RecipeArguments(DataArguments):
+    """What is trained on what, and how its negatives are chosen."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the model to start from; by default all-MiniLM-L6-v2."}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Commit, branch or tag of the model on the Hub, to have the same one again."}
+    )
+    encoder: Literal["transformer", "static"] = field(
+        default="transformer",
+        metadata={"help": "static: the mean of the model's token vectors and a residual dense block, for the CPU."},
+    )
+    from_scratch: bool = field(default=False, metadata={"help": "Initialise the transformer's weights at random."})
+    lora_r: int | None = field(
+        default=None,
+        metadata={"help": "Train a LoRA adapter of this rank instead of the model's weights (needs peft)."},
+    )
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter's scale is lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: str | None = field(
+        default=None, metadata={"help": "Names of the layers that get one, with commas; by default the model's usual."}
+    )
+    num_layers: int | None = field(
+        default=None, metadata={"help": "Keep only the first layers of a BERT: a smaller model, with more to learn."}
+    )
+    strategy: str = field(default="corrected", metadata={"help": f"{STRATEGIES}."})
+    answer_check: bool = field(
+        default=False, metadata={"help": "No target that contains one of the question's answers is a negative."}
+    )
+    probe_targets: int | None = field(
+        default=4096, metadata={"help": "Targets of the corpus among which fidelity is measured."}
+    )
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Longest text in tokens; the model's by default."}
+    )
+    caches: str = field(default="outputs/caches", metadata={"help": "Where embedding caches are kept between runs."})
+    results: str | None = field(
+        default=None, metadata={"help": "Where results.json goes; by default into --output_dir."}
+    )
+
+
+def load_model(args: RecipeArguments, seed: int) -> SentenceTransformer:
+    name = args.model or default_model()
+    if args.encoder == "static":
+        model = static_encoder(name, seed, args.model_revision)
+    else:
+        model = SentenceTransformer(name, revision=args.model_revision)
+    if args.num_layers:
+        transformer = model.transformers_model
+        transformer.encoder.layer = transformer.encoder.layer[: args.num_layers]
+        transformer.config.num_hidden_layers = len(transformer.encoder.layer)
+    if args.from_scratch:
+        pretrained = model.transformers_model
+        pretrained.load_state_dict(type(pretrained)(pretrained.config).state_dict())
+    if args.max_seq_length:
+        model.max_seq_length = args.max_seq_length
+    if args.lora_r:
+        try:
+            from peft import LoraConfig, TaskType
+        except ImportError as error:
+            raise InputError("--lora_r needs peft: pip install 'st-corrector[peft]'") from error
+        adapter = LoraConfig(
+            task_type=TaskType.FEATURE_EXTRACTION,
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=args.lora_target_modules.split(",") if args.lora_target_modules else None,
+        )
+        model.add_adapter(adapter)
+    return model
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it stands above, and every default."""
+
+
+def parse_arguments(
+    name: str, description: str, dataset: str, **defaults: Any
+) -> tuple[RecipeArguments, CorrectorTrainingArguments]:
+    """The arguments of the command line; what is wrong with them ends the process, as argparse does it.
+
+    Args:
+        name: the recipe's, for its usage and its output folder.
+        dataset: what it trains on where --dataset is not given.
+        defaults: further defaults of its own, by argument.
+    """
+    parser = HfArgumentParser(
+        [RecipeArguments, CorrectorTrainingArguments],
+        description=description,
+        formatter_class=_Help,
+        usage=f"{name}.py [options]",
+    )
+    # Which encoder and strategy it is decides over defaults, those in --help too.
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--encoder", default=RecipeArguments.encoder)
+    first.add_argument("--strategy", default=RecipeArguments.strategy)
+    early = first.parse_known_args()[0]
+    parser.set_defaults(
+        dataset=dataset,
+        batch_sampler=BatchSamplers.NO_DUPLICATES,
+        save_strategy="no",
+        logging_steps=10,
+        report_to="none",
+        warmup_steps=0.1,
+        num_train_epochs=1,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        write_back=early.strategy == "corrected",
+        **DEFAULTS.get(early.encoder, {}),
+        **defaults,
+    )
+    try:
+        recipe, training = parser.parse_args_into_dataclasses()
+        strategy = Strategy.parse(recipe.strategy)
+    except (argparse.ArgumentTypeError, InputError) as error:
+        parser.error(str(error))
+    if recipe.from_scratch and recipe.encoder == "static":
+        parser.error("--from_scratch is for transformers: the static encoder is made of pretrained token vectors")
+    if recipe.lora_r is not None and (recipe.encoder == "static" or recipe.lora_r < 1):
+        parser.error("--lora_r is the rank of a transformer's adapter: at least 1, and not with static")
+    if recipe.num_layers is not None and (recipe.encoder == "static" or recipe.num_layers < 1):
+        parser.error("--num_layers is how many layers of a transformer are kept: at least 1, and not with static")
+    if not strategy.chooses:
+        options = {option.name: getattr(training, option.name) for option in OPTIONS if option.name not in FOR_ALL}
+        given = [f"--{name}" for name, value in options.items() if value != parser.get_default(name)]
+        given += ["--answer_check"] * recipe.answer_check
+        if given:
+            parser.error(
+                f"--strategy {recipe.strategy} chooses nothing from the corpus while training: leave out "
+                f"{', '.join(given)}"
+            )
+    if misplaced := [name for name in NOT_HERE if getattr(training, name) != parser.get_default(name)]:
+        parser.error(f"--{misplaced[0]} is for CorrectorTrainer: here --strategy, --caches and the data set say it")
+    if recipe.dataset.startswith((".", "/")) and not Path(recipe.dataset).exists():
+        parser.error(f"--dataset {recipe.dataset}: there is no such folder or file")
+    if training.output_dir in (None, "trainer_output"):  # transformers' own default
+        parts = [recipe.strategy.replace(":", "-"), training.corrector if strategy.name == "corrected" else None]
+        if training.write_back != parser.get_default("write_back"):
+            parts.append("write-back" if training.write_back else "no-write-back")
+        training.output_dir = str(Path("outputs") / name / "-".join(part for part in parts if part))
+    return recipe, training
+
+
+def main(name: str, description: str, dataset: str, **defaults: Any) -> None:
+    """Run a recipe; see :func:`parse_arguments`."""
+    try:
+        run(*parse_arguments(name, description, dataset, **defaults))
+    except StCorrectorError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(recipe: RecipeArguments, training: CorrectorTrainingArguments) -> None:
+    """Train, evaluate before and after, and write the model and ``results.json``."""
+    set_seed(training.seed)
+    corpus = load_corpus(recipe)
+    print(corpus)
+    model = load_model(recipe, training.seed)
+    dev = next(split for split in DEV if split in corpus.splits)
+    output = Path(training.output_dir)
+    settings = training.loss_settings
+    if recipe.answer_check:
+        check = AnswerCheck(corpus, training.train_split)
+        settings["false_negatives"] = dataclasses.replace(settings["false_negatives"], checks=(check,))
+    results = train(
+        model,
+        corpus,
+        training,
+        recipe.strategy,
+        recipe.caches,
+        probe_targets=recipe.probe_targets,
+        evaluator=CorpusRetrievalEvaluator(corpus, dev, show_progress_bar=not training.disable_tqdm),
+        **settings,
+    )
+    if not training.should_save:  # one process writes
+        return
+    named = [*(option.name for option in OPTIONS), "max_steps", "learning_rate", "per_device_train_batch_size", "seed"]
+    results["args"] = dataclasses.asdict(recipe) | {name: getattr(training, name) for name in named}
+    results["command"] = shlex.join(["python", *sys.argv])
+    print(table({"before": results["before"], f"after ({recipe.strategy})": results["after"]}, METRICS))
+    model.save_pretrained(str(output / "final"))
+    path = Path(recipe.results or output / "results.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"Model in {output / 'final'}, figures in {path}.")

@@ -1,0 +1,431 @@
+"""Embeddings that are served are carried over to another model, and what that keeps is told truly."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_static_model, make_texts
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize
+
+from st_corrector import (
+    AffineMap,
+    CacheError,
+    Corpus,
+    CorpusRetrievalEvaluator,
+    Corrector,
+    EmbeddingCache,
+    InputError,
+    NonFiniteError,
+    RidgeCorrector,
+    StorageError,
+    estimate_carry_over,
+    fit_corrector,
+    upgrade_embeddings,
+)
+from st_corrector.carry_over import sample_rows
+from st_corrector.cli import main
+from st_corrector.correctors import Frames
+from st_corrector.encoding import DocumentEncoder
+from st_corrector.fitting import FITTED, fit_to_pairs
+from st_corrector.staleness import overlap_at_k
+from st_corrector.vectors import open_vectors
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Corpus:
+    """2,000 targets and as many queries."""
+    queries, texts = make_texts(2000)
+    corpus = Corpus.from_texts(texts, cache_dir=tmp_path_factory.mktemp("corpus"))
+    ids = [str(n) for n in range(len(texts))]
+    corpus.add_split("dev", dict(zip(ids, queries, strict=True)), {id: [id] for id in ids})
+    return corpus
+
+
+def narrower(model: SentenceTransformer, dim: int = 16) -> SentenceTransformer:
+    torch.manual_seed(3)
+    block = Dense(24, dim, init_weight=torch.randn(dim, 24) / 5)
+    return SentenceTransformer(modules=[*list(model.children())[:-1], block, Normalize()], device="cpu")
+
+
+def moved() -> SentenceTransformer:
+    """The first model after something like training: its dense block is another, its token vectors nearly the same."""
+    model = make_static_model()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            change = torch.randn(parameter.shape, generator=generator)
+            parameter += change * (0.1 if "embedding" in name else 0.3)
+    return model
+
+
+def all_of(model: SentenceTransformer, corpus: Corpus) -> torch.Tensor:
+    return DocumentEncoder(model, corpus, progress=False).encode(model, np.arange(len(corpus)))
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_fitted_corrector_brings_embeddings_nearer(large, name):
+    old, new = all_of(make_static_model(), large), all_of(moved(), large)
+    fitted = fit_to_pairs(old[:1500], new[:1500], name)
+    before = F.cosine_similarity(old, new)[1500:].mean()
+    after = F.cosine_similarity(upgrade_embeddings(old, fitted), new)[1500:].mean()
+    assert after > before + (0.005 if name == "mean-shift" else 0.02), (float(before), float(after))
+
+
+def test_a_linear_change_is_found_whatever_the_widths(large):
+    model = make_static_model()
+    fitted = fit_corrector(model, narrower(model), large, sample=500, progress=False)
+    assert isinstance(fitted, AffineMap) and (fitted.dim, fitted.new_dim) == (24, 16)
+    error = 1 - F.cosine_similarity(upgrade_embeddings(all_of(model, large), fitted), all_of(narrower(model), large))
+    # Dense(24 → 16) comes before Normalize in the new model and after it in the map: a text's own length is unknown.
+    assert error.mean() < 0.02
+    assert fitted.frames.stale["weights"] != fitted.frames.fresh["weights"]
+
+
+def test_fitting_takes_a_cache_instead_of_the_old_model(large, tmp_path):
+    old, new = make_static_model(), moved()
+    cache = EmbeddingCache.build(old, large, tmp_path / "cache", progress=False)
+    by_cache = fit_corrector(cache, new, large, sample=300, progress=False)
+    by_model = fit_corrector(old, new, large, sample=300, progress=False)
+    assert torch.equal(by_cache.weight, by_model.weight) and by_cache.frames == by_model.frames
+    assert by_cache.frames.stale == cache.fingerprint
+
+
+def test_more_pairs_fit_better(large):
+    old, new = all_of(make_static_model(), large), all_of(moved(), large)
+
+    def error(size: int) -> float:
+        return float(1 - F.cosine_similarity(upgrade_embeddings(old, fit_to_pairs(old[:size], new[:size])), new).mean())
+
+    assert error(1500) < error(100) < error(20)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda old, new: fit_to_pairs(old, new, "identity"), "is not one of"),
+        (lambda old, new: fit_to_pairs(old, new[:, :8], "mlp"), "cannot map"),
+        (lambda old, new: fit_to_pairs(old[:9], new[:9]), "At least 20 pairs"),
+        (lambda old, new: upgrade_embeddings(old[:, :8], RidgeCorrector(24)), r"shape \(n, 24\)"),
+        (lambda old, new: upgrade_embeddings(old.int(), RidgeCorrector(24)), "floating-point"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(InputError, match=message):
+        call(torch.randn(40, 24, generator=generator), torch.randn(40, 24, generator=generator))
+
+
+def test_a_cache_of_another_corpus_is_refused(large, corpus):
+    with pytest.raises(InputError, match="corpus"):
+        fit_corrector(EmbeddingCache.from_tensor(torch.randn(9, 24)), moved(), corpus)
+    with pytest.raises(InputError, match="sample"):
+        fit_corrector(moved(), moved(), corpus, sample=3)
+
+
+def test_the_estimate_is_near_what_it_estimates(large):
+    """What is kept of the whole index is known here, since it is small; the estimate sees a fifth of it."""
+    old, new, model = all_of(make_static_model(), large), all_of(moved(), large), moved()
+    fitted = fit_to_pairs(old[::4], new[::4])
+    queries = large.qrels("dev").queries["text"][:500]
+    rows = sample_rows(large, 400, without=np.arange(0, len(large), 4))
+    assert not np.isin(rows, np.arange(0, len(large), 4)).any()
+    estimate = estimate_carry_over(old[rows], rows, fitted, model, large, queries)
+    asked = model.encode_query(queries, convert_to_tensor=True)
+    carried = upgrade_embeddings(old, fitted)
+    for depth, recall in estimate.recall.items():
+        reference = (asked @ new.T).topk(depth).indices
+        true = overlap_at_k((asked @ carried.T).topk(depth).indices, reference).mean()
+        unchanged = overlap_at_k((asked @ old.T).topk(depth).indices, reference).mean()
+        assert abs(recall - true) < 0.08, (depth, recall, float(true))
+        assert abs(estimate.recall_unchanged[depth] - unchanged) < 0.08
+        assert recall > estimate.recall_unchanged[depth] + 0.1
+        assert 0 < estimate.standard_error[depth] < 0.03
+    assert list(estimate.recall) == [10, 100] and "recall@100" in str(estimate)
+    perfect = estimate_carry_over(new[rows], rows, _identity(), model, large, queries)
+    assert perfect.recall == {10: 1.0, 100: 1.0} and perfect.cosine == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises(InputError, match="too small"):
+        estimate_carry_over(old[:9], np.arange(9), fitted, model, large, queries)
+    with pytest.raises(InputError, match="needs queries"):
+        estimate_carry_over(old[rows], rows, fitted, model, large, [])
+
+
+def _identity() -> Corrector:
+    return RidgeCorrector(24)
+
+
+def test_searching_served_embeddings_gives_what_encoding_gives(large):
+    model = moved()
+    evaluator = CorpusRetrievalEvaluator(large, "dev")
+    served = EmbeddingCache.from_tensor(all_of(model, large))
+    assert torch.equal(evaluator.retrieve(model, served), evaluator.retrieve(model))
+    stale = evaluator.score(evaluator.retrieve(model, EmbeddingCache.from_tensor(all_of(make_static_model(), large))))
+    assert stale["ndcg@10"] < evaluator(model)["ndcg@10"]
+    with pytest.raises(InputError, match="does not fit"):
+        evaluator.retrieve(model, EmbeddingCache.from_tensor(torch.randn(7, 24)))
+
+
+# ------------------------------------------------------------------ files
+
+
+@pytest.fixture
+def pair() -> tuple[torch.Tensor, Corrector, torch.Tensor]:
+    """Embeddings, a corrector, and what it makes of them."""
+    generator = torch.Generator().manual_seed(0)
+    old = F.normalize(torch.randn(3000, 24, generator=generator), dim=-1)
+    fitted = fit_to_pairs(old[:500], F.normalize(old[:500] @ torch.randn(24, 24, generator=generator), dim=-1))
+    return old, fitted, upgrade_embeddings(old, fitted)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 0), (np.float16, 2e-3), (np.float64, 1e-7)])
+def test_numpy_files(pair, tmp_path, dtype, tolerance):
+    old, fitted, expected = pair
+    np.save(tmp_path / "old.npy", old.numpy().astype(dtype))
+    open_vectors(tmp_path / "old.npy").upgrade(fitted, tmp_path / "new.npy", progress=False)
+    found = np.load(tmp_path / "new.npy")
+    assert found.dtype == dtype and np.abs(found - expected.numpy()).max() <= tolerance
+    assert np.array_equal(np.load(tmp_path / "old.npy"), old.numpy().astype(dtype))
+
+
+def test_safetensors_files_keep_their_other_tensors(pair, tmp_path):
+    old, fitted, expected = pair
+    file = {"embeddings": old.bfloat16(), "ids": torch.arange(3000), "bias": torch.ones(24)}
+    save_file(file, tmp_path / "old.safetensors", {"model": "a"})
+    open_vectors(tmp_path / "old.safetensors").upgrade(fitted, tmp_path / "new.safetensors", progress=False)
+    found = load_file(tmp_path / "new.safetensors")
+    assert found["embeddings"].dtype == torch.bfloat16 and (found["embeddings"] - expected).abs().max() < 0.02
+    assert torch.equal(found["ids"], file["ids"]) and torch.equal(found["bias"], file["bias"])
+    vectors = open_vectors(tmp_path / "old.safetensors")
+    some = np.array([5, 2, 900])
+    assert torch.equal(vectors.take(some), old.bfloat16()[some].float())
+    save_file({"a": old, "b": old.clone()}, tmp_path / "two.safetensors")
+    with pytest.raises(InputError, match="which are the embeddings"):
+        open_vectors(tmp_path / "two.safetensors")
+    assert open_vectors(tmp_path / "two.safetensors", tensor="b").count == 3000
+
+
+def test_caches_know_what_carried_them_over(pair, tmp_path):
+    old, fitted, expected = pair
+    EmbeddingCache.from_tensor(old).save(tmp_path / "old")
+    fitted.frames = Frames({}, {"weights": "new"}, True)
+    open_vectors(tmp_path / "old").upgrade(fitted, tmp_path / "new", progress=False)
+    found = EmbeddingCache.load(tmp_path / "new", verify=True)
+    assert torch.equal(found[np.arange(3000)], expected)
+    assert found.fingerprint["weights"] == "new" and found.fingerprint["carried_over_by"]
+    cache = EmbeddingCache.load(tmp_path / "old")
+    cache.fingerprint["weights"] = "old"
+    cache.save(tmp_path / "known")
+    fitted.frames = Frames({"weights": "another"}, {}, True)
+    with pytest.raises(InputError, match="weights: 'old' there, 'another' here"):
+        open_vectors(tmp_path / "known").upgrade(fitted, tmp_path / "never", progress=False)
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("factory", "own_ids", "least"),
+    [
+        ("Flat", False, 1.0),
+        ("IDMap,Flat", True, 1.0),
+        ("IDMap2,Flat", True, 1.0),
+        ("IVF16,Flat", False, 1.0),
+        ("IVF16,Flat", True, 1.0),
+        ("IDMap,IVF16,Flat", True, 1.0),
+        ("IVF16,SQ8", True, 0.95),
+        ("IVF16,PQ12x4", False, 0.3),
+        ("PCAR24,IVF16,Flat", True, 0.95),
+        ("HNSW16", False, 0.9),
+        ("SQ8", False, 0.95),
+    ],
+)
+@pytest.mark.parametrize("metric", ["METRIC_INNER_PRODUCT", "METRIC_L2"])
+def test_faiss_indices_keep_kind_and_ids(pair, tmp_path, factory, own_ids, least, metric):
+    faiss = pytest.importorskip("faiss")
+    old, fitted, expected = pair
+    ids = np.random.default_rng(0).permutation(30_000)[:3000].astype(np.int64) if own_ids else np.arange(3000)
+    index = faiss.index_factory(24, factory, getattr(faiss, metric))
+    if not index.is_trained:
+        index.train(old.numpy())
+    index.add_with_ids(old.numpy(), ids) if own_ids else index.add(old.numpy())
+    faiss.write_index(index, str(tmp_path / "old.faiss"))
+    open_vectors(tmp_path / "old.faiss").upgrade(fitted, tmp_path / "new.faiss", progress=False)
+    found = faiss.read_index(str(tmp_path / "new.faiss"))
+    assert type(found) is type(faiss.read_index(str(tmp_path / "old.faiss"))) and found.ntotal == 3000
+    assert found.metric_type == index.metric_type
+    if (ivf := faiss.try_extract_index_ivf(found)) is not None:
+        ivf.nprobe = 16
+    exact = ids[(expected[:200] @ expected.T).topk(10).indices.numpy()]
+
+    def kept_by(searched) -> float:
+        rows = searched.search(expected[:200].numpy(), 10)[1]
+        return np.mean([len(set(some) & set(others)) / 10 for some, others in zip(rows, exact, strict=True)])
+
+    assert kept_by(found) >= least
+    assert kept_by(index) < 0.2, "the old index is another one"
+
+
+def test_a_faiss_index_of_another_width_needs_to_be_told_how(pair, tmp_path):
+    faiss = pytest.importorskip("faiss")
+    old, _, _ = pair
+    index = faiss.index_factory(24, "IDMap,Flat")
+    index.add_with_ids(old.numpy(), np.arange(3000)[::-1].copy())
+    faiss.write_index(index, str(tmp_path / "old.faiss"))
+    to_half = fit_to_pairs(old[:500], F.normalize(old[:500, :12], dim=-1))
+    with pytest.raises(InputError, match=r"12 dimensions instead of 24.*factory"):
+        open_vectors(tmp_path / "old.faiss").upgrade(to_half, tmp_path / "new.faiss", progress=False)
+    open_vectors(tmp_path / "old.faiss", factory="HNSW16").upgrade(to_half, tmp_path / "new.faiss", progress=False)
+    found = faiss.read_index(str(tmp_path / "new.faiss"))
+    nearest = found.search(upgrade_embeddings(old[:50], to_half).numpy(), 1)[1][:, 0]
+    assert found.d == 12 and (nearest == 2999 - np.arange(50)).mean() > 0.9
+    with pytest.raises(InputError, match="does not understand"):
+        open_vectors(tmp_path / "old.faiss", factory="Nonsense").upgrade(to_half, tmp_path / "x", progress=False)
+
+
+def test_nothing_partial_is_left(pair, tmp_path, small_disk):
+    old, fitted, _ = pair
+    tall = old.repeat(100, 1).numpy()  # 29 MB
+    np.save(tmp_path / "old.npy", tall)
+    save_file({"embeddings": torch.from_numpy(tall)}, tmp_path / "old.safetensors")
+    EmbeddingCache.from_tensor(torch.from_numpy(tall)).save(tmp_path / "cache")
+    for name, new in (("old.npy", "new.npy"), ("old.safetensors", "new.safetensors"), ("cache", "new")):
+        with pytest.raises(StorageError):
+            open_vectors(tmp_path / name).upgrade(fitted, small_disk / new, progress=False)
+        assert not list(small_disk.rglob("new*"))
+    bad = old.clone()
+    bad[700, 3] = torch.nan
+    np.save(tmp_path / "bad.npy", bad.numpy())
+    with pytest.raises(NonFiniteError, match="row 700"):
+        open_vectors(tmp_path / "bad.npy").upgrade(fitted, tmp_path / "new.npy", progress=False)
+    assert not list(tmp_path.glob("new*"))
+    np.save(tmp_path / "there.npy", tall[:9])
+    with pytest.raises(InputError, match="there already"):
+        open_vectors(tmp_path / "old.npy").upgrade(fitted, tmp_path / "there.npy", progress=False)
+    assert np.array_equal(np.load(tmp_path / "there.npy"), tall[:9])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nothing.npy", None, "does not exist"),
+        ("junk.npy", b"junk", "NumPy"),
+        ("junk.safetensors", b"junk" * 9, "safetensors"),
+        ("junk.faiss", b"junk", "FAISS"),
+    ],
+)
+def test_files_that_hold_no_embeddings(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    if name.endswith("faiss"):
+        pytest.importorskip("faiss")
+    with pytest.raises(InputError, match=message):
+        open_vectors(tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CacheError):
+        open_vectors(tmp_path / "folder")
+
+
+def test_pickled_arrays_are_not_read(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="NumPy"):
+        open_vectors(tmp_path / "a.npy")
+
+
+# ------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A BEIR folder, a new model's folder, and a file of what an old one has said."""
+    queries, texts = make_texts(400)
+    folder = tmp_path / "data"
+    (folder / "qrels").mkdir(parents=True)
+    records = [{"_id": str(n), "text": text} for n, text in enumerate(texts)]
+    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, records)))
+    records = [{"_id": f"q{n}", "text": text} for n, text in enumerate(queries)]
+    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (folder / "qrels" / "dev.tsv").write_text("\n".join(f"q{n}\t{n}\t1" for n in range(400)))
+    moved().save_pretrained(str(tmp_path / "model"))
+    corpus = Corpus.from_beir(folder)
+    np.save(tmp_path / "old.npy", all_of(make_static_model(), corpus).numpy())
+    return tmp_path
+
+
+def test_upgrade_index_with_a_fitted_corrector_tells_what_it_keeps(served, capsys):
+    common = ["--model", str(served / "model"), "--corpus", str(served / "data"), "--sample", "150"]
+    command = [
+        "upgrade-index",
+        str(served / "old.npy"),
+        str(served / "new.npy"),
+        "--fit",
+        "ridge",
+        "--fit_sample",
+        "200",
+    ]
+    assert main([*command, *common, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == 400 and "RidgeCorrector" in found["corrector"]
+    estimate = found["estimate"]
+    assert estimate["sample"] == 150 and estimate["cosine"] > estimate["cosine_unchanged"] + 0.02
+    assert estimate["recall"]["100"] > estimate["recall_unchanged"]["100"] + 0.05
+    corpus = Corpus.from_beir(served / "data")
+    fresh = all_of(moved(), corpus)
+    carried = torch.from_numpy(np.load(served / "new.npy"))
+    assert F.cosine_similarity(carried, fresh).mean() == pytest.approx(estimate["cosine"], abs=0.03)
+
+    assert main([*command, *common]) == 1 and "there already" in capsys.readouterr().err
+    (served / "asked.txt").write_text("word1 word3\n\nword5 word7\n")
+    text = [*command[:2], str(served / "other.npy"), *command[3:], *common, "--queries", str(served / "asked.txt")]
+    assert main(text) == 0
+    assert "150 of 400 targets were encoded again, for 2 queries" in capsys.readouterr().out
+
+
+def test_upgrade_index_with_a_trained_corrector(served, capsys):
+    old = np.load(served / "old.npy")
+    fitted = fit_to_pairs(torch.from_numpy(old), all_of(moved(), Corpus.from_beir(served / "data")))
+    fitted.save_pretrained(served / "run")
+    command = ["upgrade-index", str(served / "old.npy"), str(served / "new.npy"), "--corrector", str(served / "run")]
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert "400 embeddings" in printed.out and "Not estimated" in printed.err
+    assert np.array_equal(np.load(served / "new.npy"), upgrade_embeddings(old, fitted).numpy())
+
+
+def test_fitting_knows_its_kinds(served, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["upgrade-index", str(served / "old.npy"), str(served / "new.npy"), "--fit", "identity"])
+    assert ended.value.code == 2 and "invalid choice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fit", "ridge"], "--fit needs both"),
+        (["--corrector", "nowhere/at-all", "--model", "x"], "go together"),
+        (["--fit", "ridge", "--model", "MODEL", "--corpus", "DATA", "--max_targets", "50"], "400 rows, the corpus 50"),
+        (["--fit", "ridge", "--model", "MODEL", "--corpus", "DATA", "--split", "test"], "no judgements for split"),
+        (["--fit", "ridge", "--model", "MODEL", "--corpus", "DATA", "--fit_sample", "399"], "too small"),
+        (["--corrector", "DATA"], "holds no corrector"),
+    ],
+)
+def test_upgrade_index_says_what_is_wrong_before_it_writes(served, capsys, arguments, message):
+    where = {"MODEL": str(served / "model"), "DATA": str(served / "data")}
+    command = ["upgrade-index", str(served / "old.npy"), str(served / "new.npy")]
+    assert main([*command, *(where.get(each, each) for each in arguments)]) == 1
+    assert message in capsys.readouterr().err
+    assert not (served / "new.npy").exists()
+
+
+def test_evaluate_of_a_model_and_of_what_is_served(served, capsys):
+    corpus = Corpus.from_beir(served / "data")
+    EmbeddingCache.build(make_static_model(), corpus, served / "cache", progress=False)
+    command = ["evaluate", "--model", str(served / "model"), "--corpus", str(served / "data"), "--json"]
+    assert main(command) == 0
+    fresh = json.loads(capsys.readouterr().out)
+    assert main([*command, "--cache", str(served / "cache")]) == 0
+    stale = json.loads(capsys.readouterr().out)
+    assert fresh["queries"] == stale["queries"] == 400
+    assert fresh["metrics"]["ndcg@10"] > stale["metrics"]["ndcg@10"] > 0
+    assert fresh["metrics"] == CorpusRetrievalEvaluator(corpus, "dev")(moved())
+    assert main(command[:-1]) == 0 and "400 queries of dev" in capsys.readouterr().out
