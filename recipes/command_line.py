@@ -212,6 +212,7 @@ def run(recipe: RecipeArguments, training: CorrectorTrainingArguments) -> None:
         recipe.caches,
         probe_targets=recipe.probe_targets,
         evaluator=CorpusRetrievalEvaluator(corpus, dev, show_progress_bar=not training.disable_tqdm),
+        final=output / "final",
         **settings,
     )
     if not training.should_save:  # one process writes
@@ -220,7 +221,6 @@ def run(recipe: RecipeArguments, training: CorrectorTrainingArguments) -> None:
     results["args"] = dataclasses.asdict(recipe) | {name: getattr(training, name) for name in named}
     results["command"] = shlex.join(["python", *sys.argv])
     print(table({"before": results["before"], f"after ({recipe.strategy})": results["after"]}, METRICS))
-    model.save_pretrained(str(output / "final"))
     path = Path(recipe.results or output / "results.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -107,6 +107,7 @@ def train(
     probe_targets: int | None = 4096,
     evaluator: Callable[[SentenceTransformer], dict[str, float]] | None = None,
     before: dict[str, float] | None = None,
+    final: Path | None = None,
     **loss_settings: Any,
 ) -> dict[str, Any]:
     """One training run by ``strategy``, evaluated before and after: what ``results.json`` holds.
@@ -118,6 +119,8 @@ def train(
         probe_targets: among how many targets the selection's fidelity is measured, every ``args.probe_every`` steps;
             None for all.
         before: the untrained model's metrics, where they are known already.
+        final: a folder for the trained model, its card and its corrector, which are pushed to the Hub if ``args`` say
+            so.
         loss_settings: further settings of :class:`CorrectedMultipleNegativesLoss`.
     """
     chosen = Strategy.parse(strategy)
@@ -157,6 +160,9 @@ def train(
     trained = time.perf_counter()
     after = evaluator(model)
     evaluated = time.perf_counter()
+    trainer.recorder.write(args, trainer.state)  # with what was evaluated last
+    if final is not None and args.should_save:
+        keep(trainer, final)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "strategy": strategy,
@@ -177,6 +183,20 @@ def train(
         "probes": probe.history if probe else [],
         "versions": versions(),
     }
+
+
+def keep(trainer: CorrectorTrainer, folder: Path) -> None:
+    """Save the trained model, with its card and its corrector; push them, if the arguments say so."""
+    model, args, corrector = trainer.model, trainer.args, trainer.trained_corrector()
+    model.save_pretrained(str(folder))
+    if corrector is not None:
+        corrector.save_pretrained(folder)
+    if args.push_to_hub:
+        where = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
+        url = model.push_to_hub(trainer.hub_model_id, exist_ok=True, replace_model_card=True, **where)
+        if corrector is not None:
+            url = corrector.push_to_hub(trainer.hub_model_id, **where)
+        print(f"Pushed to {url}")
 
 
 def mine_once(model: SentenceTransformer, corpus: Corpus, num_negatives: int) -> Dataset:

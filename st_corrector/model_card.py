@@ -231,11 +231,7 @@ def _staleness(record: RunRecord, prefix: str) -> _Table | None:
 def _evaluations(record: RunRecord) -> _Table | None:
     if not record.evaluations:
         return None
-    suffixes = {metric: metric for metric in _METRICS}
-    found = {
-        when: {s: value for name, value in metrics.items() for s in suffixes if name == s or name.endswith(f"_{s}")}
-        for when, metrics in record.evaluations.items()
-    }
+    found = {when: record.reached(when) for when in record.evaluations}
     columns = [metric for metric in _METRICS if any(metric in each for each in found.values())]
     order = sorted(found, key=lambda when: (when != "before", when == "after", int(when) if when.isdigit() else 0))
     names = {"before": "before training", "after": "after training"}

@@ -15,6 +15,12 @@ from .errors import InputError
 from .files import whole
 
 FILE = "_run.json"
+METRICS = (
+    "ndcg@10",
+    "mrr@10",
+    *(f"{kind}@{k}" for kind in ("recall", "answer_recall") for k in (1, 5, 20, 100)),
+)
+"""Of :class:`CorpusRetrievalEvaluator`, in the order in which they are shown."""
 _SCHEMA = 1
 _LARGEST = 256 << 20  # bytes
 _LARGEST_INTEGER = 1 << 63
@@ -96,7 +102,8 @@ class RunRecord:
     """A training run.
 
     Args:
-        model: ``name`` (of what it started from, may be null), ``parameters``, ``trainable``, ``dim``, ``similarity``.
+        model: ``name`` (the card's, or what modules it consists of), ``parameters``, ``trainable``, ``dim`` and
+            ``similarity``.
         arguments: the training arguments that are not their defaults; no folders, no tokens.
         losses: by data set's name; ``""`` where there is one.
         steps: of the optimizer, taken so far.
@@ -150,6 +157,16 @@ class RunRecord:
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path} is not readable as the record of a run ({error}).") from error
         return record
+
+    def reached(self, when: str) -> dict[str, float]:
+        """The metrics of one of :attr:`evaluations`, by :data:`METRICS`, whatever the evaluator's name before them."""
+        found = {}
+        for name, value in self.evaluations[when].items():
+            # The longest: "dev_answer_recall@20" ends with another one's name, too.
+            fitting = [metric for metric in METRICS if name == metric or name.endswith(f"_{metric}")]
+            if fitting:
+                found[max(fitting, key=len)] = value
+        return {metric: found[metric] for metric in METRICS if metric in found}
 
     @property
     def series(self) -> list[dict[str, Any]]:

@@ -127,7 +127,7 @@ def versions() -> dict[str, str]:
 def _model(model: SentenceTransformer) -> dict[str, Any]:
     parameters = list(model.parameters())
     return {
-        "name": model.model_card_data.base_model,
+        "name": model.model_card_data.model_name or " · ".join(type(module).__name__ for module in model.children()),
         "parameters": sum(each.numel() for each in parameters),
         "trainable": sum(each.numel() for each in parameters if each.requires_grad),
         "dim": model.get_embedding_dimension(),

@@ -123,7 +123,7 @@ class NumpyVectors(Vectors):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:
-            self._array = np.load(path, mmap_mode="r", allow_pickle=False)
+            self._array = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{path} is not readable as a NumPy array ({error}).") from error
         if self._array.ndim != 2 or self._array.dtype.kind != "f" or 0 in self._array.shape:

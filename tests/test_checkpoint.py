@@ -102,9 +102,9 @@ def test_one_process_goes_on_where_two_were(tmp_path):
 def arguments(folder, **settings):
     return CorrectorTrainingArguments(
         output_dir=str(folder),
-        report_to="none",
         disable_tqdm=True,
         **{
+            "report_to": "none",
             "per_device_train_batch_size": 16,
             "learning_rate": 0.05,
             "max_steps": 6,

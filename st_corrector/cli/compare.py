@@ -59,10 +59,7 @@ def _results(record: RunRecord) -> dict[str, float]:
     results: dict[str, float] = {}
     if record.evaluations:
         last = max(record.evaluations, key=lambda when: (when == "after", int(when) if when.isdigit() else -1))
-        for metric in _METRICS:
-            for name, value in record.evaluations[last].items():
-                if name == metric or name.endswith(f"_{metric}"):
-                    results[f"{metric} [%]"] = 100 * value
+        results = {f"{metric} [%]": 100 * value for metric, value in record.reached(last).items() if metric in _METRICS}
     for name, loss in record.losses.items():
         results |= {f"{name}/{key}" if name else key: value for key, value in _of_loss(record, name, loss).items()}
     return {**results, "steps": record.steps, "seconds": record.seconds}
