@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 # The lower bounds of pyproject.toml, on which `make test-oldest` runs the suite.
 OLDEST := torch==2.11.0 sentence-transformers==6.0.1 transformers==5.17.0 accelerate==1.10.0 datasets==4.0.0 \
-          huggingface-hub==1.5.0 safetensors==0.8.0 tqdm==4.66.3 numpy==1.26.4 pyarrow==21.0.0
+          huggingface-hub==1.5.0 safetensors==0.8.0 tqdm==4.66.3 numpy==1.26.4 pyarrow==21.0.0 jinja2==3.1.0
 # Many tests start processes of their own: with several threads each, they slow one another down.
 ONE    := OMP_NUM_THREADS=1
 NQ     ?= ../shared/data/nq
@@ -19,7 +19,7 @@ RESULTS = $(if $(filter smoke,$(PRESET)),outputs/smoke-results,benchmarks/result
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-long test-oldest lint bench bench-selection report synthetic clean
+.PHONY: demo test test-long test-oldest lint bench bench-selection report synthetic docs package clean
 
 demo: $(VENV)/.installed  ## code search over the installed packages, trained in minutes
 	$(BIN)/python recipes/quickstart.py
@@ -49,13 +49,27 @@ bench-selection: $(VENV)/.installed  ## what a search costs, at every size; fini
 synthetic: $(VENV)/.installed  ## the synthetic study of how far a corrector can follow
 	$(BIN)/python recipes/synthetic_staleness.py --output benchmarks/results/synthetic
 
+docs: $(VENV)/.installed  ## the documentation in build/docs; whatever MkDocs warns of ends it
+	$(BIN)/python docs/figures.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 test-oldest: .venv-oldest/.installed
 	$(ONE) .venv-oldest/bin/python -m pytest -q -m "not long"
+
+package: $(VENV)/.installed  ## sdist and wheel in dist/, checked, installed and tried apart from the checkout
+	rm -rf dist *.egg-info
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m venv --clear .venv-package
+	.venv-package/bin/python -m pip install -q $(TORCH)
+	.venv-package/bin/python -m pip install -q dist/*.whl
+	cd / && "$(CURDIR)/.venv-package/bin/python" -c "import st_corrector; print(st_corrector.__version__, st_corrector.__file__)"
+	cd / && "$(CURDIR)/.venv-package/bin/st-corrector" --help
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(TORCH)
-	$(BIN)/python -m pip install -q -e ".[demo,dev]"
+	$(BIN)/python -m pip install -q -e ".[demo,dev,docs]"
 	touch $@
 
 .venv-oldest/.installed: pyproject.toml Makefile
@@ -65,4 +79,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest outputs build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-package outputs build dist *.egg-info

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -198,8 +199,14 @@ def measured(
         "training": pair.get("training"),
         "rows": rows,
         "versions": versions(),
-        "command": " ".join(["python", "benchmarks/carry_over.py", *sys.argv[1:]]).replace(args.dataset, "<NQ>"),
+        "command": command(args.dataset),
     }
+
+
+def command(dataset: str) -> str:
+    """What was run; not where its files are."""
+    said = " ".join(["python", "benchmarks/carry_over.py", *sys.argv[1:]]).replace(dataset, "<NQ>")
+    return re.sub(r" --(caches|results) \S+", "", said)
 
 
 def main() -> None:

@@ -11,7 +11,14 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-_ALSO = ("benchmarks/results/**/README.md", "benchmarks/results/**/*.png", "benchmarks/results/*.json", "SECURITY.md")
+_ALSO = (
+    "benchmarks/results/**/README.md",
+    "benchmarks/results/**/*.png",
+    "benchmarks/results/*.json",
+    "model_cards/**/README.md",
+    "model_cards/**/*.png",
+    "SECURITY.md",
+)
 _LINK = re.compile(r"(?<=\]\()(?P<path>(?![a-z]+:|/|#)[^\s)#]+)(?P<anchor>#[^\s)]*)?(?=[\s)])")
 
 

@@ -1,9 +1,9 @@
 """A local stand-in for the Hugging Face Hub, for tests that push and load without the Internet.
 
 The clients are the real ones (huggingface_hub, transformers, sentence-transformers, datasets): ``HF_ENDPOINT`` tells
-them to speak to :class:`HubServer`, which answers their HTTP requests from repositories in memory. It was written from
-what huggingface_hub 1.5 and 2.4 send and expect, not from the Hub's code; ``test_hub_double.py`` shows with the clients
-what may be relied on.
+them to speak to :class:`HubServer`, which answers their HTTP requests (``hub_api.py``) from repositories in memory. It
+was written from what huggingface_hub 1.5 and 2.4 send and expect, not from the Hub's code; ``test_hub_double.py`` shows
+with the clients what may be relied on.
 
 What it has: one user with one token; model and dataset repositories, private ones too; branches, tags, commits, and
 loading by any of them; regular and Git-LFS files, the latter uploaded apart (the "basic" transfer); Range requests;

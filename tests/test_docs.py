@@ -50,7 +50,7 @@ DOCS = ROOT / "docs"
 FIGURES = DOCS / "figures"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 FOR_THE_EYE = ("text", "bibtex", "mermaid")
-RUN = (("cache", "info"), ("cache", "verify"), ("cache", "repair"))
+RUN = (("cache", "build"), ("cache", "info"), ("cache", "verify"), ("cache", "repair"))
 """Commands of ``st-corrector`` that need nothing but what the page has made."""
 STAND_IN = "sentence-transformers/all-MiniLM-L6-v2"
 _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}) *(?P<language>[^\s`]*) *(?P<rest>[^`]*)$")
