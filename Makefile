@@ -25,7 +25,7 @@ demo: $(VENV)/.installed  ## code search over the installed packages, trained in
 	$(BIN)/python recipes/quickstart.py
 
 test: $(VENV)/.installed  ## the test suite, offline
-	$(ONE) $(BIN)/python -m pytest -q -m "not long"
+	$(ONE) $(BIN)/python -m pytest -q -m "not long" -n 2 --dist worksteal
 
 test-long: $(VENV)/.installed  ## the tests that take minutes
 	$(ONE) $(BIN)/python -m pytest -q -m long
@@ -54,7 +54,7 @@ docs: $(VENV)/.installed  ## the documentation in build/docs; whatever MkDocs wa
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test-oldest: .venv-oldest/.installed
-	$(ONE) .venv-oldest/bin/python -m pytest -q -m "not long"
+	$(ONE) .venv-oldest/bin/python -m pytest -q -m "not long" -n 2 --dist worksteal
 
 package: $(VENV)/.installed  ## sdist and wheel in dist/, checked, installed and tried apart from the checkout
 	rm -rf dist *.egg-info

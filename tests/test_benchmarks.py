@@ -125,13 +125,13 @@ def test_the_cost_of_a_step_is_measured_and_reported(beir, tmp_path):
 def test_every_strategy_of_every_preset_is_a_command_that_the_recipe_understands(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    strategies, recipe = importlib.import_module("strategies"), importlib.import_module("train_nq")
+    strategies, recipe = importlib.import_module("strategies"), importlib.import_module("command_line")
     understood = 0
     for preset in strategies.PRESETS:
         for regime, strategy, seed in strategies.runs(preset):
             script, *options = strategies.command("data", regime, strategy, seed, ROOT / "results.json", ROOT / "out")
             monkeypatch.setattr(sys, "argv", [script, *options])
-            given, training = recipe.parse_arguments()
+            given, training = recipe.parse_arguments("train_nq", "", "data")
             assert training.seed == seed and given.results == "results.json"
             if given.strategy == "corrected":
                 CORRECTORS[training.corrector](8, **training.corrector_options)
