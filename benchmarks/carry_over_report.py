@@ -63,8 +63,8 @@ def section(pair: str, runs: list[dict]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items())
     seconds = (
         f"Encoding the corpus took {run_seconds(first, 're-embedded'):.0f} s, fitting ridge on the largest sample "
-        f"{largest(first)['seconds_of_fitting']:.1f} s, mapping the index with it {largest(first)['seconds']:.1f} s (on a "
-        "machine shared with others)."
+        f"{largest(first)['seconds_of_fitting']:.1f} s, mapping the index with it {largest(first)['seconds']:.1f} s "
+        "(on a machine shared with others)."
     )
     return f"## {PAIRS[pair]}\n\n{about}\n\n{table}\n\n{seconds} {versions}. `{first['command']}`"
 
@@ -88,8 +88,8 @@ def headline(runs: list[dict]) -> str:
     head = ["what the new model searches", "targets encoded again", "nDCG@10", "recall@100", "kept of the first 100"]
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
     about = (
-        f"A static encoder on {runs[0]['targets']:,} passages of Natural Questions, before and after training; percent, "
-        f"mean ± sample standard deviation over {len(runs)} seeds of training."
+        f"A static encoder on {runs[0]['targets']:,} passages of Natural Questions, before and after training; "
+        f"percent, mean ± sample standard deviation over {len(runs)} seeds of training."
     )
     return "\n".join([about, "", lines[0], "|:--|" + "--:|" * 4, *lines[1:]])
 
