@@ -173,7 +173,6 @@ def measured(
         *(row(name, embeddings) for name, embeddings in pair["mapped"].items()),
     ]
     queries = evaluator.qrels.queries["text"][:]
-    asked_of = sample_rows(corpus, args.estimated_by)
     for seed in range(args.sample_seeds):
         for size in args.samples:
             sample = drawn(len(corpus), size, seed)
@@ -187,6 +186,7 @@ def measured(
                 more: dict[str, Any] = {"sample": size, "sample_seed": seed, "corrector": repr(corrector)}
                 more |= {"seconds_of_fitting": fitting, "seconds": mapping}
                 if seed == 0:
+                    asked_of = sample_rows(corpus, args.estimated_by, without=sample)
                     estimate = estimate_carry_over(old[asked_of], asked_of, corrector, new, corpus, queries)
                     more["estimate"] = asdict(estimate)
                 rows.append(row(name, carried, **more))

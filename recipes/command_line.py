@@ -200,6 +200,8 @@ def run(recipe: RecipeArguments, training: CorrectorTrainingArguments) -> None:
     model = load_model(recipe, training.seed)
     dev = next(split for split in DEV if split in corpus.splits)
     output = Path(training.output_dir)
+    # An adapter is saved with the name of its base, which would be another model than this one.
+    final = None if recipe.lora_r and (recipe.num_layers or recipe.from_scratch) else output / "final"
     settings = training.loss_settings
     if recipe.answer_check:
         check = AnswerCheck(corpus, training.train_split)
@@ -212,7 +214,7 @@ def run(recipe: RecipeArguments, training: CorrectorTrainingArguments) -> None:
         recipe.caches,
         probe_targets=recipe.probe_targets,
         evaluator=CorpusRetrievalEvaluator(corpus, dev, show_progress_bar=not training.disable_tqdm),
-        final=output / "final",
+        final=final,
         **settings,
     )
     if not training.should_save:  # one process writes
@@ -224,4 +226,5 @@ def run(recipe: RecipeArguments, training: CorrectorTrainingArguments) -> None:
     path = Path(recipe.results or output / "results.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"Model in {output / 'final'}, figures in {path}.")
+    kept = "not saved (an adapter of a base that is nowhere)" if final is None else f"in {final}"
+    print(f"Model {kept}, figures in {path}.")

@@ -105,7 +105,8 @@ def load_corpus(args: DataArguments) -> Corpus:
     except StCorrectorError:
         raise
     except (DatasetsError, FileNotFoundError, ConnectionError, ValueError) as error:
-        raise InputError(f"--dataset {args.dataset}: {error}") from error
+        missing = "" if path.exists() else " (and there is no such folder or file here)"
+        raise InputError(f"--dataset {args.dataset}: {error}{missing}") from error
     if "train" not in corpus.splits or not len(corpus.qrels("train")):
         raise InputError(f"--dataset {args.dataset} has judgements for {corpus.splits}, expected some for 'train'.")
     dev = next((split for split in DEV if split in corpus.splits), None)
@@ -130,7 +131,7 @@ def _load_pairs(args: DataArguments, configs: list[str]) -> dict[str, Dataset | 
     path, config = Path(args.dataset), args.dataset_config
     splits: Mapping[str, Dataset | IterableDataset]
     if path.is_file():
-        splits = load_dataset(str(path.parent), data_files=path.name, streaming=True)
+        splits = load_dataset(str(path.resolve().parent), data_files=path.name, streaming=True)
     else:
         if config is None:
             config = configs[0] if len(configs) == 1 else "default"

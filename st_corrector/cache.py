@@ -283,7 +283,8 @@ class EmbeddingCache:
             verify: read all of it and compare it with what was written.
 
         Raises:
-            CacheError: what the repository holds is no finished cache, or what has come is not what was written.
+            CacheError: what the repository holds is no finished cache, what has come is not what was written, or
+                ``path`` holds another cache.
             OSError: the Hub cannot be reached, or has no such repository (huggingface_hub's own exceptions).
         """
         from huggingface_hub import snapshot_download
@@ -291,6 +292,11 @@ class EmbeddingCache:
         if path is None:
             name = f"{repo_id.replace('/', '--')}-{digest_json([repo_id, revision])[:12]}"
             path = default_cache_dir() / "from-hub" / name
+        folder = CacheFolder(Path(path))
+        if (folder.is_finished or folder.is_begun) and not (folder.path / ".cache" / "huggingface").is_dir():
+            raise CacheError(
+                f"{path} holds a cache that has not come from the Hub: choose another folder for the copy."
+            )
         # Into a folder of its own: the Hub's shared one holds links, which a cache's folder must not.
         snapshot_download(
             repo_id,
@@ -313,8 +319,9 @@ class EmbeddingCache:
     ) -> str:
         """Upload it into a dataset repository on the Hub, shard by shard; returns the commit's address.
 
-        Called again after it was cut short, it sends only the shards that the Hub has not received. Embeddings tell
-        about the texts that they are of: think before you publish those of a private corpus.
+        Called again after it was cut short, it sends only the shards that the Hub has not received. What the repository
+        has of another cache is replaced. Embeddings tell about the texts that they are of: think before you publish
+        those of a private corpus.
 
         Args:
             repo_id: made if it is not there.
@@ -340,7 +347,7 @@ class EmbeddingCache:
             private=private,
             token=token,
             revision=revision,
-            files=FILES,
+            instead_of=FILES,
         )
 
     # ------------------------------------------------------------------ reading

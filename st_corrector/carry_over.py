@@ -23,8 +23,9 @@ from .errors import InputError, NonFiniteError
 from .fitting import drawn
 from .staleness import overlap_at_k
 
-_ROWS_AT_ONCE = 16_384
-_DEPTHS = (10, 100)
+ROWS_AT_ONCE = 16_384
+"""Embeddings that are mapped at once."""
+_DEPTHS = (10, 100, 1000)
 
 
 def upgrade_embeddings(embeddings: Tensor | np.ndarray[Any, Any], corrector: Corrector) -> Tensor:
@@ -47,10 +48,12 @@ def upgrade_embeddings(embeddings: Tensor | np.ndarray[Any, Any], corrector: Cor
             f"shape {tuple(stale.shape)}."
         )
     unit = corrector.normalize if corrector.frames is None else corrector.frames.unit
+    # A corrector that comes from training may be on a GPU.
+    device = next(iter(corrector.state_dict().values()), stale).device
     mapped = []
-    for start in range(0, len(stale), _ROWS_AT_ONCE):
-        block = stale[start : start + _ROWS_AT_ONCE].float()
-        mapped.append(corrector(F.normalize(block, dim=-1) if unit else block))
+    for start in range(0, len(stale), ROWS_AT_ONCE):
+        block = stale[start : start + ROWS_AT_ONCE].to(device, torch.float32)
+        mapped.append(corrector(F.normalize(block, dim=-1) if unit else block).to(stale.device))
         if len(bad := (~torch.isfinite(mapped[-1]).all(1)).nonzero().flatten()):
             raise NonFiniteError(f"The embedding of row {start + int(bad[0])} is, or becomes, NaN or infinite.")
     return torch.cat(mapped) if mapped else stale.new_empty(0, corrector.dim, dtype=torch.float32)
@@ -107,7 +110,8 @@ def estimate_carry_over(
     """What of a re-embedded index a carried-over one keeps, without re-embedding more than a sample.
 
     In a sample of ``n`` of ``N`` targets the first ``k·n/N`` stand for the first ``k`` of all, since a random sample
-    keeps the order. With fewer than one the estimate is that of a smaller recall's, and the depth is left out.
+    keeps the order; depths of which that is less than one are left out. Where it is few, the estimate tends to be too
+    low: by some two points where five stand for a hundred (``benchmarks/results/carry-over``).
 
     Args:
         old: embeddings of the sample by the earlier model, ``(n, d)``.
@@ -119,10 +123,11 @@ def estimate_carry_over(
         batch_size: texts in one forward pass.
 
     Raises:
-        InputError: there are no queries, the embeddings do not fit, or the sample is too small for any depth.
+        InputError: there are fewer than two queries, the embeddings do not fit, or the sample is too small for any
+            depth.
     """
-    if not queries:
-        raise InputError("An estimate needs queries: a split of the corpus, or a file of them.")
+    if len(queries) < 2:
+        raise InputError("An estimate needs queries, at least two: a split of the corpus, or a file of them.")
     depths = estimated_depths(len(rows), len(corpus))
     unit = new.similarity_fn_name == "cosine"
     fresh = DocumentEncoder(new, corpus).encode(new, rows, batch_size=batch_size).cpu()
@@ -135,7 +140,7 @@ def estimate_carry_over(
     unchanged = F.normalize(old.float(), dim=-1) if unit else old.float()
     recall, recall_unchanged, error = {}, {}, {}
     for depth in depths:
-        k = round(depth * len(rows) / len(corpus))
+        k = depth * len(rows) // len(corpus)
         reference = (asked @ fresh.T).topk(k).indices
         kept = overlap_at_k((asked @ carried.T).topk(k).indices, reference)
         recall[depth], error[depth] = kept.mean().item(), kept.std().item() / len(kept) ** 0.5
@@ -159,7 +164,7 @@ def estimated_depths(sample: int, targets: int) -> list[int]:
     Raises:
         InputError: there is none.
     """
-    if depths := [depth for depth in _DEPTHS if round(depth * sample / targets) >= 1]:
+    if depths := [depth for depth in _DEPTHS if depth * sample >= targets >= 2 * depth]:
         return depths
     raise InputError(
         f"A sample of {sample:,} of {targets:,} targets is too small to say anything of the first {_DEPTHS[-1]}: take "

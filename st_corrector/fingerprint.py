@@ -15,8 +15,8 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from transformers import PretrainedConfig
 
-# Where a configuration was loaded from and by what, which embeddings do not depend on.
-_NOT_ARCHITECTURE = ("_name_or_path", "transformers_version")
+# Where a configuration was loaded from and by what, and what a trainer sets: embeddings do not depend on it.
+_NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "use_cache")
 
 
 def digest(*parts: bytes | str) -> str:

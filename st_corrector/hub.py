@@ -6,11 +6,15 @@ Tokens, offline mode, endpoints and download folders are those of :mod:`huggingf
 
 from __future__ import annotations
 
+import fnmatch
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+_MARK = "<!-- written by st_corrector: a card with this line is written again -->"
 
 
 def push(
@@ -60,22 +64,37 @@ def push_folder(
     private: bool | None,
     token: str | bool | None,
     revision: str | None,
-    files: Iterable[str] = ("**/*",),
+    instead_of: Iterable[str] = (),
 ) -> str:
     """Upload ``folder``; see :func:`push`. Called again after it was cut short, it sends what is not there yet.
 
     Args:
-        files: patterns of the files that are sent.
+        instead_of: patterns of what alone is sent, and instead of what the repository has under them: what it has more
+            is deleted, and a card that was written here is written again.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
-    sent = sorted({path for pattern in files for path in folder.glob(pattern) if path.is_file()})
-    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in sent]
-    if not api.file_exists(repo_id, "README.md", repo_type=repo_type, revision=revision):
-        operations.append(CommitOperationAdd("README.md", card.encode("utf-8")))
+    where: dict[str, Any] = {"repo_type": repo_type, "revision": revision}
+    patterns = list(instead_of)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    sent = [name for name in names if not patterns or _fits(name, patterns)]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, folder / name) for name in sent
+    ]
+    there = api.list_repo_files(repo_id, **where)
+    operations += [CommitOperationDelete(name) for name in there if _fits(name, patterns) and name not in sent]
+    if "README.md" not in there or (patterns and _MARK in _read(api, repo_id, "README.md", where)):
+        operations.append(CommitOperationAdd("README.md", f"{card}\n{_MARK}\n".encode()))
     # Large files are received one by one before the commit: those that were are not sent again.
-    return api.create_commit(
-        repo_id, operations, commit_message=commit_message, repo_type=repo_type, revision=revision
-    ).commit_url
+    url: str = api.create_commit(repo_id, operations, commit_message=commit_message, **where).commit_url
+    return url
+
+
+def _fits(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def _read(api: HfApi, repo_id: str, name: str, where: dict[str, Any]) -> str:
+    return Path(api.hf_hub_download(repo_id, name, **where)).read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from ._version import __version__
 from .errors import InputError
 from .evaluation import CorpusRetrievalEvaluator
 from .files import whole
-from .record import LossRecord, RunRecord
+from .record import METRICS, LossRecord, RunRecord
 
 logger = logging.getLogger(__name__)
 _BEGIN, _END = "<!-- st_corrector: how the negatives were chosen -->", "<!-- st_corrector: end -->"
@@ -32,7 +32,6 @@ _STALENESS = {
     "fidelity": "fidelity",
     "hardness": "hardness",
 }
-_METRICS = ("ndcg@10", "mrr@10", "recall@1", "recall@5", "recall@20", "recall@100", "answer_recall@20")
 _ROWS = 6  # of the table of staleness
 
 
@@ -44,21 +43,34 @@ class CorrectorModelCardData(SentenceTransformerModelCardData):
 
     record: RunRecord | None = field(default=None, init=False, repr=False)
     """Of the run that has trained the model."""
+    evaluator: str | None = field(default=None, init=False, repr=False)
+    """Split and name of the evaluator whose figures are told."""
 
     @classmethod
-    def of(cls, data: SentenceTransformerModelCardData) -> CorrectorModelCardData:
-        """``data``, with all that is in it."""
+    def of(cls, data: SentenceTransformerModelCardData) -> SentenceTransformerModelCardData:
+        """``data``, with all that is in it. A class, or a template, of the user's own is left as it is."""
+        if type(data) is not SentenceTransformerModelCardData:
+            return data
         made = cls()
+        if data.template_path == made.template_path:
+            data.template_path = _template()
         made.__dict__.update(data.__dict__)
-        made.template_path = _template()
         return made
 
     def tell_of(self, record: RunRecord) -> None:
         """Tell of that run; what was evaluated before it goes into its record."""
         self.record = record
         for evaluator, metrics in (self.eval_results_dict or {}).items():
-            if isinstance(evaluator, CorpusRetrievalEvaluator):
+            if self._is_the_runs(evaluator):
                 record.evaluations["before"] = _plain(metrics)
+
+    def _is_the_runs(self, evaluator: Any) -> bool:
+        """Whether it is the one whose figures are told; of several that is the first, since they do not compare."""
+        if not isinstance(evaluator, CorpusRetrievalEvaluator):
+            return False
+        named = f"{evaluator.split} {evaluator.name}"
+        self.evaluator = self.evaluator or named
+        return self.evaluator == named
 
     def _compute_column_stats(self, dataset: Any, column: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if column == "label":  # not a class, whose every value would be listed
@@ -67,7 +79,7 @@ class CorrectorModelCardData(SentenceTransformerModelCardData):
 
     def set_evaluation_metrics(self, evaluator: Any, metrics: dict[str, Any], epoch: int = 0, step: int = 0) -> None:
         super().set_evaluation_metrics(evaluator, metrics, epoch, step)
-        if self.record is not None and isinstance(evaluator, CorpusRetrievalEvaluator):
+        if self.record is not None and self._is_the_runs(evaluator):
             when = str(step) if step >= 0 else "after" if self.record.steps else "before"
             self.record.evaluations[when] = _plain(metrics)
 
@@ -207,10 +219,14 @@ def _filters(loss: LossRecord) -> str:
 
 
 def _refresh(loss: LossRecord, record: RunRecord) -> str:
-    every = record.arguments.get("refresh_every")
-    if every:
-        return f"all targets every {every} steps"
-    return "never" + ("; what is encoded is written back" if loss.settings.get("write_back") else "")
+    """From what was encoded, since who asked for it need not be the arguments."""
+    background = int(loss.settings.get("background_targets") or 0)
+    all_targets = int(loss.corpus.get("targets", 0))
+    times = (loss.counts.get("targets_reencoded", 0) - background * record.steps) // max(1, all_targets)
+    policy = f"all targets were re-embedded {times:,} times" if times > 0 else "never re-embedded"
+    if loss.settings.get("write_back"):
+        policy += "; what is encoded is written back"
+    return policy + (f"; {background} random targets encoded at each step" if background else "")
 
 
 def _staleness(record: RunRecord, prefix: str) -> _Table | None:
@@ -232,7 +248,7 @@ def _evaluations(record: RunRecord) -> _Table | None:
     if not record.evaluations:
         return None
     found = {when: record.reached(when) for when in record.evaluations}
-    columns = [metric for metric in _METRICS if any(metric in each for each in found.values())]
+    columns = [metric for metric in METRICS if any(metric in each for each in found.values())]
     order = sorted(found, key=lambda when: (when != "before", when == "after", int(when) if when.isdigit() else 0))
     names = {"before": "before training", "after": "after training"}
     rows = [

@@ -201,9 +201,8 @@ def _choices(loss: CorrectedMultipleNegativesLoss, positions: list[int], step: i
 
     # One of its own, with the training's overlay: the training's search is not disturbed, nor its random numbers.
     training = loss.search
-    search = CorrectedSearch(
-        training.cache, training.corrector, normalize=training.normalize, processes=training.processes
-    )
+    corrector = loss._identity if loss._is_warming_up else training.corrector
+    search = CorrectedSearch(training.cache, corrector, normalize=training.normalize, processes=training.processes)
     search.overlay = training.overlay
     with torch.random.fork_rng():
         selection = loss.selector.select(search, queries, known, positive_scores, rows_of_positives, encode)
@@ -213,7 +212,7 @@ def _choices(loss: CorrectedMultipleNegativesLoss, positions: list[int], step: i
         rows = chosen[chosen != NO_ROW]
         negatives = []
         if len(rows):
-            corrected = (training.corrector.to(device)(search.stale(rows)) @ queries[number]).tolist()
+            corrected = (corrector.to(device)(search.stale(rows)) @ queries[number]).tolist()
             scores = (encode(rows.cpu().numpy()) @ queries[number]).tolist()
             texts, passages = corpus.texts(rows.tolist()), corpus.targets[rows.tolist()]["text"]
             for text, passage, id, by_cache, score in zip(

@@ -13,7 +13,7 @@ from typing import Any, cast
 from urllib.parse import quote
 
 import torch
-from datasets import IterableDataset
+from datasets import IterableDataset, Value
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -93,6 +93,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
                 "pass accelerator_config={'dispatch_batches': False} in the arguments."
             )
         losses = self._corrected_losses()
+        if losses:
+            _require_rows(self.train_dataset)
         if losses and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise InputError(
                 "FSDP and DeepSpeed's ZeRO-3 cut the encoder's weights between processes, which then have to call it "
@@ -257,10 +259,10 @@ class CorrectorTrainer(SentenceTransformerTrainer):
     def trained_corrector(self) -> Corrector | None:
         """The corrector, and between which embeddings it maps: from the cache's to those of the model as it is now.
 
-        None where there is none that has learnt anything, or there are several, of several data sets: then take those
-        of the losses.
+        None where there is none that has learnt anything; where the corpus was re-embedded during the run, from whose
+        embeddings it would map, which nobody has; and where there are several, of several data sets.
         """
-        losses = [loss for loss in self._stateful_losses().values() if loss.search.steps]
+        losses = [loss for loss in self._stateful_losses().values() if loss.search.steps and not loss.refreshed]
         if len(losses) != 1 or isinstance(losses[0].search.corrector, IdentityCorrector):
             return None
         (loss,) = losses
@@ -306,6 +308,17 @@ class CorrectorTrainer(SentenceTransformerTrainer):
                     number = sum(each.partition("#")[0] == name for each in found)
                     found[f"{name}#{number}" if number else name] = module
         return found
+
+
+def _require_rows(data: Any) -> None:
+    """Refuse ids as labels here: the data collator would fail at them with a message of its own."""
+    for each in data.values() if isinstance(data, dict) else (data,):
+        label = (getattr(each, "features", None) or {}).get("label")
+        if isinstance(label, Value) and label.dtype in ("string", "large_string"):
+            raise InputError(
+                "The column label holds strings, expected corpus rows: dataset.add_column('label', "
+                "corpus.rows_of(ids)), after removing what is there, makes them of ids."
+            )
 
 
 def _prefix(name: str) -> str:

@@ -18,15 +18,15 @@ from tqdm.auto import tqdm
 
 from .cache import EmbeddingCache
 from .cache_folder import CacheFolder, Description
+from .carry_over import ROWS_AT_ONCE as _ROWS_AT_ONCE
 from .carry_over import upgrade_embeddings
 from .correctors import AffineMap, Corrector
-from .errors import InputError, StorageError
+from .errors import InputError, NonFiniteError, StorageError
 from .files import make_folder, whole
 from .fingerprint import differences, digest
 from .index import faiss_module
 from .shard import DTYPES, Shard
 
-_ROWS_AT_ONCE = 16_384
 _TRAINED_ON = 262_144  # rows, at most, of an index that has to be trained anew
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -48,9 +48,14 @@ class Vectors(ABC):
     def take(self, rows: Ids) -> Tensor:
         """The embeddings of these rows: float32, ``(len(rows), d)``."""
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What they depend on, by component; empty where that is not known."""
+        return {}
+
     @abstractmethod
-    def write(self, path: Path, dim: int, blocks: Iterable[Tensor]) -> None:
-        """Write as many others, of dimension ``dim``, into ``path`` in the form that these have."""
+    def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
+        """Write into ``path``, in the form that these have, what ``corrector`` has made of them."""
 
     def check(self, corrector: Corrector) -> None:
         """Refuse a corrector that maps from something else.
@@ -75,7 +80,6 @@ class Vectors(ABC):
         if path.exists():
             raise InputError(f"{path} is there already: choose another name, or move it away.")
         make_folder(path.parent)
-        new_dim = corrector.new_dim if isinstance(corrector, AffineMap) else corrector.dim
         with tqdm(total=self.count, desc="Carrying over", unit=" targets", disable=not progress) as bar:
 
             def blocks() -> Iterator[Tensor]:
@@ -84,7 +88,7 @@ class Vectors(ABC):
                     yield upgrade_embeddings(self.take(rows), corrector)
                     bar.update(len(rows))
 
-            self.write(path, new_dim, blocks())
+            self.write(path, corrector, blocks())
 
 
 def open_vectors(path: str | os.PathLike[str], tensor: str | None = None, factory: str | None = None) -> Vectors:
@@ -136,14 +140,14 @@ class NumpyVectors(Vectors):
     def take(self, rows: Ids) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(self._array[rows], dtype=np.float32))
 
-    def write(self, path: Path, dim: int, blocks: Iterable[Tensor]) -> None:
+    def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
         with whole(path) as partial:
             form = {"descr": np.lib.format.dtype_to_descr(self._array.dtype), "fortran_order": False}
             # Written, not mapped: on a full disk a mapped file ends the process instead of raising anything.
             with partial.open("wb") as file:
-                np.lib.format.write_array_header_1_0(file, {**form, "shape": (self.count, dim)})
+                np.lib.format.write_array_header_1_0(file, {**form, "shape": (self.count, width_after(corrector))})
                 for block in blocks:
-                    file.write(block.numpy().astype(self._array.dtype).tobytes())
+                    file.write(_stored(block.numpy().astype(self._array.dtype)).tobytes())
 
 
 class SafetensorsVectors(Vectors):
@@ -177,14 +181,17 @@ class SafetensorsVectors(Vectors):
         mapped: Tensor = self._file.get_tensor(self.name)  # of which only these rows are read
         return mapped[torch.from_numpy(rows)].float()
 
-    def write(self, path: Path, dim: int, blocks: Iterable[Tensor]) -> None:
+    def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
         with whole(path) as partial:
             scratch = partial.with_suffix(".scratch")
             try:
                 # On disk, since safetensors writes whole tensors, and these need not fit into memory.
                 with scratch.open("wb") as file:
                     for block in blocks:
-                        file.write(block.to(self._dtype).contiguous().view(torch.uint8).numpy().tobytes())
+                        stored = block.to(self._dtype).contiguous()
+                        _stored(stored.float().numpy())
+                        file.write(stored.view(torch.uint8).numpy().tobytes())
+                dim = width_after(corrector)
                 size = self.count * dim
                 out = torch.from_file(str(scratch), shared=False, size=size, dtype=self._dtype).view(self.count, dim)
                 others = {name: self._file.get_tensor(name) for name in self._file.keys() if name != self.name}  # noqa: SIM118
@@ -201,34 +208,52 @@ class CacheVectors(Vectors):
         self.cache = EmbeddingCache.load(path)
         self.count, self.dim = len(self.cache), self.cache.dim
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return self.cache.fingerprint
+
     def check(self, corrector: Corrector) -> None:
         super().check(corrector)
-        known, expected = self.cache.fingerprint, corrector.frames.stale if corrector.frames else {}
+        known, expected = self.fingerprint, corrector.frames.stale if corrector.frames else {}
         if known and expected and (different := differences(known, expected)):
             raise InputError(
                 f"The corrector maps from other embeddings than those of {self.path}:\n  " + "\n  ".join(different)
             )
-        self._corrector = corrector
 
     def take(self, rows: Ids) -> Tensor:
         return self.cache[rows].cpu()
 
-    def write(self, path: Path, dim: int, blocks: Iterable[Tensor]) -> None:
-        fresh = dict(self._corrector.frames.fresh) if self._corrector.frames else {}
+    def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
+        fresh = dict(corrector.frames.fresh) if corrector.frames else {}
         # They are not what the new model says, only near to it.
-        fresh["carried_over_by"] = digest(*(each.numpy().tobytes() for each in _state(self._corrector)))
+        fresh["carried_over_by"] = digest(*(each.numpy().tobytes() for each in _state(corrector)))
         dtype = str(self.cache.dtype).removeprefix("torch.")
-        description = Description(self.count, dim, dtype, _ROWS_AT_ONCE, fresh)
+        description = Description(self.count, width_after(corrector), dtype, _ROWS_AT_ONCE, fresh)
         folder = CacheFolder(path, "Nothing of it is left: then call the same again.")
-        try:
-            with folder.locked():
+        with folder.locked():
+            try:
                 folder.begin(description)
                 for number, block in enumerate(blocks):
-                    folder.write(description, number, Shard.store(block, DTYPES[dtype]))
+                    shard = Shard.store(block, DTYPES[dtype])
+                    if len(shard.not_finite()):
+                        raise NonFiniteError(f"An embedding of shard {number} is not finite in {dtype}.")
+                    folder.write(description, number, shard)
                 folder.finish(description)
-        except BaseException:
-            shutil.rmtree(path, ignore_errors=True)  # it was ours alone
-            raise
+            except BaseException:
+                shutil.rmtree(path, ignore_errors=True)  # it was ours alone
+                raise
+
+
+def width_after(corrector: Corrector) -> int:
+    """The dimension of what a corrector makes."""
+    return corrector.new_dim if isinstance(corrector, AffineMap) else corrector.dim
+
+
+def _stored(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A block as it is stored, if that is finite."""
+    if not np.isfinite(block).all():
+        raise NonFiniteError(f"An embedding is not finite in {block.dtype}: store the old ones in a wider dtype first.")
+    return block
 
 
 def _state(corrector: Corrector) -> list[Tensor]:
@@ -239,7 +264,9 @@ class FaissVectors(Vectors):
     """A FAISS index whose vectors can be reconstructed; those that are compressed only as well as it keeps them.
 
     The new index has the same kind, metric, parameters and ids. What it has learnt about where vectors lie
-    (centroids, codebooks) it learns anew from the new ones.
+    (rotations, centroids, codebooks) it learns anew from the new ones: so the kinds are those of which that is known,
+    Flat, SQ, PQ, HNSW over Flat, IVF over Flat, SQ or PQ, these behind PCA or OPQ, and IDMap of them. Others need
+    ``factory``.
 
     Args:
         path: the index's file.
@@ -256,6 +283,7 @@ class FaissVectors(Vectors):
         self.count, self.dim = self._index.ntotal, self._index.d
         if not self.count:
             raise InputError(f"{path} is an index without vectors.")
+        self._require_known()
         self._source, keys, ids = self._stored()
         order = np.argsort(ids, kind="stable")
         self._ids, self._keys = ids[order], keys[order]
@@ -266,6 +294,28 @@ class FaissVectors(Vectors):
                 f"{path} is a {type(self._faiss.downcast_index(self._index)).__name__}, from which FAISS cannot "
                 "reconstruct vectors: carry over the vectors that it was made of, and build it again."
             ) from error
+
+    def _require_known(self) -> None:
+        faiss = self._faiss
+        inner = faiss.downcast_index(self._index)
+        linear = True
+        while isinstance(inner, (faiss.IndexIDMap, faiss.IndexIDMap2, faiss.IndexPreTransform)):
+            if isinstance(inner, faiss.IndexPreTransform):
+                chain = [faiss.downcast_VectorTransform(inner.chain.at(n)) for n in range(inner.chain.size())]
+                linear = linear and all(isinstance(each, faiss.LinearTransform) for each in chain)
+            inner = faiss.downcast_index(inner.index)
+        kind = type(inner).__name__
+        # Whose vectors cannot be asked for at all: it would end the process.
+        if isinstance(inner, (faiss.IndexIVFFastScan, faiss.IndexFastScan)) or not linear:
+            raise InputError(
+                f"{self.path} is a {kind}{'' if linear else ' behind a transform that is not linear'}, whose vectors "
+                "FAISS cannot give back: carry over the vectors that it was made of, and build it again."
+            )
+        if self._factory is None and kind not in _KINDS:
+            raise InputError(
+                f"{self.path} is a {kind}: a new one of this kind cannot be made from it. Say how it is to be made, "
+                "with factory=…, or --factory."
+            )
 
     def _stored(self) -> tuple[Any, Ids, Ids]:
         """What reconstructs vectors, the keys by which it does, and the ids of these vectors."""
@@ -299,9 +349,9 @@ class FaissVectors(Vectors):
                 "is to be made, with factory=…, or --factory."
             )
 
-    def write(self, path: Path, dim: int, blocks: Iterable[Tensor]) -> None:
+    def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
         faiss = self._faiss
-        index, ids = self._empty(dim), self._ids
+        index, ids = self._empty(width_after(corrector)), self._ids
         numbered = np.array_equal(ids, np.arange(self.count))
         if self._factory is not None and not numbered and faiss.try_extract_index_ivf(index) is None:
             index = faiss.IndexIDMap2(index)
@@ -342,8 +392,13 @@ class FaissVectors(Vectors):
         """Make an empty index one that has to be trained, if it is of a kind that is; returns whether it is trained."""
         faiss = self._faiss
         index = faiss.downcast_index(index)
-        if isinstance(index, (faiss.IndexIDMap, faiss.IndexIDMap2, faiss.IndexPreTransform)):
+        if isinstance(index, (faiss.IndexIDMap, faiss.IndexIDMap2)):
             index.is_trained = self._forget(index.index)
+        elif isinstance(index, faiss.IndexPreTransform):
+            for number in range(index.chain.size()):
+                index.chain.at(number).is_trained = False
+            self._forget(index.index)
+            index.is_trained = False
         elif isinstance(index, faiss.IndexIVF):
             index.set_direct_map_type(faiss.DirectMap.NoMap)
             index.quantizer.reset()
@@ -351,3 +406,10 @@ class FaissVectors(Vectors):
         elif isinstance(index, (faiss.IndexPQ, faiss.IndexScalarQuantizer)):
             index.is_trained = False
         return bool(index.is_trained)
+
+
+# Those of which _forget knows what they have learnt.
+_KINDS = (
+    *("IndexFlat", "IndexFlatIP", "IndexFlatL2", "IndexScalarQuantizer", "IndexPQ", "IndexHNSWFlat"),
+    *("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ"),
+)

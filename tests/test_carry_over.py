@@ -142,13 +142,13 @@ def test_the_estimate_is_near_what_it_estimates(large):
         unchanged = overlap_at_k((asked @ old.T).topk(depth).indices, reference).mean()
         assert abs(recall - true) < 0.08, (depth, recall, float(true))
         assert abs(estimate.recall_unchanged[depth] - unchanged) < 0.08
-        assert recall > estimate.recall_unchanged[depth] + 0.1
+        assert recall > estimate.recall_unchanged[depth] + (0.1 if depth < 1000 else 0.02)
         assert 0 < estimate.standard_error[depth] < 0.03
-    assert list(estimate.recall) == [10, 100] and "recall@100" in str(estimate)
+    assert list(estimate.recall) == [10, 100, 1000] and "recall@100" in str(estimate)
     perfect = estimate_carry_over(new[rows], rows, _identity(), model, large, queries)
-    assert perfect.recall == {10: 1.0, 100: 1.0} and perfect.cosine == pytest.approx(1.0, abs=1e-5)
+    assert perfect.recall == {10: 1.0, 100: 1.0, 1000: 1.0} and perfect.cosine == pytest.approx(1.0, abs=1e-5)
     with pytest.raises(InputError, match="too small"):
-        estimate_carry_over(old[:9], np.arange(9), fitted, model, large, queries)
+        estimate_carry_over(old[:1], np.arange(1), fitted, model, large, queries)
     with pytest.raises(InputError, match="needs queries"):
         estimate_carry_over(old[rows], rows, fitted, model, large, [])
 
@@ -264,6 +264,97 @@ def test_faiss_indices_keep_kind_and_ids(pair, tmp_path, factory, own_ids, least
 
     assert kept_by(found) >= least
     assert kept_by(index) < 0.2, "the old index is another one"
+
+
+def spread(axes: slice) -> torch.Tensor:
+    """Vectors that vary along some of 24 axes, and hardly along the others."""
+    width = torch.full((24,), 0.05)
+    width[axes] = 1.0
+    return torch.randn(3000, 24, generator=torch.Generator().manual_seed(0)) * width
+
+
+@pytest.mark.parametrize("factory", ["PCA12,Flat", "PCA12,IVF16,Flat", "IVF16,PQ12x4", "SQ8", "PQ12x4"])
+def test_what_an_index_has_learnt_it_learns_anew(tmp_path, factory):
+    """The new vectors lie where the old ones did not: what was learnt of these would lose them."""
+    faiss = pytest.importorskip("faiss")
+    old = spread(slice(0, 12))
+    swap = AffineMap(24, new_dim=24, normalize=False)
+    swap.weight = torch.eye(24).roll(12, dims=1)
+    index = faiss.index_factory(24, factory)
+    index.train(old.numpy())
+    index.add(old.numpy())
+    if (ivf := faiss.try_extract_index_ivf(index)) is not None:
+        ivf.nprobe = 16
+    faiss.write_index(index, str(tmp_path / "old.faiss"))
+    vectors = open_vectors(tmp_path / "old.faiss")
+    vectors.upgrade(swap, tmp_path / "new.faiss", progress=False)
+    new = upgrade_embeddings(vectors.take(np.arange(3000)), swap)  # of what the old index still knows
+    anew = faiss.index_factory(24, factory)
+    anew.train(new.numpy())
+    anew.add(new.numpy())
+
+    def kept(searched) -> float:
+        if (ivf := faiss.try_extract_index_ivf(searched)) is not None:
+            ivf.nprobe = 16
+        exact = torch.cdist(new[:100], new).topk(10, largest=False).indices
+        found = torch.from_numpy(searched.search(new[:100].numpy(), 10)[1])
+        return float(overlap_at_k(found, exact).mean())
+
+    assert kept(faiss.read_index(str(tmp_path / "new.faiss"))) > kept(anew) - 0.05 > 0.2
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("IVF16,PQ12x4fs", "cannot give back"),
+        ("PQ12x4fs", "cannot give back"),
+        ("L2norm,Flat", "cannot give back"),
+        ("HNSW16_SQ8", "factory"),
+        ("IVF16,SQ8,RFlat", "factory"),
+        ("RQ4x4", "factory"),
+    ],
+)
+def test_kinds_of_which_that_is_not_known_are_refused(tmp_path, factory, message):
+    faiss = pytest.importorskip("faiss")
+    index = faiss.index_factory(24, factory)
+    old = spread(slice(0, 12))
+    index.train(old.numpy())
+    index.add(old.numpy())
+    faiss.write_index(index, str(tmp_path / "old.faiss"))
+    with pytest.raises(InputError, match=message):
+        open_vectors(tmp_path / "old.faiss")
+
+
+def test_what_does_not_fit_the_files_dtype_is_refused(tmp_path):
+    big = AffineMap(4, new_dim=4, normalize=False)
+    big.weight = torch.eye(4) * 1e6
+    vectors = torch.ones(50, 4)
+    np.save(tmp_path / "old.npy", vectors.half().numpy())
+    save_file({"embeddings": vectors.half()}, tmp_path / "old.safetensors")
+    EmbeddingCache.from_tensor(vectors.half()).save(tmp_path / "old")
+    for name, new in (("old.npy", "new.npy"), ("old.safetensors", "new.safetensors"), ("old", "new")):
+        with pytest.raises(NonFiniteError, match="not finite in"):
+            open_vectors(tmp_path / name).upgrade(big, tmp_path / new, progress=False)
+    assert not list(tmp_path.glob("new*"))
+
+
+@pytest.mark.parametrize("name", ["mlp", "ridge"])
+def test_lengths_count_where_embeddings_are_compared_by_dot_product(name):
+    generator = torch.Generator().manual_seed(0)
+    old = torch.randn(600, 12, generator=generator)
+    new = old * torch.linspace(0.2, 3, 12) + 1.0
+    fitted = fit_to_pairs(old[:500], new[:500], name, unit=False)
+    error = (upgrade_embeddings(old[500:], fitted) - new[500:]).square().sum(-1).mean()
+    assert error < 0.1 * (old[500:] - new[500:]).square().sum(-1).mean()
+
+
+def test_the_regularization_is_chosen_by_what_is_held_out():
+    generator = torch.Generator().manual_seed(0)
+    old = torch.randn(60, 24, generator=generator)
+    turn = torch.randn(24, 24, generator=generator) / 5
+    clean = fit_to_pairs(old, old @ (torch.eye(24) + turn), unit=False)
+    noise = fit_to_pairs(old, torch.randn(60, 24, generator=generator), unit=False)
+    assert clean.regularization <= 0.1 < 10 <= noise.regularization
 
 
 def test_a_faiss_index_of_another_width_needs_to_be_told_how(pair, tmp_path):

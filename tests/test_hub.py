@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -63,6 +64,14 @@ def loaded_in_a_fresh_process(hub, path: Path) -> dict:
     return torch.load(path)
 
 
+def validate(card: ModelCard) -> None:
+    """By huggingface_hub's own check; the stand-in has made it with the push already."""
+    if (
+        int(huggingface_hub.__version__.partition(".")[0]) > 1
+    ):  # before, it asks huggingface.co whatever the endpoint is
+        card.validate()
+
+
 def assert_no_token(hub, repo_id: str, **where) -> None:
     for path, content in hub.files(repo_id, **where).items():
         assert hub.token.encode() not in content and b"hf_" not in content.replace(b"hf_hub", b""), path
@@ -104,7 +113,7 @@ def test_a_run_is_pushed_and_loaded_back(hub, dev_corpus, tmp_path, kind):
 
     files = hub.files("tester/retriever")
     card = ModelCard(files["README.md"].decode())
-    card.validate()
+    validate(card)
     assert "st-corrector" in card.content and "made-up words, 200 targets" in card.content
     assert "before training" in card.content and "after training" in card.content
     assert "1,200 targets (6 steps × 200)" in card.content
@@ -125,7 +134,7 @@ def test_a_model_pushed_by_itself_has_the_card_and_its_corrector_follows(hub, de
     trainer.train()
     model.push_to_hub("retriever")
     alone = dict(hub.files("tester/retriever"))
-    ModelCard(alone["README.md"].decode()).validate()
+    validate(ModelCard(alone["README.md"].decode()))
     assert "How the Negatives Were Chosen" in alone["README.md"].decode()
     assert not [path for path in alone if path.startswith("corrector/")]
     with pytest.raises(InputError, match="holds no corrector"):
@@ -153,7 +162,7 @@ def test_a_corrector_in_a_repository_of_its_own_and_by_revision(hub):
     newer = Corrector.from_pretrained("tester/corrector", revision="next")
     assert torch.equal(newer(pairs), second(pairs)) and not torch.equal(first(pairs), second(pairs))
     card = ModelCard(hub.files("tester/corrector")["README.md"].decode())
-    card.validate()
+    validate(card)
     assert 'from_pretrained("tester/corrector")' in card.content
 
 
@@ -213,6 +222,41 @@ def test_interrupted_transfers_of_a_cache_go_on(hub, corpus, tmp_path):
     fetched = [request.path for request in hub.requests[before:] if request.method == "GET" and request.sent]
     assert any("embeddings-000002" in path for path in fetched)
     assert len([path for path in fetched if "resolve" in path]) < 4, "not what had come already"
+
+
+def test_a_cache_pushed_again_replaces_the_one_before(hub, tmp_path):
+    EmbeddingCache.build(
+        make_static_model(), Corpus.from_texts(["word1", "word3", "word5"]), tmp_path / "a", shard_size=1
+    )
+    EmbeddingCache.load(tmp_path / "a").push_to_hub("tester/cache")
+    small = EmbeddingCache.from_tensor(torch.randn(2, 8))
+    small.push_to_hub("tester/cache")
+    files = hub.files("tester/cache", repo_type="dataset")
+    assert [name for name in files if name.startswith("embeddings-")] == ["embeddings-000000.safetensors"]
+    assert "EmbeddingCache(2 × 8" in files["README.md"].decode()
+    assert torch.equal(EmbeddingCache.from_hub("tester/cache", tmp_path / "copy")[[0, 1]], small[[0, 1]])
+    mine = files["README.md"].decode().partition("<!-- written")[0] + "My words."
+    HfApi().upload_file(
+        path_or_fileobj=mine.encode(), path_in_repo="README.md", repo_id="tester/cache", repo_type="dataset"
+    )
+    EmbeddingCache.from_tensor(torch.randn(3, 8)).push_to_hub("tester/cache")
+    assert hub.files("tester/cache", repo_type="dataset")["README.md"].decode() == mine, "a card of one's own is kept"
+
+
+def test_a_copy_does_not_overwrite_a_cache_that_was_built(hub, corpus, tmp_path):
+    EmbeddingCache.from_tensor(torch.randn(9, 8)).push_to_hub("tester/cache")
+    EmbeddingCache.build(make_static_model(), corpus, tmp_path / "built", progress=False)
+    with pytest.raises(CacheError, match="not come from the Hub"):
+        EmbeddingCache.from_hub("tester/cache", tmp_path / "built")
+    assert len(EmbeddingCache.load(tmp_path / "built", verify=True)) == 200
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    RidgeCorrector(4).save_pretrained(tmp_path / "run" / "final")
+    with pytest.raises(InputError, match=r"Did you mean .*final"):
+        Corrector.from_pretrained(tmp_path / "run")
+    with pytest.raises(InputError, match="neither a folder"):
+        Corrector.from_pretrained(f"{tmp_path}/none/at/all")
 
 
 def test_a_damaged_copy_is_refused(hub, tmp_path):

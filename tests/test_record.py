@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from test_checkpoint import trainer_of
 from transformers import TrainerCallback
 
-from st_corrector import Corpus, CorpusRetrievalEvaluator, InputError
+from st_corrector import Corpus, CorpusRetrievalEvaluator, CorrectorTrainer, InputError
 from st_corrector.cli import main
 from st_corrector.model_card import negatives_section, update_card
 from st_corrector.record import FILE, RunRecord
@@ -119,7 +119,9 @@ class Stop(TrainerCallback):
 
 def test_a_resumed_run_keeps_what_was_recorded_before(judged, tmp_path):
     whole = trained(judged, tmp_path / "whole", max_score=0.9)
-    first = trainer_of(judged, tmp_path / "run", max_steps=6, logging_steps=2, learning_rate=1e-2, max_score=0.9)
+    model = make_static_model()
+    before = CorpusRetrievalEvaluator(judged, "dev")(model)
+    first = trainer_of(judged, tmp_path / "run", model, max_steps=6, logging_steps=2, learning_rate=1e-2, max_score=0.9)
     first.add_callback(Stop())
     first.train()
     assert RunRecord.load(tmp_path / "run").steps == 4
@@ -133,6 +135,7 @@ def test_a_resumed_run_keeps_what_was_recorded_before(judged, tmp_path):
     assert early == whole.losses[""].examples[0].choices[0] and late == whole.losses[""].examples[0].choices[-1]
     assert not between or [choice.step for choice in between] == [4]
     assert record.seconds > second.recorder._seconds_before > 0
+    assert record.evaluations == {"before": before}
 
 
 def test_steps_after_the_last_log_are_recorded(judged, tmp_path):
@@ -145,6 +148,42 @@ def test_a_loss_that_chooses_nothing_is_recorded_as_such(judged, tmp_path):
     record = trained(judged, tmp_path, num_negatives=0)
     assert record.losses[""].cache is None and record.losses[""].examples == []
     assert "none: negatives are the other queries' positives" in negatives_section(record)
+
+
+def test_of_two_evaluators_one_is_told_of(judged, tmp_path):
+    """Figures of two splits do not compare."""
+    few = [str(n) for n in range(30)]
+    texts = dict(zip(judged.qrels("dev").queries["id"], judged.qrels("dev").queries["text"], strict=True))
+    judged.add_split("test", {id: texts[id] for id in few}, {id: [id] for id in few})
+    dev, test = CorpusRetrievalEvaluator(judged, "dev"), CorpusRetrievalEvaluator(judged, "test")
+    model = make_static_model()
+    before = test(model)
+    dev(model)
+    trainer = trainer_of(judged, tmp_path, model, learning_rate=1e-2)
+    trainer.train()
+    dev(model)
+    after = test(model)
+    dev(model)
+    assert trainer.recorder.record.evaluations == {"before": before, "after": after}
+
+
+def test_a_corrector_that_maps_from_what_nobody_has_is_not_kept(judged, tmp_path):
+    trainer = trainer_of(judged, tmp_path, corrector="ridge", refresh_every=4, save_strategy="no")
+    trainer.train()
+    assert trainer.trained_corrector() is None
+    trainer.save_model(str(tmp_path / "model"))
+    assert not (tmp_path / "model" / "corrector").exists()
+    record = RunRecord.load(tmp_path)
+    assert "all targets were re-embedded 1 times" in negatives_section(record)
+
+
+def test_ids_as_labels_are_refused_before_anything_starts(judged, tmp_path):
+    trainer = trainer_of(judged, tmp_path)
+    (loss,) = trainer._corrected_losses().values()
+    data = judged.pairs("train")
+    ids = data.remove_columns("label").add_column("label", judged.ids(data["label"]))
+    with pytest.raises(InputError, match="holds strings"):
+        CorrectorTrainer(make_static_model(), trainer.args, train_dataset=ids, loss=loss)
 
 
 # ------------------------------------------------------------------ cards

@@ -41,7 +41,3 @@ def parser() -> argparse.ArgumentParser:
     for command in (cache, evaluate, upgrade, report, card, compare):
         command.add_to(commands)
     return made
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,9 +20,11 @@ def add_to(commands: Commands) -> None:
         "The trainer's own saves have it; this is for cards that were edited, or models that were saved otherwise.",
     )
     made.add_argument("run", type=Path, help="the run's folder, the output_dir of CorrectorTrainer")
-    made.add_argument("--model", type=Path, help="the model's folder (default: the run's own)")
+    made.add_argument("--model", type=Path, help="the model's folder (default: the run's own, or final in it)")
 
 
 def _run(args: argparse.Namespace) -> int:
-    print(update_card(args.model or args.run, RunRecord.load(args.run)))
+    record = RunRecord.load(args.run)
+    of_the_run = [folder for folder in (args.run, args.run / "final") if (folder / "README.md").is_file()]
+    print(update_card(args.model or (of_the_run or [args.run])[0], record))
     return 0

@@ -9,8 +9,6 @@ from typing import Any
 from ..record import LossRecord, RunRecord
 from .arguments import Commands, add_command, add_json, show, table
 
-_METRICS = ("ndcg@10", "mrr@10", "recall@20", "recall@100", "answer_recall@20")
-
 
 def add_to(commands: Commands) -> None:
     """Add the command."""
@@ -59,7 +57,7 @@ def _results(record: RunRecord) -> dict[str, float]:
     results: dict[str, float] = {}
     if record.evaluations:
         last = max(record.evaluations, key=lambda when: (when == "after", int(when) if when.isdigit() else -1))
-        results = {f"{metric} [%]": 100 * value for metric, value in record.reached(last).items() if metric in _METRICS}
+        results = {f"{metric} [%]": 100 * value for metric, value in record.reached(last).items()}
     for name, loss in record.losses.items():
         results |= {f"{name}/{key}" if name else key: value for key, value in _of_loss(record, name, loss).items()}
     return {**results, "steps": record.steps, "seconds": record.seconds}

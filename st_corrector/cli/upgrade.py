@@ -11,7 +11,7 @@ import numpy as np
 
 from ..carry_over import estimate_carry_over, estimated_depths, sample_rows
 from ..corpus import Corpus
-from ..correctors import Corrector
+from ..correctors import Corrector, Frames
 from ..encoding import DocumentEncoder
 from ..errors import InputError
 from ..fitting import FITTED, drawn, fit_to_pairs
@@ -22,10 +22,10 @@ _EPILOG = """
 INDEX is a .npy or .safetensors file of shape (targets, dimension), the folder of an embedding cache, or (by any other
 name) a FAISS index whose vectors can be reconstructed. It is only read.
 
-  st-corrector upgrade-index old.npy new.npy --corrector outputs/nq
+  st-corrector upgrade-index old.npy new.npy --corrector outputs/nq/final
       with the corrector that was trained together with the new model
 
-  st-corrector upgrade-index old.faiss new.faiss --fit ridge --model outputs/nq --corpus data/nq
+  st-corrector upgrade-index old.faiss new.faiss --fit ridge --model outputs/nq/final --corpus data/nq
       with one that is fitted on 20,000 targets, which the new model encodes: for any two models
 
 With --model and --corpus it tells what the new index keeps of a re-embedded one: estimated on a sample that the new
@@ -70,7 +70,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.model is not None:
         corpus, model = open_corpus(args), open_model(args)
         if vectors.count != len(corpus):
-            raise InputError(f"{args.index} has {vectors.count:,} rows, the corpus {len(corpus):,} targets.")
+            raise InputError(
+                f"{args.index} has {vectors.count:,} rows, the corpus {len(corpus):,} targets: --max_targets cuts it."
+            )
         queries = _queries(args, corpus)
     fitted_on = drawn(vectors.count, args.fit_sample, seed=0) if args.fit else None
     asked_of = np.empty(0, dtype=np.int64)
@@ -81,9 +83,11 @@ def _run(args: argparse.Namespace) -> int:
         corrector = Corrector.from_pretrained(args.corrector)
     else:
         print(f"Encoding {len(fitted_on):,} targets to fit the corrector on.", file=sys.stderr)
-        fresh = DocumentEncoder(model, corpus).encode(model, fitted_on, batch_size=args.batch_size).cpu()
+        encoder = DocumentEncoder(model, corpus)
+        fresh = encoder.encode(model, fitted_on, batch_size=args.batch_size).cpu()
         unit = model.similarity_fn_name == "cosine"
         corrector = fit_to_pairs(vectors.take(fitted_on), fresh, args.fit, unit=unit)
+        corrector.frames = Frames(vectors.fingerprint, encoder.fingerprint(model), unit)
     vectors.upgrade(corrector, args.output)
     estimate = None
     if model is None or corpus is None:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError, NonFiniteError
-from ..hub import push
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -253,33 +252,10 @@ class Corrector(ABC):
             InputError: there is none, it is damaged, or another kind's.
             OSError: the repository cannot be reached, found or read (huggingface_hub's own exceptions).
         """
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import RemoteEntryNotFoundError
+        from .saving import load
 
-        from .saving import CONFIG, FOLDER, STATE, read
-
-        config, state = Path(name) / FOLDER / CONFIG, Path(name) / FOLDER / STATE
-        if Path(name).is_dir():
-            if not config.is_file() or not state.is_file():
-                raise InputError(f"{name} holds no corrector (no {FOLDER}/{CONFIG} and {FOLDER}/{STATE}).")
-        else:
-            try:
-                config, state = (
-                    Path(
-                        hf_hub_download(
-                            str(name),
-                            f"{FOLDER}/{file}",
-                            revision=revision,
-                            token=token,
-                            cache_dir=None if cache_dir is None else str(cache_dir),
-                            local_files_only=local_files_only,
-                        )
-                    )
-                    for file in (CONFIG, STATE)
-                )
-            except RemoteEntryNotFoundError as error:
-                raise InputError(f"The repository {name} holds no corrector: {error}") from error
-        corrector = read(config, state, cls)
+        options = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        corrector = load(name, cls, **options, cache_dir=None if cache_dir is None else str(cache_dir))
         assert isinstance(corrector, cls)
         return corrector
 
@@ -304,16 +280,9 @@ class Corrector(ABC):
         Raises:
             OSError: the Hub cannot be reached or refuses (huggingface_hub's own exceptions).
         """
-        return push(
-            self.save_pretrained,
-            repo_id,
-            repo_type="model",
-            card=_CARD.format(repo_id=repo_id, corrector=self),
-            commit_message=commit_message,
-            private=private,
-            token=token,
-            revision=revision,
-        )
+        from .saving import send
+
+        return send(self, repo_id, commit_message=commit_message, private=private, token=token, revision=revision)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -324,25 +293,5 @@ class Corrector(ABC):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
 
 
-_CARD = """---
-library_name: st_corrector
-tags:
-- sentence-transformers
-- st_corrector
----
-
-# A corrector of stale embeddings
-
-It maps embeddings of an earlier state of a text encoder to those of a later one. What it maps between is in
-`corrector/config.json`.
-
-```python
-from st_corrector import Corrector
-
-corrector = Corrector.from_pretrained("{repo_id}")
-```
-
-`{corrector!r}`
-"""
 _MAX_ITERATIONS = 50
 _TOLERANCE = 1e-6

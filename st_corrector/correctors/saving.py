@@ -7,14 +7,18 @@ corrector/corrector.safetensors      all that it has learnt
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..errors import InputError
 from ..files import make_folder, whole
+from ..hub import push
 from . import LOADABLE, configured
 from .base import Corrector, Frames
 
@@ -46,6 +50,31 @@ def write(corrector: Corrector, folder: Path) -> None:
         partial.write_bytes(save(tensors))
     with whole(folder / CONFIG) as partial:
         partial.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def load(name: str | os.PathLike[str], kind: type[Corrector], **options: Any) -> Corrector:
+    """The corrector in a folder, or in a repository on the Hub; see :meth:`Corrector.from_pretrained`."""
+    folder = Path(name)
+    if folder.is_dir():
+        config, state = folder / FOLDER / CONFIG, folder / FOLDER / STATE
+        if not config.is_file() or not state.is_file():
+            inner = [str(path.parent.parent) for path in folder.glob(f"*/{FOLDER}/{CONFIG}")]
+            meant = f" Did you mean {inner[0]}?" if inner else ""
+            raise InputError(f"{name} holds no corrector (no {FOLDER}/{CONFIG} and {FOLDER}/{STATE}).{meant}")
+        return read(config, state, kind)
+    try:
+        config, state = (Path(hf_hub_download(str(name), f"{FOLDER}/{file}", **options)) for file in (CONFIG, STATE))
+    except HFValidationError as error:
+        raise InputError(f"{name} is neither a folder that is there nor the id of a repository ({error}).") from error
+    except RemoteEntryNotFoundError as error:
+        raise InputError(f"The repository {name} holds no corrector: {error}") from error
+    return read(config, state, kind)
+
+
+def send(corrector: Corrector, repo_id: str, **options: Any) -> str:
+    """Upload it; see :meth:`Corrector.push_to_hub`."""
+    card = _CARD.format(repo_id=repo_id, corrector=corrector)
+    return push(lambda folder: write(corrector, folder), repo_id, repo_type="model", card=card, **options)
 
 
 def read(config: Path, state: Path, kind: type[Corrector]) -> Corrector:
@@ -111,3 +140,25 @@ def _frames(config: Path, maps: Any) -> Frames | None:
     except TypeError as error:
         raise InputError(f"{config}: what it maps between is not readable ({error}).") from error
     return frames
+
+
+_CARD = """---
+library_name: st_corrector
+tags:
+- sentence-transformers
+- st_corrector
+---
+
+# A corrector of stale embeddings
+
+It maps embeddings of an earlier state of a text encoder to those of a later one. What it maps between is in
+`corrector/config.json`.
+
+```python
+from st_corrector import Corrector
+
+corrector = Corrector.from_pretrained("{repo_id}")
+```
+
+`{corrector!r}`
+"""

@@ -1,0 +1,7 @@
+"""``python -m st_corrector.cli``."""
+
+import sys
+
+from . import main
+
+sys.exit(main())
