@@ -95,6 +95,7 @@ def headline(runs: list[dict]) -> str:
 
 
 def cells(name: str, sample: int | None, rows: list[dict], run: dict) -> list[str]:
+    sample = min(sample, run["targets"]) if sample else None
     label = f"{name}, fitted on {sample:,}" if sample else name
     again = {"re-embedded": f"{run['targets']:,}"}.get(name, f"{sample:,}" if sample else "0")
     estimates = [row["estimate"]["recall"].get("100") for row in rows if row.get("estimate")]
