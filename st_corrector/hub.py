@@ -17,41 +17,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 _MARK = "<!-- written by st_corrector: a card with this line is written again -->"
 
 
-def push(
-    write: Callable[[Path], object],
-    repo_id: str,
-    *,
-    repo_type: str,
-    card: str,
-    commit_message: str,
-    private: bool | None,
-    token: str | bool | None,
-    revision: str | None,
-) -> str:
-    """Upload what ``write`` puts into an empty folder, as one commit.
-
-    Args:
-        repo_id: the repository; made if it is not there.
-        repo_type: ``"model"`` or ``"dataset"``.
-        card: its README.md, where it has none.
-        private: of a repository that is made here; None leaves it to the owner's settings.
-        revision: a branch, made if it is not there; None is the main one.
-
-    Returns:
-        The commit's address.
-    """
+def push(write: Callable[[Path], object], repo_id: str, **options: Any) -> str:
+    """Upload what ``write`` puts into an empty folder; ``options`` are those of :func:`push_folder`."""
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
-        return push_folder(
-            Path(folder),
-            repo_id,
-            repo_type=repo_type,
-            card=card,
-            commit_message=commit_message,
-            private=private,
-            token=token,
-            revision=revision,
-        )
+        return push_folder(Path(folder), repo_id, **options)
 
 
 def push_folder(
@@ -66,11 +36,19 @@ def push_folder(
     revision: str | None,
     instead_of: Iterable[str] = (),
 ) -> str:
-    """Upload ``folder``; see :func:`push`. Called again after it was cut short, it sends what is not there yet.
+    """Upload ``folder`` as one commit. Called again after it was cut short, it sends what is not there yet.
 
     Args:
+        repo_id: the repository; made if it is not there.
+        repo_type: ``"model"`` or ``"dataset"``.
+        card: its README.md, where it has none.
+        private: of a repository that is made here; None leaves it to the owner's settings.
+        revision: a branch, made if it is not there; None is the main one.
         instead_of: patterns of what alone is sent, and instead of what the repository has under them: what it has more
             is deleted, and a card that was written here is written again.
+
+    Returns:
+        The commit's address.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id

@@ -25,6 +25,7 @@ from .callbacks import FidelityCallback, RefreshCallback
 from .checkpoint import FOLDER, fault_of, load_losses, save_losses, seal, unseal
 from .corpus import Corpus
 from .correctors import Corrector, Frames, IdentityCorrector, make_corrector
+from .correctors.saving import FOLDER as CORRECTOR_FOLDER
 from .distributed import Processes
 from .encoding import DocumentEncoder
 from .errors import CheckpointError, InputError, NonFiniteError, ProcessError, StorageError
@@ -253,8 +254,11 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         if self.state.global_step:
             self.recorder.update(self.state)  # which the model's card tells about
         super()._save(output_dir, state_dict)
+        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         if (corrector := self.trained_corrector()) is not None:
-            corrector.save_pretrained(output_dir if output_dir is not None else str(self.args.output_dir))
+            corrector.save_pretrained(folder)
+        else:  # one that was saved before it diverged, or before a refresh, would belong to another model
+            shutil.rmtree(folder / CORRECTOR_FOLDER, ignore_errors=True)
 
     def trained_corrector(self) -> Corrector | None:
         """The corrector, and between which embeddings it maps: from the cache's to those of the model as it is now.

@@ -508,6 +508,13 @@ def test_upgrade_index_says_what_is_wrong_before_it_writes(served, capsys, argum
     assert not (served / "new.npy").exists()
 
 
+def test_one_query_is_too_few_and_nothing_is_written(served, capsys):
+    (served / "one.txt").write_text("word1 word3\n")
+    common = ["--model", str(served / "model"), "--corpus", str(served / "data"), "--queries", str(served / "one.txt")]
+    assert main(["upgrade-index", str(served / "old.npy"), str(served / "new.npy"), "--fit", "ridge", *common]) == 1
+    assert "at least two" in capsys.readouterr().err and not (served / "new.npy").exists()
+
+
 def test_evaluate_of_a_model_and_of_what_is_served(served, capsys):
     corpus = Corpus.from_beir(served / "data")
     EmbeddingCache.build(make_static_model(), corpus, served / "cache", progress=False)

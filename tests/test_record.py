@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from test_checkpoint import trainer_of
 from transformers import TrainerCallback
 
-from st_corrector import Corpus, CorpusRetrievalEvaluator, CorrectorTrainer, InputError
+from st_corrector import Corpus, CorpusRetrievalEvaluator, CorrectorTrainer, InputError, RidgeCorrector
 from st_corrector.cli import main
 from st_corrector.model_card import negatives_section, update_card
 from st_corrector.record import FILE, RunRecord
@@ -171,6 +171,7 @@ def test_a_corrector_that_maps_from_what_nobody_has_is_not_kept(judged, tmp_path
     trainer = trainer_of(judged, tmp_path, corrector="ridge", refresh_every=4, save_strategy="no")
     trainer.train()
     assert trainer.trained_corrector() is None
+    RidgeCorrector(24).save_pretrained(tmp_path / "model")  # as from a save before the refresh
     trainer.save_model(str(tmp_path / "model"))
     assert not (tmp_path / "model" / "corrector").exists()
     record = RunRecord.load(tmp_path)

@@ -113,6 +113,7 @@ def _queries(args: argparse.Namespace, corpus: Corpus) -> list[str]:
         lines = args.queries.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{args.queries} is not UTF-8 text ({error}).") from error
-    if not (queries := [line.strip() for line in lines if line.strip()]):
-        raise InputError(f"{args.queries} has no queries: expected one a line.")
+    queries = [line.strip() for line in lines if line.strip()]
+    if len(queries) < 2:
+        raise InputError(f"{args.queries} has {len(queries)} queries: expected at least two, one a line.")
     return queries
