@@ -128,6 +128,9 @@ def estimate_carry_over(
     """
     if len(queries) < 2:
         raise InputError("An estimate needs queries, at least two: a split of the corpus, or a file of them.")
+    if len(old) != len(rows):
+        raise InputError(f"old has {len(old):,} embeddings for a sample of {len(rows):,} rows: pass those rows' alone.")
+    old = old.cpu()
     depths = estimated_depths(len(rows), len(corpus))
     unit = new.similarity_fn_name == "cosine"
     fresh = DocumentEncoder(new, corpus).encode(new, rows, batch_size=batch_size).cpu()

@@ -149,6 +149,8 @@ def test_the_estimate_is_near_what_it_estimates(large):
     assert perfect.recall == {10: 1.0, 100: 1.0, 1000: 1.0} and perfect.cosine == pytest.approx(1.0, abs=1e-5)
     with pytest.raises(InputError, match="too small"):
         estimate_carry_over(old[:1], np.arange(1), fitted, model, large, queries)
+    with pytest.raises(InputError, match=r"old has [\d,]+ embeddings for a sample of [\d,]+ rows"):
+        estimate_carry_over(old, rows, fitted, model, large, queries)
     with pytest.raises(InputError, match="needs queries"):
         estimate_carry_over(old[rows], rows, fitted, model, large, [])
 
