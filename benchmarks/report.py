@@ -1,6 +1,7 @@
 """The study's report: tables and plots from the JSON of its runs.
 
-    python benchmarks/report.py
+    python benchmarks/report.py                                      # of benchmarks/results
+    python benchmarks/report.py --results benchmarks/results/gpu/study
 
 writes ``benchmarks/results/README.md`` and the plots beside it (PNG and SVG), and puts the tables that the project's
 README marks into that; with ``--results``, of another folder and without touching the README.
@@ -21,6 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from strategies import REGIMES, RESULTS, ROOT, STRATEGIES
 
+RATES = ("1e-4", "2e-5")  # of all-MiniLM-L6-v2 as a whole
 METRICS = ("mrr@10", "recall@1", "recall@5", "recall@20", "recall@100", "answer_recall@20")
 TITLES = {
     "smoke": "Smoke test",
@@ -32,10 +34,19 @@ TITLES = {
     "minilm-2-layers": "A transformer: the first two layers of all-MiniLM-L6-v2",
     "minilm-2-layers-lora": "The same with LoRA: adapters of rank 8 are all that is trained",
     "minilm-cpu": "A transformer that knows it already: all-MiniLM-L6-v2",
-    "minilm-2e-5": "all-MiniLM-L6-v2, learning rate 2e-5",
-    "minilm-1e-4": "all-MiniLM-L6-v2, learning rate 1e-4",
-    "bert-from-scratch": "The same architecture from scratch",
+    "minilm-2-layers-low-coverage": "Low coverage: the first two layers of all-MiniLM-L6-v2",
+    "minilm-2-layers-high-coverage": "High coverage: the first two layers of all-MiniLM-L6-v2",
+    "bert-from-scratch-low-coverage": "Low coverage: all-MiniLM-L6-v2's architecture from scratch",
+    "bert-from-scratch": "High coverage: all-MiniLM-L6-v2's architecture from scratch",
+    **{f"minilm-{rate}-low-coverage": f"Low coverage: all-MiniLM-L6-v2, learning rate {rate}" for rate in RATES},
+    **{f"minilm-{rate}": f"High coverage: all-MiniLM-L6-v2, learning rate {rate}" for rate in RATES},
 }
+# Those that the plots show side by side.
+MAIN = (
+    *("nq-high-coverage", "nq-low-coverage", "smoke"),
+    *("minilm-2-layers-low-coverage", "minilm-2-layers-high-coverage"),
+    *("bert-from-scratch-low-coverage", "minilm-1e-4-low-coverage"),
+)
 COVERAGE = ("nq-coverage-0.05", "nq-low-coverage", "nq-medium-coverage", "nq-high-coverage", "nq-coverage-15")
 # What the plots show, with one colour for each everywhere.
 SHOWN = (
@@ -43,6 +54,13 @@ SHOWN = (
     *("corrected-mlp", "corrected-ridge", "mlp-pull-back", "ridge-pull-back", "ridge-pull-back-query-side"),
 )
 DEFAULT = "mlp-pull-back"
+# Whose difference decides something: what the default gains, over what else; what correcting alone gains over writing
+# back alone; what verifying adds.
+COMPARED = (
+    *((DEFAULT, other) for other in ("in-batch", "mined-once", "stale", "stale-write-back", "exhaustive")),
+    ("corrected-mlp", "stale-write-back"),
+    *((f"mlp-verify-{candidates}", DEFAULT) for candidates in (8, 32)),
+)
 COLOURS = dict(zip(SHOWN, plt.get_cmap("tab20").colors, strict=False))
 
 Runs = dict[str, list[dict]]
@@ -82,16 +100,17 @@ def above_exhaustive(name: str, runs: Runs) -> list[float]:
     return differences(name, f"exhaustive{suffix}", runs) if name != f"exhaustive{suffix}" else []
 
 
-def default_against(regimes: dict[str, Runs]) -> str:
-    """MRR@10 of the default less that of what it is to be compared with, in every regime that has both."""
-    others = ("in-batch", "mined-once", "stale", "stale-write-back", "exhaustive")
-    lines = [f"| {DEFAULT} against | {' | '.join(others)} |", "|---|" + "---|" * len(others)]
+def comparisons(regimes: dict[str, Runs]) -> str:
+    """MRR@10 of one less that of another, in every regime that has both; nothing where none has."""
+    named = {DEFAULT: "default"}
+    pairs = [f"{named.get(one, one)} − {named.get(other, other)}" for one, other in COMPARED]
+    lines = [f"| | {' | '.join(pairs)} |", "|---|" + "---|" * len(pairs)]
     for name, runs in regimes.items():
-        gained = [differences(DEFAULT, other, runs) for other in others]
-        if DEFAULT in runs:
+        gained = [differences(one, other, runs) for one, other in COMPARED]
+        if any(gained):
             cells = (f"{mean_sd(values, sign='+')} ({len(values)})" if values else "" for values in gained)
             lines.append(f"| {TITLES[name]} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def to_exhaustive(name: str, runs: Runs) -> str:
@@ -115,6 +134,17 @@ def seconds(run: dict) -> float:
     return run["seconds"]["train"] - run["seconds"].get("probe", 0.0)
 
 
+def at_once(runs: Iterable[dict]) -> int:
+    """How many runs were side by side, at most."""
+    return max(run.get("at_once", 1) for run in runs)
+
+
+def peak_memory(group: list[dict]) -> str:
+    """The most GB that a run has had in use on its GPU; nothing of a CPU."""
+    peaks = [run["device"]["peak_allocated"] for run in group if "peak_allocated" in run.get("device", {})]
+    return f"{max(peaks) / 1e9:.1f}" if peaks else ""
+
+
 def series(run: dict, name: str) -> tuple[list[int], list[float]]:
     """Steps and values of a logged metric."""
     logged = [entry for entry in run["log"] if name in entry]
@@ -130,6 +160,12 @@ def probed(run: dict, name: str = "fidelity") -> tuple[list[int], list[float]]:
     return [probe["step"] for probe in probes], [probe[name] for probe in probes]
 
 
+def drift(group: list[dict]) -> float | None:
+    """``1 − cos`` of the cache as it was last built to the model at the last probe, of the seed that was probed."""
+    values = [probed(run, "fidelity_drift")[1] for run in group]
+    return next((each[-1] for each in values if each), None)
+
+
 def fidelity(name: str, group: list[dict]) -> float | None:
     """Mean over the run, of the seed that was probed; none where k is another than in the other rows."""
     values = [value for run in group for value in probed(run)[1]]
@@ -140,23 +176,28 @@ def table(runs: Runs) -> str:
     # The untrained encoder depends on the seed alone.
     untrained = list({run["seed"]: run["before"] for group in runs.values() for run in group}.values())
     before = " | ".join(mean_sd([100 * run[metric] for run in untrained]) for metric in METRICS)
+    columns = ["to exhaustive", "fidelity", "drift", "coverage", "re-encoded", "TFLOPs", "s"]
+    columns += ["GB"] if any(map(peak_memory, runs.values())) else []
     lines = [
-        f"| strategy | seeds | {' | '.join(METRICS)} | to exhaustive | fidelity | coverage | re-encoded | TFLOPs | s |",
-        "|---|---|" + "---|" * (len(METRICS) + 6),
-        f"| before training | {len(untrained)} | {before} | | | | | | |",
+        f"| strategy | seeds | {' | '.join([*METRICS, *columns])} |",
+        "|---|---|" + "---|" * (len(METRICS) + len(columns)),
+        f"| before training | {len(untrained)} | {before} |{' |' * len(columns)}",
     ]
     for name, group in runs.items():
-        overlap = fidelity(name, group)
+        overlap, drifted = fidelity(name, group), drift(group)
+        side_by_side = at_once(group)
         flops = [run["encoder_flops"] for run in group if "encoder_flops" in run]
         cells = [
             *(mean_sd([100 * run["after"][metric] for run in group]) for metric in METRICS),
             to_exhaustive(name, runs),
             f"{overlap:.2f}" if overlap is not None else "",
+            f"{drifted:.2f}" if drifted is not None else "",
             f"{mean(group, coverage):.2f}",
             f"{mean(group, reencoded):,.0f}",
             f"{statistics.mean(flops) / 1e12:.2f}" if flops else "",
-            f"{statistics.median(map(seconds, group)):.0f}",
+            f"{statistics.median(map(seconds, group)):.0f}" + (f" ({side_by_side})" if side_by_side > 1 else ""),
         ]
+        cells += [peak_memory(group)] if "GB" in columns else []
         lines.append(f"| {name} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -184,9 +225,21 @@ def settings(runs: Runs) -> str:
     given = run["args"]
     return (
         f"{run['targets']:,} passages, {run['steps']} steps of {given['per_device_train_batch_size']} questions, "
-        f"{given['num_negatives']} negatives each unless the row says otherwise, {given['encoder']} encoder, learning "
-        f"rate {given['learning_rate']:g}."
+        f"{given['num_negatives']} negative{'s' * (given['num_negatives'] != 1)} each unless the row says otherwise, "
+        f"{given['encoder']} encoder, learning rate {given['learning_rate']:g}{machine(runs)}."
     )
+
+
+def machine(runs: Runs) -> str:
+    """What the runs of a regime were computed in and on, where they have noted it."""
+    devices = {
+        f"{run['precision']} on {run['device']['name']}"
+        + (f" with CUDA {run['device']['cuda']}" if "cuda" in run["device"] else "")
+        for group in runs.values()
+        for run in group
+        if "device" in run
+    }
+    return "".join(f", {device}" for device in sorted(devices))
 
 
 # ---------------------------------------------------------------------- plots
@@ -326,8 +379,9 @@ def put_into(readme: str, name: str, text: str) -> str:
 def report(folder: Path, regimes: dict[str, Runs]) -> str:
     """The whole report as Markdown; writes the plots that it shows into ``folder``."""
     rates = {name: runs for name, runs in regimes.items() if name.startswith("nq-rate-")}
-    main = {name: regimes[name] for name in ("nq-high-coverage", "nq-low-coverage", "smoke") if name in regimes}
+    main = {name: regimes[name] for name in MAIN if name in regimes}
     by_coverage = {name: regimes[name] for name in COVERAGE if name in regimes}
+    all_runs = [run for runs in regimes.values() for group in runs.values() for run in group]
     findings = folder / "findings.md"
     sections = [
         "# Which negatives, and at what cost",
@@ -339,12 +393,13 @@ def report(folder: Path, regimes: dict[str, Runs]) -> str:
         "exhaustive*: MRR@10 less that of exhaustive re-embedding with as many negatives, seed by seed. *Fidelity*: "
         "mean over the run of the overlap of the "
         "top k by the vectors that were searched with the top k by fresh embeddings, for 256 training questions, seed "
-        "0. *Coverage*: targets encoded for the loss, per passage of the corpus. *Re-encoded*: targets encoded for the "
-        "cache alone. *TFLOPs*: of the encoder on targets. *s*: seconds of training, the median over seeds, "
-        "on a shared machine with other runs beside: compare only roughly.",
+        "0. *Drift*: 1 − cos(g', g) of the cache as it was last built at the last probe, seed 0. *Coverage*: targets "
+        "encoded for the loss, per passage of the corpus. *Re-encoded*: targets encoded for the cache alone. *TFLOPs*: "
+        "of the encoder on targets. " + cost(all_runs),
     ]
     tables = {name: runs for name, runs in regimes.items() if name not in rates}
-    sections += ["MRR@10 of the default less that of others, seed by seed (number of seeds):", default_against(tables)]
+    if compared := comparisons(tables):
+        sections += ["MRR@10 of one less that of another, seed by seed (number of seeds):", compared]
     for name, runs in tables.items():
         sections += [f"## {TITLES[name]}", settings(runs), table(runs)]
     sections.append("## Plots")
@@ -352,7 +407,7 @@ def report(folder: Path, regimes: dict[str, Runs]) -> str:
         cached = "targets re-encoded for the cache"
         sections += [
             plot_quality(folder, main, "quality-vs-reencoded", cached, reencoded, "symlog"),
-            plot_quality(folder, main, "quality-vs-seconds", "seconds of training", seconds, "log"),
+            plot_quality(folder, main, "quality-vs-seconds", "seconds of training" + beside(all_runs), seconds, "log"),
             plot_fidelity(folder, main),
         ]
     if by_coverage:
@@ -368,18 +423,37 @@ def report(folder: Path, regimes: dict[str, Runs]) -> str:
             drift_table(rates),
             plot_drift(folder, rates),
         ]
-    all_runs = [run for runs in regimes.values() for group in runs.values() for run in group]
     versions = sorted({", ".join(f"{name} {value}" for name, value in run["versions"].items()) for run in all_runs})
     sections += [
         "## Versions and commands",
         "\n".join(f"- {text}" for text in versions),
-        "`make bench` runs what is missing. Every JSON has its own command and, but for the first ones, its commit. "
-        "Those of 0.1.0.dev0 are of commit 4e9f930, whose defaults were others (an MLP of 512, no write-back).",
+        "`benchmarks/strategies.py` runs what is missing. Every JSON has its own command and, but for the first ones, "
+        "its commit. Those of 0.1.0.dev0 are of commit 4e9f930, whose defaults were others (an MLP of 512, no "
+        "write-back)."
+        if any(run["versions"]["st-corrector"] == "0.1.0.dev0" for run in all_runs)
+        else "`benchmarks/strategies.py` runs what is missing. Every JSON has its own command and its commit.",
         "<details><summary>commands</summary>\n\n"
         + "\n".join(f"    {run['command']}" for run in all_runs)
         + "\n\n</details>",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def cost(runs: list[dict]) -> str:
+    """What is to be known of seconds and memory."""
+    told = "*s*: seconds of training, the median over seeds, "
+    if at_once(runs) > 1:
+        told += (
+            "in brackets of up to how many runs side by side on one device, whatever the others were: compare only "
+            "roughly, and not with a run that had it to itself."
+        )
+    else:
+        told += "on a shared machine with other runs beside: compare only roughly."
+    return told + (" *GB*: the most that a run had in use on its GPU." if peak_memory(runs) else "")
+
+
+def beside(runs: list[dict]) -> str:
+    return f", up to {count} runs side by side" if (count := at_once(runs)) > 1 else ""
 
 
 def main() -> None:

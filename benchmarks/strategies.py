@@ -2,10 +2,11 @@
 
     python benchmarks/strategies.py --preset smoke --dataset data/nq     # a minute: does everything run?
     python benchmarks/strategies.py --preset cpu --dataset data/nq       # hours on two cores, static encoder
-    python benchmarks/strategies.py --preset gpu --dataset data/nq       # transformers
+    python benchmarks/strategies.py --preset gpu --dataset data/nq --at_once 4 --minutes 9     # transformers
 
 Each run is the recipe itself, in a process of its own, and leaves one JSON with its figures and its command. Runs whose
 JSON is there are skipped, so the study goes on where it was stopped; `python benchmarks/report.py` makes the report.
+The order is that of what they tell. `--smoke` makes every run of a preset tiny: its figures are no results.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+GPU_RESULTS = RESULTS / "gpu" / "study"
 
 
 def options(**settings: object) -> list[str]:
@@ -31,10 +35,20 @@ def options(**settings: object) -> list[str]:
     return [part for name, text in texts.items() for part in (f"--{name}", text)]
 
 
-def transformer(**settings: object) -> list[str]:
-    return options(
-        encoder="transformer", num_negatives=8, per_device_train_batch_size=64, max_seq_length=128, max_steps=300
-    ) + options(**settings)
+def on_gpu(**settings: object) -> list[str]:
+    """A transformer on all passages, with what keeps a GPU busy: large batches where nothing is learnt, the cache in
+    its memory, texts tokenized beside.
+    """
+    for_gpu = {"bf16": True, "cache_on_device": True, "cache_batch_size": 1_024, "dataloader_num_workers": 2}
+    return options(max_seq_length=128, **for_gpu, **settings)
+
+
+def low_coverage(**settings: object) -> list[str]:
+    return on_gpu(**{"max_steps": 100, "per_device_train_batch_size": 32, "num_negatives": 4, **settings})
+
+
+def high_coverage(**settings: object) -> list[str]:
+    return on_gpu(max_steps=300, per_device_train_batch_size=64, num_negatives=8, **settings)
 
 
 def gold(**settings: object) -> list[str]:
@@ -45,6 +59,8 @@ def static(**settings: object) -> list[str]:
     return options(encoder="static") + options(**settings)
 
 
+# Of MiniLM's architecture with random weights; see benchmarks/README.md for what it was chosen by.
+FROM_SCRATCH = "1e-4"
 # How much of the corpus a run encodes, which decides what write-back can do by itself, and how far the encoder drifts.
 REGIMES = {
     "smoke": static(max_targets=9_400, max_steps=4, per_device_train_batch_size=8, num_negatives=2, logging_steps=2),
@@ -64,8 +80,16 @@ REGIMES = {
     "minilm-2-layers-lora": gold(
         num_layers=2, lora_r=8, max_steps=100, per_device_train_batch_size=32, learning_rate="5e-3"
     ),
-    **{f"minilm-{rate}": transformer(learning_rate=rate) for rate in ("2e-5", "1e-4")},
-    "bert-from-scratch": transformer(learning_rate="1e-4", from_scratch=True),
+    # All passages, with a GPU. What decides is low coverage where the encoder learns and drifts: MiniLM's first layers.
+    "minilm-2-layers-low-coverage": low_coverage(num_layers=2, learning_rate="5e-4"),
+    "minilm-2-layers-high-coverage": high_coverage(num_layers=2, learning_rate="5e-4"),
+    # From random weights it takes more steps to learn anything: with one negative a question they are of low coverage.
+    "bert-from-scratch-low-coverage": low_coverage(
+        from_scratch=True, learning_rate=FROM_SCRATCH, max_steps=600, num_negatives=1
+    ),
+    "bert-from-scratch": high_coverage(from_scratch=True, learning_rate=FROM_SCRATCH),
+    **{f"minilm-{rate}-low-coverage": low_coverage(learning_rate=rate) for rate in ("1e-4", "2e-5")},
+    **{f"minilm-{rate}": high_coverage(learning_rate=rate) for rate in ("1e-4", "2e-5")},
 }
 # Fidelity is measured with seed 0 alone, over the whole corpus where the encoder is cheap; at intervals that are no
 # multiple of those of the refreshes, right after which it is 1.
@@ -81,9 +105,14 @@ PROBES = {
         for rate in ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
     },
     **{
-        name: options(probe_every=19, probe_targets=20_000)
-        for name in ("minilm-2e-5", "minilm-1e-4", "bert-from-scratch")
+        name: options(probe_every=19, probe_targets=99_471)
+        for name in ("minilm-2-layers-low-coverage", "minilm-1e-4-low-coverage", "minilm-2e-5-low-coverage")
     },
+    **{
+        name: options(probe_every=37, probe_targets=99_471)
+        for name in ("minilm-2-layers-high-coverage", "minilm-1e-4", "minilm-2e-5", "bert-from-scratch")
+    },
+    "bert-from-scratch-low-coverage": options(probe_every=59, probe_targets=99_471),
 }
 
 
@@ -183,6 +212,12 @@ TRANSFORMER = (
 )
 
 
+# With a GPU: whether correcting gains anything over write-back alone, what lies below and above both, and what else.
+DECISIVE = ("stale-write-back", "mlp-pull-back", "corrected-mlp")
+BESIDE = ("stale", "in-batch", "ridge-pull-back")
+DEAR = ("mined-once", "mlp-verify-32", "refresh-50", "refresh-10")
+
+
 class Block(NamedTuple):
     """Every one of some strategies with every one of some seeds."""
 
@@ -213,42 +248,195 @@ PRESETS = {
         Block("minilm-2-layers-lora", ("in-batch", "stale", "stale-write-back", "mlp-pull-back"), (0,)),
         Block("minilm-cpu", TRANSFORMER, (0,)),
     ],
+    # The most telling first: whatever time there is, it buys these. Verifying 8 needs fewer negatives than 8.
     "gpu": [
-        Block(name, (*BASELINES, *DECIDING, "mlp-verify-32"), (0, 1, 2))
-        for name in ("minilm-2e-5", "minilm-1e-4", "bert-from-scratch")
+        Block("minilm-2-layers-low-coverage", ("exhaustive", *DECISIVE, "mlp-verify-8", *BESIDE), (0,)),
+        Block("minilm-2-layers-low-coverage", (*DECISIVE, "mlp-verify-8", "stale"), (1, 2)),
+        Block("bert-from-scratch-low-coverage", ("refresh-10", *DECISIVE, "mlp-verify-8", *BESIDE), (0,)),
+        Block("minilm-1e-4-low-coverage", (*DECISIVE, "mlp-verify-8", *BESIDE), (0,)),
+        Block("minilm-2-layers-high-coverage", (*DECISIVE, "mlp-verify-32", *BESIDE), (0,)),
+        Block("bert-from-scratch-low-coverage", (*DECISIVE, "mlp-verify-8", "stale"), (1, 2)),
+        Block("minilm-2-layers-low-coverage", ("exhaustive",), (1, 2)),
+        Block("minilm-2-layers-low-coverage", (*BESIDE, *DEAR), (0, 1, 2)),
+        *(
+            Block(name, (*DECISIVE, *BESIDE, *DEAR), (0,))
+            for name in ("bert-from-scratch", "minilm-1e-4", "minilm-2e-5")
+        ),
+        Block("minilm-2e-5-low-coverage", (*DECISIVE, "mlp-verify-8", *BESIDE), (0,)),
+        Block("minilm-2-layers-high-coverage", (*DECISIVE, "mlp-verify-32", *BESIDE, *DEAR), (0, 1, 2)),
+        *(Block(name, (*DECISIVE, *BESIDE), (1, 2)) for name in ("minilm-1e-4-low-coverage", "bert-from-scratch")),
     ],
 }
 
 
-def runs(preset: str) -> Iterator[tuple[str, str, int]]:
-    """(regime, strategy, seed) of every run of a preset, seed by seed."""
-    for regime, strategies, seeds in PRESETS[preset]:
-        for seed in seeds:
-            for strategy in strategies:
-                yield regime, strategy, seed
+class Run(NamedTuple):
+    """One training run."""
+
+    regime: str
+    strategy: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.regime} {self.strategy} seed {self.seed}"
+
+    def results(self, folder: Path) -> Path:
+        """Its JSON."""
+        return folder / self.regime / f"{self.strategy}-seed{self.seed}.json"
+
+    def outputs(self, folder: Path) -> Path:
+        """Where its model goes, and what it prints."""
+        return folder / self.regime / f"{self.strategy}-seed{self.seed}"
 
 
-def command(dataset: str, regime: str, strategy: str, seed: int, results: Path, outputs: Path) -> list[str]:
+def runs(preset: str) -> Iterator[Run]:
+    """Every run of a preset once, block by block and seed by seed."""
+    return iter(
+        dict.fromkeys(
+            Run(regime, strategy, seed)
+            for regime, strategies, seeds in PRESETS[preset]
+            for seed in seeds
+            for strategy in strategies
+        )
+    )
+
+
+def command(dataset: str, run: Run, outputs: Path, smoke: bool = False) -> list[str]:
     """The recipe's command line, relative to the project.
 
     Args:
-        results: the run's JSON.
-        outputs: where models and embedding caches go.
+        outputs: where models, embedding caches and the recipe's own JSON go.
+        smoke: whether the run is made tiny.
     """
     outputs = Path(os.path.relpath(outputs, ROOT))
     # Ways to select share one corrector: it is the correctors whose fidelity is compared.
-    probed = seed == 0 and strategy not in ("in-batch", "mined-once") and strategy not in SELECTION
-    given = [*REGIMES[regime], *STRATEGIES[strategy], *(PROBES.get(regime, []) if probed else [])]
+    probed = run.seed == 0 and run.strategy not in ("in-batch", "mined-once") and run.strategy not in SELECTION
+    probes = PROBES.get(run.regime, []) if probed else []
     return [
-        *("recipes/train_nq.py", "--dataset", dataset, *given, "--seed", str(seed), "--disable_tqdm", "true"),
-        *(
-            "--results",
-            os.path.relpath(results, ROOT),
-            "--output_dir",
-            str(outputs / regime / f"{strategy}-seed{seed}"),
-        ),
-        *("--caches", str(outputs / "caches")),
+        *("recipes/train_nq.py", "--dataset", dataset, *REGIMES[run.regime], *STRATEGIES[run.strategy], *probes),
+        *(tiny(bool(probes)) if smoke else ()),
+        *("--seed", str(run.seed), "--disable_tqdm", "true"),
+        *("--output_dir", str(run.outputs(outputs)), "--caches", str(outputs / "caches")),
     ]
+
+
+def tiny(probed: bool) -> list[str]:
+    """What is given last counts: a few short steps, on a CPU where there is no GPU."""
+    import torch
+
+    return options(
+        **{"max_targets": 9_400, "max_seq_length": 32, "max_steps": 12, "per_device_train_batch_size": 8},
+        **{"logging_steps": 4, "cache_batch_size": 64, "use_cpu": not torch.cuda.is_available()},
+        **({"probe_every": 7, "probe_targets": 100} if probed else {}),
+    )
+
+
+class Study:
+    """Runs side by side, each in a process of its own.
+
+    Args:
+        dataset, results, outputs, smoke: see :func:`command` and ``--help``.
+        at_once: how many, at most.
+        minutes: after these none is started, nor one that would probably not end before.
+    """
+
+    def __init__(
+        self, dataset: str, results: Path, outputs: Path, smoke: bool, at_once: int, minutes: float | None
+    ) -> None:
+        self.dataset, self.results, self.outputs, self.smoke = dataset, results, outputs, smoke
+        self.at_once, self.minutes = at_once, minutes
+        self.done: dict[Run, dict] = {}
+        """What runs have found, now and before."""
+        self.failed: list[Run] = []
+        self._running: dict[Run, tuple[subprocess.Popen, float]] = {}
+        self._began = time.monotonic()
+
+    def carry_out(self, wanted: list[Run]) -> list[Run]:
+        """Make those that are missing; returns those for which there was no time."""
+        for run in wanted:
+            if (path := run.results(self.results)).exists():
+                self.done[run] = json.loads(path.read_text(encoding="utf-8"))
+        waiting = [run for run in wanted if run not in self.done]
+        worked = len(self.done)
+        try:
+            while True:
+                # Where the first ones fail, all would.
+                is_broken = len(self.failed) >= self.at_once and len(self.done) == worked
+                for run in [] if is_broken else list(waiting):
+                    if len(self._running) == self.at_once:
+                        break
+                    if self._has_time(run):
+                        waiting.remove(run)
+                        self._start(run)
+                if not self._running:
+                    return waiting
+                time.sleep(0.2)
+                for run, (process, began) in list(self._running.items()):
+                    if process.poll() is not None:
+                        del self._running[run]
+                        self._end(run, process.returncode, time.monotonic() - began)
+        finally:
+            for process, _ in self._running.values():
+                process.terminate()
+            for process, _ in self._running.values():
+                process.wait()
+
+    def _has_time(self, run: Run) -> bool:
+        if self.minutes is None:
+            return True
+        return time.monotonic() - self._began + expected_seconds(run, self.done) <= 60 * self.minutes
+
+    def _start(self, run: Run) -> None:
+        environment = dict(os.environ)
+        if self.at_once > 1:  # else each would take all cores
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.at_once)))
+        arguments = command(self.dataset, run, self.outputs, self.smoke)
+        folder = run.outputs(self.outputs)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.txt").open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        self._running[run] = (process, time.monotonic())
+        print("begins:", run, flush=True)
+
+    def _end(self, run: Run, status: int, seconds: float) -> None:
+        folder = run.outputs(self.outputs)
+        if status:
+            self.failed.append(run)
+            said = (folder / "log.txt").read_text(errors="replace").splitlines()[-15:]
+            print(f"FAILS ({status}): {run}", *said, sep="\n    ", flush=True)
+            return
+        figures = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        figures["seconds"]["process"] = round(seconds, 1)
+        figures["at_once"] = self.at_once
+        path = run.results(self.results)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # There whole or not at all: what is there is not run again.
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        self.done[run] = figures
+        print(f"ends: {run}, MRR@10 {100 * figures['after']['mrr@10']:.1f}, {seconds:.0f} s", flush=True)
+
+
+def expected_seconds(run: Run, done: Mapping[Run, Mapping]) -> float:
+    """What a run will take, judged by those that are done: the longest of its regime and strategy. Else the longest of
+    its regime (or of all), and each time that it re-embeds the corpus as long as an evaluation, which encodes it, too.
+    """
+    of_regime = {other: figures for other, figures in done.items() if other.regime == run.regime} or done
+    alike = [figures for other, figures in of_regime.items() if other[:2] == run[:2]]
+    longest = max(map(process_seconds, alike or of_regime.values()), default=0.0)
+    every = {"exhaustive": 1, "refresh-10": 10, "refresh-50": 50}.get(run.strategy)
+    if alike or every is None:
+        return longest
+    refreshing = (each["steps"] // every * each["seconds"]["evaluate"] for each in of_regime.values())
+    return longest + max(refreshing, default=0.0)
+
+
+def process_seconds(figures: Mapping) -> float:
+    """Of a whole run; the first ones have noted its parts alone."""
+    seconds = figures["seconds"]
+    return seconds.get("process") or sum(value for part, value in seconds.items() if part != "probe")
 
 
 def main() -> None:
@@ -258,17 +446,38 @@ def main() -> None:
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, help="only these of the preset")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, help="only these of the preset")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these of the preset")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="a folder for each regime is made in it")
+    parser.add_argument("--smoke", action="store_true", help="make every run tiny: does it work?")
+    parser.add_argument("--at_once", type=int, default=1, help="runs side by side; their seconds compare only roughly")
+    parser.add_argument("--minutes", type=float, help="start no run after these, nor one that would not end before")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="a folder for each regime is made in it; by default benchmarks/results, gpu/study in it for the preset "
+        "gpu, and outputs/smoke-results with --smoke",
+    )
     parser.add_argument("--outputs", type=Path, default=ROOT / "outputs", help="where models and embedding caches go")
     args = parser.parse_args()
-    for regime, strategy, seed in runs(args.preset):
-        path = args.results.resolve() / regime / f"{strategy}-seed{seed}.json"
-        filters = ((args.regimes, regime), (args.strategies, strategy), (args.seeds, seed))
-        if path.exists() or any(only is not None and value not in only for only, value in filters):
-            continue
-        print(regime, strategy, "seed", seed, flush=True)
-        arguments = command(args.dataset, regime, strategy, seed, path, args.outputs.resolve())
-        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
+    if args.at_once < 1:
+        parser.error("--at_once must be at least 1")
+    results = args.results or (
+        ROOT / "outputs" / "smoke-results" if args.smoke else GPU_RESULTS if args.preset == "gpu" else RESULTS
+    )
+    wanted = [
+        run
+        for run in runs(args.preset)
+        if all(
+            only is None or value in only
+            for only, value in zip((args.regimes, args.strategies, args.seeds), run, strict=True)
+        )
+    ]
+    # The runs are ended with the study.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    study = Study(args.dataset, results.resolve(), args.outputs.resolve(), args.smoke, args.at_once, args.minutes)
+    left = study.carry_out(wanted)
+    if left:
+        print(f"Left, {len(left)} runs:", *left, sep="\n    ")
+    if study.failed:
+        sys.exit("Failed:\n    " + "\n    ".join(map(str, study.failed)))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from st_corrector import (
     InputError,
     StCorrectorError,
 )
+from st_corrector.files import whole
 
 METRICS = ("mrr@10", "ndcg@10", "recall@1", "recall@5", "recall@20", "recall@100", "answer_recall@20")
 # What suits each kind of encoder; everything can be given on the command line.
@@ -33,9 +34,12 @@ DEFAULTS = {
     "static": {"learning_rate": 1e-3, "per_device_train_batch_size": 64, "max_steps": 150},
 }
 INHERITED = {option.name for option in dataclasses.fields(SentenceTransformerTrainingArguments)}
-# How negatives are chosen; and what of that every strategy looks at.
+# How negatives are chosen; and what of that every strategy may be given: what it looks at, and how a cache is held.
 OPTIONS = [option for option in dataclasses.fields(CorrectorTrainingArguments) if option.name not in INHERITED]
-FOR_ALL = {"num_negatives", "scale", "corrector", "corrector_settings", "train_split"}
+FOR_ALL = {
+    *("num_negatives", "scale", "corrector", "corrector_settings", "train_split"),
+    *("cache_batch_size", "cache_dtype", "cache_on_device"),
+}
 # The strategy decides over these.
 NOT_HERE = ("refresh_every", "cache_path", "train_split")
 
@@ -213,7 +217,9 @@ def run(recipe: RecipeArguments, training: CorrectorTrainingArguments) -> None:
         recipe.strategy,
         recipe.caches,
         probe_targets=recipe.probe_targets,
-        evaluator=CorpusRetrievalEvaluator(corpus, dev, show_progress_bar=not training.disable_tqdm),
+        evaluator=CorpusRetrievalEvaluator(
+            corpus, dev, batch_size=training.cache_batch_size, show_progress_bar=not training.disable_tqdm
+        ),
         final=final,
         **settings,
     )
@@ -225,6 +231,7 @@ def run(recipe: RecipeArguments, training: CorrectorTrainingArguments) -> None:
     print(table({"before": results["before"], f"after ({recipe.strategy})": results["after"]}, METRICS))
     path = Path(recipe.results or output / "results.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    with whole(path) as partial:
+        partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     kept = "not saved (an adapter of a base that is nowhere)" if final is None else f"in {final}"
     print(f"Model {kept}, figures in {path}.")

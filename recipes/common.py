@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -36,9 +39,11 @@ from st_corrector import (
     EmbeddingCache,
     FidelityCallback,
     RefreshCallback,
+    __version__,
 )
 from st_corrector.correctors import Corrector, make_corrector
 from st_corrector.encoding import DocumentEncoder
+from st_corrector.files import whole
 from st_corrector.fingerprint import digest_json
 from st_corrector.tokens import TokenizedCorpus
 
@@ -105,7 +110,7 @@ def train(
     strategy: str,
     cache_path: str | os.PathLike,
     probe_targets: int | None = 4096,
-    evaluator: Callable[[SentenceTransformer], dict[str, float]] | None = None,
+    evaluator: CorpusRetrievalEvaluator | None = None,
     before: dict[str, float] | None = None,
     final: Path | None = None,
     **loss_settings: Any,
@@ -116,6 +121,7 @@ def train(
     thing.
 
     Args:
+        cache_path: a folder where what several runs need of one untrained model is kept: its embeddings, its metrics.
         probe_targets: among how many targets the selection's fidelity is measured, every ``args.probe_every`` steps;
             None for all.
         before: the untrained model's metrics, where they are known already.
@@ -125,7 +131,14 @@ def train(
     """
     chosen = Strategy.parse(strategy)
     evaluator = evaluator or CorpusRetrievalEvaluator(corpus, "dev")
-    before = before or evaluator(model)
+    compute_as_in_training(model, args)
+    begun = time.perf_counter()
+    # Of this model and corpus, so that another run in the same place finds its own or none.
+    fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
+    shared = Path(cache_path) / digest_json([fingerprint, precision(args)])[:12]
+    if before is None:
+        with one_at_a_time(shared, args):
+            before = evaluated_once(model, evaluator, shared)
     started = time.perf_counter()
     dataset, cache = corpus.pairs("train"), None
     loss: torch.nn.Module
@@ -136,10 +149,8 @@ def train(
         loss = MultipleNegativesRankingLoss(model, scale=loss_settings["scale"])
     else:
         if chosen.chooses:
-            # A folder for each model and corpus, so that another run in the same place finds its own or none.
-            fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
-            folder = Path(cache_path) / digest_json(fingerprint)[:12]
-            cache = EmbeddingCache.build(model, corpus, folder, args.cache_batch_size, args.cache_dtype)
+            with one_at_a_time(shared, args):
+                cache = EmbeddingCache.build(model, corpus, shared, args.cache_batch_size, args.cache_dtype)
             if args.cache_on_device:
                 cache = cache.share(args.device)
         else:
@@ -149,9 +160,9 @@ def train(
             using = make_corrector(args.corrector, cache.dim, **args.corrector_options)
         loss = CorrectedMultipleNegativesLoss(model, corpus, cache, corrector=using, **loss_settings)
         if chosen.every is not None:
-            callbacks.append(RefreshCallback(loss, chosen.every, chosen.unit))
+            callbacks.append(RefreshCallback(loss, chosen.every, chosen.unit, args.cache_batch_size))
         if args.probe_every and chosen.chooses:
-            probe = FidelityCallback(loss, args.probe_every, targets=probe_targets)
+            probe = FidelityCallback(loss, args.probe_every, targets=probe_targets, batch_size=args.cache_batch_size)
             callbacks.append(probe)
     prepared = time.perf_counter()
     trainer = CorrectorTrainer(model=model, args=args, train_dataset=dataset, loss=loss, callbacks=callbacks)
@@ -173,6 +184,7 @@ def train(
         "before": before,
         "after": after,
         "seconds": {
+            "before": round(started - begun, 1),
             "prepare": round(prepared - started, 1),
             "train": round(trained - prepared, 1),
             "probe": round(sum(entry.get("seconds_fidelity", 0.0) for entry in log), 1),
@@ -181,8 +193,48 @@ def train(
         **encoded(loss, trainer, model, corpus),
         "log": log,
         "probes": probe.history if probe else [],
+        "precision": precision(args),
+        "device": describe_device(args.device),
         "versions": versions(),
     }
+
+
+def precision(args: CorrectorTrainingArguments) -> str:
+    """What the encoder's matrix products are computed in."""
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+
+
+def compute_as_in_training(model: SentenceTransformer, args: CorrectorTrainingArguments) -> None:
+    """Let ``model`` compute in the precision of ``args`` from now on, as the trainer lets it from its first step on: so
+    the cache and the evaluation before training compare with what comes after.
+    """
+    if (computed_in := getattr(torch, precision(args))) != torch.float32:
+        model.forward = torch.autocast(args.device.type, computed_in)(model.forward)
+
+
+@contextmanager
+def one_at_a_time(shared: Path, args: CorrectorTrainingArguments) -> Iterator[None]:
+    """Let runs that start together make what they share one after the other: the first makes it, the others find it. Of
+    a run's own processes the first waits for its turn; the others wait for that one, where they build together.
+    """
+    shared.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{shared}.lock") if args.process_index == 0 else nullcontext():
+        yield
+
+
+def evaluated_once(model: SentenceTransformer, evaluator: CorpusRetrievalEvaluator, shared: Path) -> dict[str, float]:
+    """The untrained model's metrics: from beside ``shared``, if an earlier run has left them there."""
+    qrels = evaluator.qrels
+    asked = [__version__, qrels.queries.to_dict(), qrels.query.tolist(), qrels.row.tolist()]
+    path = shared.with_name(f"{shared.name}-before-{digest_json(asked)[:12]}.json")
+    if path.exists():
+        metrics: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+        evaluator.store_metrics_in_model_card_data(model, metrics)
+        return metrics
+    metrics = evaluator(model)
+    with whole(path) as partial:
+        partial.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return metrics
 
 
 def keep(trainer: CorrectorTrainer, folder: Path) -> None:
@@ -246,18 +298,35 @@ def encoded(
     return {**counts, "encoder_flops": 2 * parameters * tokens * (3 * with_gradient + verified + cached)}
 
 
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """What was computed on, and of a GPU the most memory, in bytes, that this process has had in use and has held."""
+    if device.type != "cuda":
+        return {"name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    return {
+        "name": torch.cuda.get_device_name(device),
+        "cuda": torch.version.cuda,
+        "peak_allocated": torch.cuda.max_memory_allocated(device),
+        "peak_reserved": torch.cuda.max_memory_reserved(device),
+    }
+
+
 def versions() -> dict[str, str]:
-    names = ("st-corrector", "torch", "sentence-transformers", "transformers", "accelerate", "datasets")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}, **commit()}
+    names = ("torch", "sentence-transformers", "transformers", "accelerate", "datasets")
+    found = {"st-corrector": __version__, **{name: version(name) for name in names}}
+    # A CPU build of torch comes without it; where it is, it searches on GPUs.
+    with suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
+    return {"python": platform.python_version(), **found, **commit()}
 
 
 def commit() -> dict[str, str]:
-    """The commit that is run, where this is a git checkout."""
+    """The commit that is run: of this git checkout, or of a copy that is none what ``GIT_COMMIT`` says."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
     try:
         return {"commit": subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}
     except (OSError, subprocess.CalledProcessError):
-        return {}
+        told = os.environ.get("GIT_COMMIT")
+        return {"commit": told[:12]} if told else {}
 
 
 def table(rows: dict[str, dict[str, float]], metrics: tuple[str, ...]) -> str:

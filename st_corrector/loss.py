@@ -33,6 +33,7 @@ from .topk import NO_ROW
 
 logger = logging.getLogger(__name__)
 _REFRESHED_AT_ONCE = 16_384
+_ENCODED_AT_ONCE = 256  # texts without gradient; a GPU is not filled by fewer, and a step's own batch takes more memory
 _SAME_EMBEDDING = 0.999  # cosine of what one encoder says of one text, twice, and what is left of it in 8 bits
 _COMPARED_EVERY = 100  # steps between two comparisons of what the processes have learnt
 
@@ -545,7 +546,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         """``g(y)`` of ``rows`` as the model says now, for the search, ``(n, d)``; each process encodes a share."""
         processes = self.processes
         share = rows[processes.share(len(rows))]
-        fresh = self.comparable(self.encoder.encode(unwrap(self.model), share if len(share) else rows[:1]))
+        share_or_any = share if len(share) else rows[:1]
+        fresh = self.comparable(self.encoder.encode(unwrap(self.model), share_or_any, _ENCODED_AT_ONCE))
         fresh = processes.gather(fresh[: len(share)], [len(rows[each]) for each in processes.shares(len(rows))])
         return require_finite(fresh, "targets encoded without gradient", torch.from_numpy(rows))
 

@@ -15,6 +15,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ._version import __version__
 from .encoding import unwrap
 from .errors import InputError
 from .filters import known_positives, pad_rows
@@ -24,7 +25,7 @@ from .search import CorrectedSearch
 from .text import contains_answer
 from .topk import NO_ROW
 
-_BUILT_ON = ("st-corrector", "torch", "sentence-transformers", "transformers", "accelerate", "datasets")
+_BUILT_ON = ("torch", "sentence-transformers", "transformers", "accelerate", "datasets")
 _SHOWN = 1_000  # characters of a text
 _ELSEWHERE = ("_dir", "_path", "_token", "_config", "_id", "_checkpoint")  # of the machine, or of an account
 _NOT_OF_THE_RUN = {"run_name", "local_rank", "deepspeed", "fsdp", "report_to", "disable_tqdm", "push_to_hub"}
@@ -121,7 +122,8 @@ class Recorder(TrainerCallback):
 
 def versions() -> dict[str, str]:
     """Of Python, this package and those that it builds on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _BUILT_ON}}
+    built_on = {name: version(name) for name in _BUILT_ON}
+    return {"python": platform.python_version(), "st-corrector": __version__, **built_on}
 
 
 def _model(model: SentenceTransformer) -> dict[str, Any]:
