@@ -2,18 +2,18 @@
 
     python benchmarks/selection.py --dataset data/nq                  # hours on two cores
     python benchmarks/selection.py --dataset data/nq --only base      # the one setting: 20 minutes
-    python benchmarks/selection.py --dataset data/nq --device cuda    # on a GPU, 21 million rows too
+    python benchmarks/selection.py --dataset data/nq --device cuda    # on a GPU of 80 GB, 21 million rows: 7 minutes
 
 Vectors are real: passages through the pretrained model, repeated with noise until there are enough. Each result is
-compared with the naive way's before anything is timed. All ways of one setting are timed turn by turn in the same
-process, and what is reported are medians of seconds and of the ratios within a turn. Memory is what the process (or the
-GPU's allocator) had at most beyond what it had before the search.
+compared with the naive way's before anything is timed, and on a GPU with float64. All ways of one setting are timed
+turn by turn in the same process, and what is reported are medians of seconds and of the ratios within a turn. Memory is
+what the process (or the GPU's allocator) had at most beyond what it had before the search. What is measured is written
+at once, and not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import itertools
 import json
@@ -21,49 +21,66 @@ import os
 import platform
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from selection_vectors import CORRECTORS, ROOT, passages, tiled, trained
+from selection_ways import (
+    CorrectedView,
+    Products,
+    Way,
+    check,
+    check_in_float64,
+    copying,
+    faiss_flat,
+    fastest,
+    forget_files,
+    naive,
+    naive_in_chunks,
+    peak_memory,
+    products,
+    ratio,
+    rounding,
+    sending,
+    timed_in_turns,
+    whole_product,
+)
 from torch import Tensor
 
 from st_corrector import (
-    Corpus,
     CorrectedSearch,
     EmbeddingCache,
     FaissIndex,
     IdentityCorrector,
-    KernelRidgeCorrector,
-    MLPCorrector,
-    RidgeCorrector,
     Shortlist,
     ShortlistSearch,
 )
-from st_corrector.correctors import Corrector
+from st_corrector.files import whole
+from st_corrector.kernels import Tiles, block_maxima, triton, usable
 from st_corrector.scoring import Scorer
-from st_corrector.shard import Shard
+from st_corrector.shard import DTYPES
+from st_corrector.topk import BLOCK
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
-from common import commit, default_model, static_encoder, versions  # noqa: E402
+from common import commit, versions
 
-PASSAGES = 20_000
-CORRECTORS: dict[str, Callable[[int], Corrector]] = {
-    "identity": lambda d: IdentityCorrector(d),
-    "ridge, query side": lambda d: RidgeCorrector(d, normalize=False),
-    "ridge": lambda d: RidgeCorrector(d),
-    "mlp-128": lambda d: MLPCorrector(d, hidden=128),
-    "mlp-512": lambda d: MLPCorrector(d, hidden=512),
-    "mlp-128, unnormalised": lambda d: MLPCorrector(d, hidden=128, normalize=False),
-    "mlp-512, unnormalised": lambda d: MLPCorrector(d, hidden=512, normalize=False),
-    "kernel-ridge": lambda d: KernelRidgeCorrector(d),
+RESULTS = {
+    device: ROOT / "benchmarks" / "results" / folder
+    for device, folder in (("cpu", "selection"), ("cuda", "gpu/selection"))
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+_IN_FLOAT64 = 8  # queries that are compared with float64
+_CUT = (  # queries, rows and coordinates of a tile, warps and stages
+    (64, 128, 64, 4, 3),
+    (128, 128, 32, 8, 4),
+    (128, 128, 64, 8, 2),
+    (128, 128, 64, 8, 3),
+    (128, 256, 64, 8, 2),
+)
+_CHECKED_ROWS = 65_536
 
 
 class Setting(NamedTuple):
@@ -73,7 +90,7 @@ class Setting(NamedTuple):
     k: int
     corrector: str
     dtype: str = "float32"
-    stored: str = "memory"  # or "disk", "disk, cold"
+    stored: str = "memory"  # or "disk", "disk, cold"; "streamed": in the CPU's memory, searched on a GPU
     written: float = 0.0  # the share of the rows that has been written back
 
 
@@ -108,258 +125,52 @@ GRID = {
         for stored in ("disk, cold", "disk")
         for name in ("ridge, query side", "mlp-128")
     ],
-    # One GPU: Wikipedia's passages.
-    "gpu": [
-        Setting(21_000_000, 768, 128, 64, name, "bfloat16") for name in ("identity", "ridge", "mlp-128", "mlp-512")
-    ],
 }
+# One GPU: Wikipedia's passages, the most telling first.
+WIKIPEDIA = Setting(21_000_000, 768, 128, 64, "ridge, query side", "bfloat16")
+GPU_GRID = {
+    "gpu": [
+        WIKIPEDIA._replace(corrector=name, dtype=dtype)
+        for dtype in ("bfloat16", "int8")
+        for name in (
+            "ridge, query side",
+            "mlp-128",
+            "ridge",
+            "mlp-512",
+            "mlp-128, unnormalised",
+            "mlp-512, unnormalised",
+            "kernel-ridge",
+            "identity",
+        )
+    ],
+    "gpu-streamed": [
+        WIKIPEDIA._replace(rows=2_000_000, corrector=name, dtype=dtype, stored="streamed")
+        for name, dtype in (("ridge, query side", "bfloat16"), ("mlp-128", "bfloat16"), ("ridge, query side", "int8"))
+    ],
+    "gpu-growth": [
+        WIKIPEDIA._replace(rows=rows, corrector=name)
+        for rows in (100_000, 1_000_000, 5_000_000)
+        for name in ("ridge, query side", "mlp-128")
+    ],
+    # What the CPU was measured on.
+    "gpu-base": [BASE._replace(corrector=name) for name in ("ridge, query side", "mlp-128")],
+}
+PARTS = {
+    "cpu": [*GRID, "recall", "compile", "indices", "indices-10M"],
+    "cuda": ["gpu", "gpu-streamed", "tiles", "gpu-growth", "gpu-base", "compile"],
+}
+"""What is measured where nothing is asked for, in this order."""
 
 
-OTHERS = ("recall", "compile", "indices", "indices-10M")
-
-
-# ---------------------------------------------------------------------- vectors
-
-
-def passages(dataset: str, outputs: Path) -> tuple[Tensor, Tensor]:
-    """Unit vectors of passages ``(n, 768)`` and of questions ``(q, 768)``, of which the first 384 are a pretrained
-    transformer's and the others the mean of its token vectors.
-    """
-    from sentence_transformers import SentenceTransformer
-
-    corpus = Corpus.from_beir(dataset, max_targets=PASSAGES)
-    questions = corpus.qrels("dev").queries["text"][:]
-    transformer = SentenceTransformer(default_model(), device="cpu")
-    transformer.max_seq_length = 32
-    halves = []
-    for name, model in {"transformer": transformer, "static": static_encoder(default_model(), 0)}.items():
-        cache = EmbeddingCache.build(model, corpus, outputs / f"passages-{name}")
-        of_questions = model.encode_query(questions, convert_to_tensor=True, show_progress_bar=False).cpu().clone()
-        halves.append((F.normalize(cache[range(len(cache))], dim=-1), F.normalize(of_questions, dim=-1)))
-    return tuple(torch.cat(parts, dim=1) for parts in zip(*halves, strict=True))  # type: ignore[return-value]
-
-
-def tiled(vectors: Tensor, rows: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """``rows`` unit vectors in blocks: ``vectors`` again and again, each time with other noise."""
-    generator = torch.Generator().manual_seed(0)
-    for start in range(0, rows, len(vectors)):
-        block = vectors[: rows - start]
-        noise = torch.randn(block.shape, generator=generator) * (0.3 / block.shape[1] ** 0.5)
-        yield F.normalize(block + (noise if start else 0), dim=-1)
-
-
-def trained(name: str, vectors: Tensor) -> Corrector:
-    """A corrector that has learnt a drift: everything moves in a common direction, and is rotated a little."""
-    dim = vectors.shape[1]
-    corrector = CORRECTORS[name](dim)
-    generator = torch.Generator().manual_seed(1)
-    rotation = torch.linalg.qr(torch.eye(dim) + 0.05 * torch.randn(dim, dim, generator=generator))[0]
-    rotation = rotation * rotation.diagonal().sign()
-    for _ in range(10):
-        stale = vectors[torch.randint(len(vectors), (512,), generator=generator)]
-        fresh = F.normalize(stale @ rotation + 0.3 * vectors[:1], dim=-1)
-        corrector.fit_step(stale, fresh, stale[:32], 20.0)
-    return corrector
-
-
-# ---------------------------------------------------------------------- measuring
-
-
-def clock(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-class CorrectedView:
-    """A cache with what has been written back in its place, for the naive way."""
-
-    def __init__(self, search: CorrectedSearch) -> None:
-        self._vectors = search.stale(torch.arange(len(search.cache)))
-
-    def __len__(self) -> int:
-        return len(self._vectors)
-
-    def chunks(self, size: int) -> Iterator[tuple[int, Shard]]:
-        yield 0, Shard(self._vectors)
-
-
-def timed_in_turns(
-    ways: dict[str, Callable[[], Any]], turns: int, device: str, pause: float = 0.0
-) -> dict[str, list[float]]:
-    """Seconds of each way in each turn, after one turn to warm up; before each a pause of so many seconds."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(turns + 1):
-        for name, way in ways.items():
-            time.sleep(pause)
-            start = clock(device)
-            way()
-            if turn:
-                seconds[name].append(clock(device) - start)
-    return seconds
-
-
-@contextmanager
-def peak_memory(device: str) -> Iterator[dict[str, int]]:
-    """Bytes that the block has allocated at most beyond what there was before."""
-    measured: dict[str, int] = {}
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield measured
-        measured["bytes"] = torch.cuda.max_memory_allocated() - before
-        return
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what was freed before would be used again unseen
-    samples, done = [_anonymous()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            samples.append(_anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    yield measured
-    done.set()
-    watcher.join()
-    measured["bytes"] = max(samples) - samples[0]
-
-
-def _anonymous() -> int:
-    """Resident memory of this process that is no mapped file."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no RssAnon in /proc/self/status")
-
-
-def forget_files(folder: Path) -> None:
-    """Make the operating system drop its copies of the files, so that they are read from the disk again."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-# ---------------------------------------------------------------------- ways
-
-
-def products(cache: EmbeddingCache, corrector: Corrector, queries: Tensor, chunk: int) -> Callable[[], None]:
-    """The matrix products of the form that the search uses, chunk by chunk, and nothing else: the floor."""
-    device, dim = queries.device, cache.dim
-    if corrector.leaves_corpus(unit=True):
-        widths = [dim, len(queries)]
-    elif isinstance(corrector, RidgeCorrector):
-        widths = [dim, dim, len(queries)]
-    elif isinstance(corrector, MLPCorrector) and corrector.normalize:
-        widths = [dim, corrector.hidden, dim, len(queries)]
-    elif isinstance(corrector, MLPCorrector):
-        widths = [dim, corrector.hidden, len(queries)]
-    else:
-        widths = [dim, corrector.config["num_features"], dim, len(queries)]
-    matrices = [torch.randn(a, b, device=device) for a, b in itertools.pairwise(widths)]
-    extra = []
-    if not corrector.normalize and not corrector.leaves_corpus(unit=True):
-        extra = [torch.randn(dim, len(queries), device=device)]  # ⟨q, z⟩ beside ⟨W₂ᵀq, σ(W₁z)⟩
-    if not isinstance(corrector, (IdentityCorrector, RidgeCorrector, MLPCorrector)):
-        extra = [torch.randn(dim, dim, device=device)]  # z's own part of [z, φ(z)]W
-    buffers = [torch.empty(chunk, m.shape[1], device=device) for m in (*matrices, *extra)]
-    converted = torch.empty(chunk, dim, device=device).normal_()
-
-    def run() -> None:
-        for _, stored in cache.chunks(chunk):
-            size = len(stored.values)
-            # What is stored otherwise has to be converted first, which is no product: a resident chunk stands for it.
-            z = stored.values if stored.values.dtype == torch.float32 else converted[:size]
-            here = z
-            for matrix, buffer in zip(matrices, buffers, strict=False):
-                here = torch.mm(here, matrix, out=buffer[:size])
-            for matrix, buffer in zip(extra, buffers[len(matrices) :], strict=True):
-                torch.mm(z, matrix, out=buffer[:size])
-
-    return run
-
-
-def whole_product(cache: EmbeddingCache, queries: Tensor) -> Callable[[], None]:
-    vectors = next(cache.chunks(len(cache)))[1].values
-
-    def run() -> None:
-        torch.mm(queries, vectors.T)
-
-    return run
-
-
-def naive(cache: EmbeddingCache, corrector: Corrector, queries: Tensor, k: int) -> Callable[[], Any]:
-    """Correct everything, multiply, take the top k."""
-
-    def run() -> Any:
-        with torch.no_grad():
-            vectors = next(cache.chunks(len(cache)))[1].float()
-            return (queries @ corrector(vectors).T).topk(k)
-
-    return run
-
-
-def naive_in_chunks(cache: EmbeddingCache, corrector: Corrector, queries: Tensor, k: int) -> Callable[[], Any]:
-    """The same where the whole does not fit: ``topk`` of each chunk, and of what these leave."""
-
-    def run() -> Any:
-        with torch.no_grad():
-            scores, rows = [], []
-            for first, chunk in cache.chunks(65_536):
-                vectors = F.normalize(chunk.float().to(queries.device), dim=-1)
-                best = (queries @ corrector(vectors).T).topk(min(k, len(vectors)))
-                scores.append(best.values)
-                rows.append(best.indices + first)
-            top = torch.cat(scores, dim=1).topk(k)
-            return top.values, torch.cat(rows, dim=1).gather(1, top.indices)
-
-    return run
-
-
-def faiss_flat(cache: EmbeddingCache, corrector: Corrector, queries: Tensor, k: int) -> Callable[[], Any]:
-    """FAISS's exact index over corrected vectors; correcting them and handing them over is part of it."""
-    import faiss
-
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    at_once = 65_536
-    index = faiss.IndexFlatIP(cache.dim)
-    if corrector.leaves_corpus(unit=True):  # its vectors never change: that much is done once
-        for _, chunk in cache.chunks(at_once):
-            index.add(chunk.float().numpy())
-        probes = corrector.on_query_side(queries).probes.numpy()
-        return lambda: index.search(probes, k)
-
-    def run() -> Any:
-        index.reset()
-        with torch.no_grad():
-            for _, chunk in cache.chunks(at_once):
-                index.add(corrector(chunk.float()).numpy())
-        return index.search(queries.numpy(), k)
-
-    return run
-
-
-def check(found: Any, expected: Any, tolerance: float) -> float:
-    """The share of rows that agree; refuses scores that do not."""
-    scores, rows = found[0].cpu(), found[1].cpu()
-    values, indices = (torch.as_tensor(each).cpu() for each in expected)
-    if (scores - values).abs().max() > tolerance:
-        raise AssertionError(f"scores differ by {(scores - values).abs().max():.2g}")
-    overlap = (rows[:, :, None] == indices[:, None, :]).any(-1).float().mean().item()
-    if overlap < 0.995:  # equal scores, up to rounding, may go to either row
-        raise AssertionError(f"only {overlap:.4f} of the rows agree")
-    return overlap
-
-
-# ---------------------------------------------------------------------- running
+# ---------------------------------------------------------------------- one setting
 
 
 def measure(setting: Setting, cache: EmbeddingCache, vectors: Tensor, queries: Tensor, args: Any) -> dict[str, Any]:
+    """On a CPU: against the products, the naive way and FAISS."""
     corrector = trained(setting.corrector, vectors)
-    queries = queries[: setting.batch].to(args.device)
-    corrector.to(args.device)
+    queries = queries[: setting.batch]
     search = CorrectedSearch(cache, corrector)
-    in_memory = setting.stored == "memory" and setting.dtype == "float32" and args.device == "cpu"
+    in_memory = setting.stored == "memory" and setting.dtype == "float32"
     reference = (naive if in_memory else naive_in_chunks)(cache, corrector, queries, setting.k)
     if setting.written:
         rows = torch.randperm(setting.rows)[: int(setting.written * setting.rows)]
@@ -370,12 +181,10 @@ def measure(setting: Setting, cache: EmbeddingCache, vectors: Tensor, queries: T
     with peak_memory(args.device) as memory:  # of a first search: later ones use its memory again
         CorrectedSearch(cache, corrector).search(queries, setting.k)
 
-    ways: dict[str, Callable[[], Any]] = {"search": lambda: search.search(queries, setting.k)}
+    ways: dict[str, Way] = {"search": lambda: search.search(queries, setting.k)}
     # The fastest way found of computing the products counts.
     light = corrector.leaves_corpus(unit=True)
-    for chunk in (
-        (131_072, 524_288) if args.device == "cuda" else (2_048, 4_096, 16_384) if light else (1_024, 2_048, 8_192)
-    ):
+    for chunk in (2_048, 4_096, 16_384) if light else (1_024, 2_048, 8_192):
         ways[f"products, {chunk}"] = products(cache, corrector, queries, chunk)
     if in_memory and not setting.written and light:
         ways["products, whole"] = whole_product(cache, queries)
@@ -383,7 +192,7 @@ def measure(setting: Setting, cache: EmbeddingCache, vectors: Tensor, queries: T
     if in_memory and not setting.written:
         others["faiss"] = faiss_flat(cache, corrector, queries, setting.k)
     if setting.stored == "disk, cold":
-        folder = args.outputs / f"vectors-{setting.rows}-{setting.dim}-{setting.dtype}"
+        folder = cache_folder(setting, args)
         warm = ways["search"]
 
         def cold() -> None:
@@ -401,9 +210,8 @@ def measure(setting: Setting, cache: EmbeddingCache, vectors: Tensor, queries: T
         offset = corrector.on_query_side(queries).offset if corrector.leaves_corpus(unit=True) else queries.new_zeros(1)
         scores = torch.as_tensor(found[0]) + (offset[:, None] if len(offset) > 1 else 0)
         check((scores, torch.as_tensor(found[1])), reference(), 2e-4)
-    floors = {name: statistics.median(each) for name, each in seconds.items() if name.startswith("products")}
-    floor = min(floors, key=floors.get) if floors else None  # type: ignore[arg-type]
-    result: dict[str, Any] = {
+    floor = fastest(seconds, "products")
+    return {
         **setting._asdict(),
         "rows_that_agree": agreement,
         "seconds": {name: statistics.median(each) for name, each in {**against, **seconds}.items()},
@@ -418,14 +226,100 @@ def measure(setting: Setting, cache: EmbeddingCache, vectors: Tensor, queries: T
         "cache_bytes": cache.nbytes,
         **commit(),
     }
-    return result
 
 
-def ratio(seconds: dict[str, list[float]], way: str, other: str | None) -> float | None:
-    """The median over turns of one way's time over the other's."""
-    if other not in seconds:
-        return None
-    return statistics.median(a / b for a, b in zip(seconds[way], seconds[other], strict=True))
+def measure_for_gpu(
+    setting: Setting, cache: EmbeddingCache, vectors: Tensor, queries: Tensor, args: Any
+) -> dict[str, Any]:
+    """On a GPU: against the products in float32 and bfloat16, and against what its memory can read."""
+    corrector = trained(setting.corrector, vectors.to(args.device))
+    queries = queries[: setting.batch].to(args.device)
+    search, plain = CorrectedSearch(cache, corrector), CorrectedSearch(cache, corrector)
+    plain.use_kernel = False
+    found, tolerance = search.search(queries, setting.k), rounding(setting.dim)
+    reference = naive_in_chunks(cache, corrector, queries, setting.k)
+    expected = reference()
+    agreement = check(found, expected, tolerance)
+    in_float64 = check_in_float64(found, cache, corrector, queries[:_IN_FLOAT64], tolerance)
+    with peak_memory(args.device) as memory:  # of a first search, which finds the norms out, and of one that has them
+        fresh = CorrectedSearch(cache, corrector)
+        for _ in range(2):
+            fresh.search(queries, setting.k)
+    del fresh
+
+    ways: dict[str, Way] = {"search": lambda: search.search(queries, setting.k)}
+    if usable(queries.device):
+        check(plain.search(queries, setting.k), expected, tolerance)
+        ways["without kernel"] = lambda: plain.search(queries, setting.k)
+    if setting.stored == "streamed":
+        resident = CorrectedSearch(cache.to(args.device), corrector)
+        check(resident.search(queries, setting.k), expected, tolerance)
+        ways["resident"] = lambda: resident.search(queries, setting.k)
+        ways["sending"] = sending(cache, queries.device)
+    else:
+        # The fastest way found of computing the products counts.
+        for dtype, chunk in itertools.product(("float32", "bfloat16"), (131_072, 524_288)):
+            ways[f"products in {dtype}, {chunk}"] = products(cache, corrector, queries, chunk, DTYPES[dtype])
+        ways["copying"] = copying(cache)
+    seconds = timed_in_turns(ways, args.turns, args.device, within=args.seconds)
+    against = timed_in_turns({"search": ways["search"], "naive": reference}, 1, args.device)
+    medians = {name: statistics.median(each) for name, each in {**against, **seconds}.items()}
+    # A search reads what copying reads, and writes nothing like it.
+    read_only = {**seconds, "reading": [each / 2 for each in seconds.get("copying", ())]}
+    flops = Products.of(corrector, setting.batch).flops(setting.rows)
+    return {
+        **setting._asdict(),
+        "rows_that_agree": agreement,
+        "tolerance": tolerance,
+        "float64": in_float64,
+        "seconds": medians,
+        "all_seconds": {**seconds, "naive": against["naive"]},
+        "ratio_to_bandwidth": ratio(read_only, "search", "reading") if "copying" in seconds else None,
+        "ratio_to_float32": ratio(seconds, "search", fastest(seconds, "products in float32")),
+        "ratio_to_bfloat16": ratio(seconds, "search", fastest(seconds, "products in bfloat16")),
+        "kernel_over_torch": ratio(seconds, "search", "without kernel"),
+        "ratio_to_resident": ratio(seconds, "search", "resident"),
+        "ratio_to_sending": ratio(seconds, "search", "sending"),
+        "ratio_to_naive": ratio(against, "search", "naive"),
+        "bytes_per_second": cache.nbytes / medians["search"],
+        "bytes_copied_per_second": 2 * cache.nbytes / medians["copying"] if "copying" in medians else None,
+        "bytes_sent_per_second": cache.nbytes / medians["sending"] if "sending" in medians else None,
+        "flops": flops,
+        "flops_per_second": flops / medians["search"],
+        "extra_bytes": memory["bytes"],
+        "planned_bytes": sum(search.memory(setting.batch, setting.k, queries.device).values()),
+        "cache_bytes": cache.nbytes,
+        **({"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {}),
+        **commit(),
+    }
+
+
+# ---------------------------------------------------------------------- what else is compared
+
+
+def tiles(vectors: Tensor, queries: Tensor, args: Any) -> list[dict[str, Any]]:
+    """The kernel alone, as it is launched and cut up in other ways: seconds, and how far it is from float64."""
+    rows, results = args.rows or 2_000_000, []
+    probes = queries[: WIKIPEDIA.batch].T.contiguous().to(args.device)
+    for dtype in ("bfloat16", "int8", "float32"):
+        cache = EmbeddingCache.from_blocks(tiled(vectors, rows, args.device), DTYPES[dtype], rows=rows)
+        values = next(cache.chunks(rows))[1].values
+        left_out = torch.zeros(rows, dtype=torch.bool, device=args.device)
+        some = values[:_CHECKED_ROWS].double() @ probes.double()
+        exact = F.pad(some, (0, 0, 0, -len(some) % BLOCK), value=-torch.inf).view(-1, BLOCK, probes.shape[1]).amax(1)
+        for each in (None, *(Tiles(*numbers) for numbers in _CUT)):
+            result: dict[str, Any] = {"dtype": dtype, "rows": rows, "tiles": each and each._asdict()}
+            try:
+                found = block_maxima(values[:_CHECKED_ROWS], probes, None, left_out[:_CHECKED_ROWS], BLOCK, each)
+                result["largest_relative_error"] = ((found - exact).abs().max() / exact.abs().max()).item()
+                ways = {"kernel": lambda: block_maxima(values, probes, None, left_out, BLOCK, each)}  # noqa: B023
+                seconds = statistics.median(timed_in_turns(ways, args.turns, args.device, within=0.2)["kernel"])
+                result |= {"seconds": seconds, "bytes_per_second": values.nbytes / seconds}
+            except triton.runtime.OutOfResources as error:
+                result["does_not_fit"] = str(error)
+            results.append(result)
+            print(json.dumps(result), flush=True)
+    return results
 
 
 def engines(rows: int) -> Iterator[tuple[str, str, str, int | None, int | None]]:
@@ -532,93 +426,134 @@ def recall_of_dtypes(cache: EmbeddingCache, queries: Tensor) -> dict[str, float]
     return recalls
 
 
+# ---------------------------------------------------------------------- running
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="a BEIR folder")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--only", nargs="+", choices=(*GRID, *OTHERS))
+    parser.add_argument("--only", nargs="+", choices=dict.fromkeys([*PARTS["cpu"], *PARTS["cuda"]]))
     parser.add_argument("--rows", type=int, help="so many rows instead of the grid's: to try it out")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--results", type=Path, help="by default benchmarks/results/selection/<device>.json")
+    parser.add_argument("--turns", type=int, default=3, help="on a GPU at least so many")
+    parser.add_argument("--seconds", type=float, default=3.0, help="on a GPU: more turns, until so many have passed")
+    parser.add_argument("--results", type=Path, help="by default <device>.json in its folder of benchmarks/results")
     parser.add_argument("--outputs", type=Path, default=ROOT / "outputs" / "selection")
     args = parser.parse_args()
-    parts = args.only or ([name for name in (*GRID, *OTHERS) if name != "gpu"])
-    if args.device == "cuda" and not args.only:
-        parts = ["base", "dtypes", "growth", "compile", "gpu"]
-    path = args.results or ROOT / "benchmarks" / "results" / "selection" / f"{args.device}.json"
+    parts = args.only or PARTS[args.device]
+    possible = PARTS[args.device] + (PARTS["cuda"] if args.rows else [])
+    if others := [part for part in parts if part not in possible]:
+        parser.error(f"{', '.join(others)}: not with --device {args.device}; what is for a GPU is tried out by --rows")
+    require_float32()
+    # What is only tried out is no result.
+    path = args.results or (args.outputs if args.rows else RESULTS[args.device]) / f"{args.device}.json"
     done = json.loads(path.read_text()) if path.exists() else {"settings": {}}
-    vectors, questions = passages(args.dataset, args.outputs)
+    vectors, questions = passages(args.dataset, args.outputs, args.device)
     done["machine"] = machine(args.device)
     done["command"] = " ".join(["python", *sys.argv])
 
     def keep() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(done, indent=1))
+        with whole(path) as partial:
+            partial.write_text(json.dumps(done, indent=1))
 
-    settings = [setting for part in parts for setting in GRID.get(part, [])]
-    settings = list(dict.fromkeys(s._replace(rows=args.rows or s.rows) for s in settings))
+    some, queries = (F.normalize(each[:, : BASE.dim], dim=-1) for each in (vectors, questions))
+    rest: dict[str, Callable[[], Any]] = {
+        "recall": lambda: recall_of_dtypes(base_cache(), queries),
+        "compile": lambda: compiled(base_cache(), some.to(args.device), queries, args),
+        "indices": lambda: indices(base_cache(), some, queries, args),
+        "indices-10M": lambda: indices(base_cache(rows=10_000_000, dtype="int8", stored="disk"), some, queries, args),
+        "tiles": lambda: tiles(vectors, questions, args),
+    }
+
+    def base_cache(**other: Any) -> EmbeddingCache:
+        return make_cache(BASE._replace(**{"rows": args.rows or BASE.rows, **other}), some, args)
+
+    for part in parts:
+        if part in rest and part not in done:
+            done[part] = rest[part]()
+            print(part, done[part], flush=True)
+            keep()
+        for key, result in measured(part, vectors, questions, done["settings"], args):
+            done["settings"][key] = result
+            keep()
+
+
+def measured(
+    part: str, vectors: Tensor, questions: Tensor, done: dict[str, Any], args: Any
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The settings of a part that have not been measured yet, one after the other."""
+    measuring = measure_for_gpu if part in GPU_GRID else measure
     made: tuple[Any, EmbeddingCache] | None = None
-    for setting in settings:
+    for setting in {**GRID, **GPU_GRID}.get(part, []):
+        setting = setting._replace(rows=args.rows or setting.rows)
         key = ", ".join(map(str, setting))
-        if key in done["settings"]:
+        if key in done or (setting.stored == "streamed" and args.device == "cpu"):  # to a CPU nothing is streamed
             continue
+        started = time.perf_counter()
+        some, queries = (F.normalize(each[:, : setting.dim], dim=-1) for each in (vectors, questions))
         kind = (setting.rows, setting.dim, setting.dtype, setting.stored)
-        some = F.normalize(vectors[:, : setting.dim], dim=-1)
         if made is None or made[0] != kind:
             made = None
             gc.collect()
             made = (kind, make_cache(setting, some, args))
-        result = measure(setting, made[1], some, F.normalize(questions[:, : setting.dim], dim=-1), args)
-        done["settings"][key] = result
+        result = measuring(setting, made[1], some, queries, args)
+        yield key, result
         print(
             key,
             {name: round(value, 4) for name, value in result["seconds"].items()},
-            *(
-                f"{name} {result[name]:.3f}"
-                for name in ("ratio_to_floor", "ratio_to_naive", "ratio_to_faiss")
-                if result[name]
-            ),
-            f"extra {result['extra_bytes'] / 1e6:.0f} MB",
+            *(f"{name} {value:.3f}" for name, value in result.items() if "ratio_to" in name and value),
+            f"extra {result['extra_bytes'] / 1e6:.0f} MB, {time.perf_counter() - started:.0f} s in all",
             flush=True,
         )
-        keep()
-    made = None
-    some, queries = (F.normalize(each[:, : BASE.dim], dim=-1) for each in (vectors, questions))
-    for part in OTHERS:
-        if part not in parts or part in done:
-            continue
-        setting = BASE._replace(rows=args.rows or BASE.rows)
-        if part == "indices-10M":
-            setting = BASE._replace(rows=10_000_000, dtype="int8", stored="disk")
-        cache = make_cache(setting, some, args)
-        if part == "recall":
-            done[part] = recall_of_dtypes(cache, queries[:256])
-        else:
-            done[part] = (compiled if part == "compile" else indices)(cache, some, queries, args)
-        print(part, done[part], flush=True)
-        keep()
+
+
+def cache_folder(setting: Setting, args: Any) -> Path:
+    folder: Path = args.outputs / f"vectors-{setting.rows}-{setting.dim}-{setting.dtype}"
+    return folder
 
 
 def make_cache(setting: Setting, vectors: Tensor, args: Any) -> EmbeddingCache:
-    dtype = DTYPES[setting.dtype]
-    folder = args.outputs / f"vectors-{setting.rows}-{setting.dim}-{setting.dtype}"
-    if setting.stored != "memory":
-        if not (folder / "manifest.json").exists():
-            EmbeddingCache.from_blocks(tiled(vectors, setting.rows, dtype), dtype).save(folder)
+    folder = cache_folder(setting, args)
+    if setting.stored.startswith("disk") and (folder / "manifest.json").exists():
         return EmbeddingCache.load(folder)
-    return EmbeddingCache.from_blocks(tiled(vectors, setting.rows, dtype), dtype).to(args.device)
+    # In one piece, made where it is to be: there is not room for two of them.
+    blocks = tiled(vectors, setting.rows, args.device)
+    cache = EmbeddingCache.from_blocks(blocks, DTYPES[setting.dtype], rows=setting.rows)
+    if setting.stored.startswith("disk"):
+        return cache.save(folder)
+    return cache.to("cpu") if setting.stored == "streamed" else cache
 
 
 def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+def require_float32() -> None:
+    """Refuse to compare products of float32 numbers that are taken in TF32."""
+    override = os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "0")
+    if override != "0" or torch.get_float32_matmul_precision() != "highest":
+        raise SystemExit(
+            f"Products of float32 numbers would be taken in TF32 (the override is {override!r}): unset it."
+        )
+
+
 def machine(device: str) -> dict[str, Any]:
+    """What it was measured on."""
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+    gpu = {}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        gpu = {
+            "gpu": properties.name,
+            "gpu_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "float32_products": torch.backends.cuda.matmul.fp32_precision,
+        }
     return {
         "cpu": model,
         "threads": torch.get_num_threads(),

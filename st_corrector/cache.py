@@ -91,24 +91,28 @@ class EmbeddingCache:
 
     @classmethod
     def from_blocks(
-        cls, blocks: Iterable[Tensor], dtype: torch.dtype, first_row: int = 0, corpus_size: int | None = None
+        cls,
+        blocks: Iterable[Tensor],
+        dtype: torch.dtype,
+        first_row: int = 0,
+        corpus_size: int | None = None,
+        rows: int | None = None,
     ) -> EmbeddingCache:
         """A cache in memory of floating-point blocks of consecutive rows, ``(n, d)`` each, stored in ``dtype``.
 
         Args:
-            blocks: ``(n, d)`` each.
+            blocks: ``(n, d)`` each, on the device that is to hold it.
             dtype: one of :data:`DTYPES`.
             first_row, corpus_size: of a part; see :class:`EmbeddingCache`.
+            rows: of all blocks together, where that is known: the cache is then one piece from the start, which a GPU
+                searches faster than many, and which never takes memory twice.
 
         Raises:
+            CacheError: the blocks have not so many rows.
             NonFiniteError: an embedding is not finite in that dtype.
         """
-        shards: list[Shard] = []
-        row = first_row
-        for block in blocks:
-            shards.append(Shard.store(block.detach(), dtype))
-            _require_finite(shards[-1], row)
-            row += len(block)
+        stored = _finite((Shard.store(block.detach(), dtype) for block in blocks), first_row)
+        shards = list(stored) if rows is None else [_in_one_piece(stored, rows)]
         return cls(shards, first_row=first_row, corpus_size=corpus_size)
 
     @classmethod
@@ -450,16 +454,10 @@ class EmbeddingCache:
         size = len(self) * (self.dim * dtype.itemsize + 4 * scaled)
         require_memory({f"embedding cache, {len(self):,} × {self.dim} in {dtype}": size}, device)
         # In one piece: small shards are good for files, not for a GPU.
-        values = torch.empty(len(self), self.dim, dtype=dtype, device=device)
-        scales = torch.empty(len(self), device=device) if scaled else None
-        for row, chunk in self.chunks(_ROWS_AT_ONCE):
-            here = slice(row - self.first_row, row - self.first_row + len(chunk.values))
-            stored = chunk if dtype == self.dtype else Shard.store(chunk.float(), dtype)
-            _require_finite(stored, row)
-            values[here] = stored.values
-            if scales is not None and stored.scales is not None:
-                scales[here] = stored.scales
-        return EmbeddingCache([Shard(values, scales)], self.fingerprint, self.first_row, self.corpus_size)
+        chunks = (chunk for _, chunk in self.chunks(_ROWS_AT_ONCE))
+        stored = (chunk if dtype == self.dtype else Shard.store(chunk.float(), dtype) for chunk in chunks)
+        whole = _in_one_piece(_finite(stored, self.first_row), len(self), device)
+        return EmbeddingCache([whole], self.fingerprint, self.first_row, self.corpus_size)
 
 
 _CARD = """---
@@ -483,6 +481,30 @@ from st_corrector import EmbeddingCache
 cache = EmbeddingCache.from_hub("{repo_id}")
 ```
 """
+
+
+def _in_one_piece(shards: Iterable[Shard], rows: int, device: torch.device | None = None) -> Shard:
+    """Shards of ``rows`` consecutive rows together, on ``device`` or where the first of them is."""
+    whole: Shard | None = None
+    filled = 0
+    for shard in shards:
+        if whole is None:
+            whole = shard.map(lambda each: each.new_empty((rows, *each.shape[1:]), device=device))
+        start, filled = filled, filled + len(shard.values)
+        if filled > rows:
+            break
+        whole.at(slice(start, filled)).copy_(shard)
+    if whole is None or filled != rows:
+        raise CacheError(f"Expected embeddings of {rows:,} rows, got {'more' if filled > rows else f'{filled:,}'}.")
+    return whole
+
+
+def _finite(shards: Iterable[Shard], first_row: int) -> Iterator[Shard]:
+    """``shards`` of consecutive rows, each as soon as it has been looked through."""
+    for shard in shards:
+        _require_finite(shard, first_row)
+        first_row += len(shard.values)
+        yield shard
 
 
 def _require_finite(shard: Shard, first_row: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,18 +19,59 @@ try:
 except ImportError:  # a CPU build of torch has none, and needs none
     triton = None
 
-_TILE_ROWS, _TILE_QUERIES, _TILE_DIM = 128, 64, 64
+logger = logging.getLogger(__name__)
 _LOOKED_AT = 1 << 25  # numbers of the cache that are gathered at once
+
+
+class Tiles(NamedTuple):
+    """How :func:`block_maxima` cuts up its product.
+
+    What is chosen here keeps every dtype in registers and in 99 KB of shared memory, which GPUs of compute capability
+    8.6, 8.9 and 12.0 have, and reads a batch of up to 128 queries' rows once.
+
+    Args:
+        queries: that one program scores.
+        rows: that it scores, a multiple of the block.
+        dim: coordinates that it multiplies at once.
+        warps: that it runs on.
+        stages: tiles that are on their way from memory at once, and the one that is multiplied.
+    """
+
+    queries: int
+    rows: int = 128
+    dim: int = 32
+    warps: int = 8
+    stages: int = 3
 
 
 @functools.cache
 def usable(device: torch.device) -> bool:
-    """Whether :func:`block_maxima` runs on ``device``: a CUDA GPU with tensor cores, or Triton's interpreter."""
-    if triton is None:
+    """Whether :func:`block_maxima` runs on ``device``: a CUDA GPU with tensor cores, or Triton's interpreter.
+
+    On a GPU it is tried: Triton compiles not only the kernel but what launches it, by a C compiler that may be missing.
+    Searches then go without, and a warning says why.
+    """
+    if triton is None or triton.knobs.runtime.interpret:
+        return triton is not None
+    if not _has_tensor_cores(device):
         return False
-    return triton.knobs.runtime.interpret or (
-        device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    values, probes = torch.ones(BLOCK, 16, device=device), torch.ones(16, 1, device=device)
+    left_out = torch.zeros(BLOCK, dtype=torch.bool, device=device)
+    try:
+        return block_maxima(values, probes, None, left_out, BLOCK).item() == 16
+    except Exception as error:  # Triton's, a compiler's or the driver's: of whatever class
+        logger.warning(
+            "Searches on %s go without the Triton kernel, which is slower: it cannot be compiled or launched there "
+            "(%s: %s).",
+            device,
+            type(error).__name__,
+            error,
+        )
+        return False
+
+
+def _has_tensor_cores(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class BlockScores:
@@ -85,7 +128,14 @@ class BlockScores:
         return scores.masked_fill_(gone, -math.inf)
 
 
-def block_maxima(values: Tensor, probes: Tensor, factors: Tensor | None, left_out: Tensor, block: int) -> Tensor:
+def block_maxima(
+    values: Tensor,
+    probes: Tensor,
+    factors: Tensor | None,
+    left_out: Tensor,
+    block: int,
+    tiles: Tiles | None = None,
+) -> Tensor:
     """The largest score of each block of rows for each query, ``(⌈C / block⌉, B)``; the scores are never stored.
 
     Scores are ``factors · values @ probes``. On tensor cores, with float32 accumulation: bfloat16 and float16 values
@@ -99,9 +149,13 @@ def block_maxima(values: Tensor, probes: Tensor, factors: Tensor | None, left_ou
         factors: what each row is multiplied with, float32 ``(C,)``, or None for 1.
         left_out: rows that count as −∞, bool ``(C,)``.
         block: rows in a block; a divisor of 128.
+        tiles: how the product is cut up; by default what suits the batch.
     """
     rows, dim = values.shape
     batch_size = probes.shape[1]
+    if values.stride(1) != 1:  # each row is read as it lies in memory
+        values = values.contiguous()
+    tiles = tiles or Tiles(queries=64 if batch_size <= 64 else 128)
     count = triton.cdiv(rows, block)
     maxima = torch.empty(count, batch_size, device=values.device)
     if values.dtype in (torch.bfloat16, torch.float16, torch.int8):
@@ -114,33 +168,36 @@ def block_maxima(values: Tensor, probes: Tensor, factors: Tensor | None, left_ou
         split = torch.stack(parts).contiguous()
     else:
         split = probes[None].contiguous()
-    grid = (triton.cdiv(rows, _TILE_ROWS), triton.cdiv(batch_size, _TILE_QUERIES))
-    _block_maxima[grid](
-        values,
-        split,
-        values if factors is None else factors,
-        left_out,
-        maxima,
-        rows,
-        batch_size,
-        count,
-        values.stride(0),
-        DIM=dim,
-        PARTS=len(split),
-        HAS_FACTORS=factors is not None,
-        # Triton's interpreter has no products in bfloat16.
-        IN_FLOAT32=split.dtype == torch.float32 or triton.knobs.runtime.interpret,
-        BLOCK=block,
-        TILE_ROWS=_TILE_ROWS,
-        TILE_QUERIES=_TILE_QUERIES,
-        TILE_DIM=_TILE_DIM,
-    )
+    grid = (triton.cdiv(rows, tiles.rows) * triton.cdiv(batch_size, tiles.queries),)
+    with torch.cuda.device_of(values):  # Triton launches on the present device, whatever it is given
+        _block_maxima[grid](
+            values,
+            split,
+            values if factors is None else factors,
+            left_out,
+            maxima,
+            rows,
+            batch_size,
+            count,
+            values.stride(0),
+            DIM=dim,
+            PARTS=len(split),
+            HAS_FACTORS=factors is not None,
+            # Triton's interpreter has no products in bfloat16.
+            IN_FLOAT32=split.dtype == torch.float32 or triton.knobs.runtime.interpret,
+            BLOCK=block,
+            TILE_ROWS=tiles.rows,
+            TILE_QUERIES=tiles.queries,
+            TILE_DIM=tiles.dim,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
     return maxima
 
 
 if triton is not None:
-
-    @triton.jit  # type: ignore[untyped-decorator]
+    # Not one kernel for numbers of rows that 16 divides and another for the others.
+    @triton.jit(do_not_specialize=("rows", "count"))  # type: ignore[untyped-decorator]
     def _block_maxima(  # type: ignore[no-untyped-def]  # Triton reads annotations as types of its own
         values,
         split,
@@ -160,8 +217,11 @@ if triton is not None:
         TILE_QUERIES: tl.constexpr,
         TILE_DIM: tl.constexpr,
     ):
-        row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-        query = tl.program_id(1) * TILE_QUERIES + tl.arange(0, TILE_QUERIES)
+        # Programs that read the same rows for other queries follow one another: they find them in the L2 cache.
+        of_queries = tl.cdiv(batch_size, TILE_QUERIES)
+        tile = tl.program_id(0).to(tl.int64) // of_queries
+        row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        query = tl.program_id(0) % of_queries * TILE_QUERIES + tl.arange(0, TILE_QUERIES)
         scores = tl.zeros((TILE_ROWS, TILE_QUERIES), dtype=tl.float32)
         for start in range(0, DIM, TILE_DIM):
             coordinate = start + tl.arange(0, TILE_DIM)
@@ -192,7 +252,7 @@ if triton is not None:
         # A maximum would drop what is not a number; as +∞ it is looked at, and found.
         scores = tl.where(scores != scores, float("inf"), scores)
         of_block = tl.max(tl.reshape(scores, (TILE_ROWS // BLOCK, BLOCK, TILE_QUERIES)), axis=1)
-        number = tl.program_id(0).to(tl.int64) * (TILE_ROWS // BLOCK) + tl.arange(0, TILE_ROWS // BLOCK)
+        number = tile * (TILE_ROWS // BLOCK) + tl.arange(0, TILE_ROWS // BLOCK)
         tl.store(
             maxima + number[:, None] * batch_size + query[None, :],
             of_block,

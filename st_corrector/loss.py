@@ -402,13 +402,15 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         """
         with returning_also(self.model, [column.origin for column in earlier]):
             embeddings = self.model(features)["sentence_embedding"]
+        # In float32, in which the search and the loss compare them, and gradients are summed up.
+        embeddings = embeddings.float()
         return Column([embeddings.detach().requires_grad_(torch.is_grad_enabled())], embeddings)
 
     def _connected(self, loss: Tensor, columns: list[Column]) -> Tensor:
         """``loss`` with the gradients that the columns' pieces have gathered, on their way to the encoder."""
         # Its derivative by what the encoder has said is what calculate_loss has found.
         terms = [(column.origin * column.pieces[0].grad).sum() for column in columns]
-        linear = torch.stack([term.float() for term in terms]).sum()
+        linear = torch.stack(terms).sum()
         return loss + (linear - linear.detach())
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Candidates, *, with_backward: bool = False) -> Tensor:
@@ -621,7 +623,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             for start in range(first, end, _REFRESHED_AT_ONCE)
         )
         on_device = (block.to(old.cache.device) for block in blocks)
-        cache = EmbeddingCache.from_blocks(on_device, old.cache.dtype, first, len(self.corpus))
+        cache = EmbeddingCache.from_blocks(on_device, old.cache.dtype, first, len(self.corpus), rows=end - first)
         self.targets_reencoded += len(self.corpus)
         self.refreshed = True
         self._search = self._make_search(cache, type(old.corrector)(**old.corrector.config))

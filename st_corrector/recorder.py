@@ -206,7 +206,7 @@ def _choices(loss: CorrectedMultipleNegativesLoss, positions: list[int], step: i
     corrector = loss._identity if loss._is_warming_up else training.corrector
     search = CorrectedSearch(training.cache, corrector, normalize=training.normalize, processes=training.processes)
     search.overlay = training.overlay
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # seeds are drawn on the CPU, whatever is searched on
         selection = loss.selector.select(search, queries, known, positive_scores, rows_of_positives, encode)
     found: list[tuple[str, str, Choice]] = []
     for number, (query, answers) in enumerate(zip(asked["text"], asked["answers"], strict=True)):

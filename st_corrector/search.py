@@ -21,16 +21,20 @@ from .errors import CacheError, InputError
 from .gumbel import gumbel_noise
 from .kernels import BlockScores, usable
 from .overlay import Overlay
+from .precision import in_float32
 from .scoring import Buffers, ChunkScores, Excluded, Scorer
 from .shard import Shard
 from .streaming import on_device
-from .topk import NO_ROW, RunningTopK
+from .topk import BLOCK, NO_ROW, RunningTopK
 
 Sampler = Literal["top_k", "gumbel", "mixed", "uniform"]
 SAMPLERS: tuple[Sampler, ...] = ("top_k", "gumbel", "mixed", "uniform")
 _UNIT = 1e-6  # how far from 1 rounding takes the norm of a float32 unit vector
 _SCORES = {"cpu": 1 << 23, "cuda": 1 << 25}
 """Scores that are held at once, where nothing else is asked for: each time costs some thirty small operations."""
+_MAXIMA = 1 << 23
+"""Maxima of blocks that are held at once where nothing else is: the kernel scores rows faster than small operations
+follow one another, so that its chunks are larger."""
 _STRIP = 2_048
 """Rows that a CPU scores at once, and twice as many as it corrects; a multiple of :class:`RunningTopK`'s blocks."""
 _LIBRARIES = 8 << 20  # what the matrix products' own library packs its operands into
@@ -93,6 +97,8 @@ class CorrectedSearch:
         self._factors: Tensor | None = None
         self._passed = False
         self._buffers = Buffers()
+        self.use_kernel = True
+        """Whether scores may be left to the Triton kernel, where it runs (:func:`.kernels.usable`)."""
         self.steps = 0
         """Steps of the loss since the cache was built, as far as this search has seen them."""
 
@@ -113,7 +119,7 @@ class CorrectedSearch:
         device = torch.device(device)
         rows, dim = min(len(self.cache), self._chunk_size(batch_size, device)), self.cache.dim
         strip = min(rows, _STRIP) if device.type == "cpu" else rows
-        staged = rows * dim * self.cache.dtype.itemsize * 2 if device != self.cache.device else 0
+        staged = rows * dim * self.cache.dtype.itemsize * 3 if device != self.cache.device else 0
         return {
             # Scores, and copies where some are masked; vectors in float32, and what the corrector makes of them.
             f"scores of {rows:,} rows": staged + 12 * rows * batch_size,
@@ -128,6 +134,10 @@ class CorrectedSearch:
             return self.chunk_size
         strips = _SCORES.get(device.type, _SCORES["cpu"]) // max(1, batch_size) // _STRIP
         return _STRIP * min(max(1, strips), 128)
+
+    def _keeps_only_maxima(self, device: torch.device) -> bool:
+        """Whether a search by the kernel neither copies nor converts nor corrects the cache's vectors."""
+        return self.corrects_queries and self._passed and self.cache.device == device
 
     def cached(self, rows: Tensor) -> Tensor:
         """What the cache has of ``rows``, whatever was written over it: float32, ``(n, d)``, on their device."""
@@ -177,6 +187,7 @@ class CorrectedSearch:
         return pulled
 
     @torch.no_grad()
+    @in_float32
     def search(
         self,
         queries: Tensor,
@@ -217,11 +228,13 @@ class CorrectedSearch:
         largest, sampled = RunningTopK(batch_size, k - drawn, device), RunningTopK(batch_size, k, device)
         too_similar = torch.zeros(batch_size, dtype=torch.int64, device=device)
         # Where only the largest are wanted, scores need not be stored to find them.
-        fused = sampler == "top_k" and limit is None and usable(device)
+        fused = self.use_kernel and sampler == "top_k" and limit is None and usable(device)
         # Noise takes more memory than scores do.
         chunk_size = self._chunk_size(batch_size, device)
         if drawn:
             chunk_size = max(1, chunk_size // 8)
+        elif fused and self.chunk_size is None and self._keeps_only_maxima(device):
+            chunk_size = max(chunk_size, _MAXIMA * BLOCK // max(batch_size, BLOCK))
         chunks = on_device(self.cache.chunks(chunk_size), device)
         if fused:
             for first_row, chunk in chunks:
@@ -269,6 +282,7 @@ class CorrectedSearch:
         )
 
     @torch.no_grad()
+    @in_float32
     def score(self, queries: Tensor, rows: Tensor) -> Tensor:
         """Corrected scores of given ``rows`` ``(B, k)``, which this process holds: ``(B, k)``, −∞ for row −1."""
         here = rows.clamp(min=self.cache.first_row).flatten()
@@ -364,14 +378,16 @@ class CorrectedSearch:
         pairs = None if excluded is None else excluded.between(first_row, end)
         scores = BlockScores(*scorer.operands(chunk.values, factors), left_out, pairs)
         best.update_blocks(scores.maxima, scores.of, first_row)
-        if len(written):
-            keys = self._of_written(scorer, self.overlay.vectors[slots])
+        at_once = self._chunk_size(len(scorer.offset), written.device)
+        for start in range(0, len(written), at_once):
+            places = written[start : start + at_once]
+            keys = self._of_written(scorer, self.overlay.vectors[slots[start : start + at_once]])
             if pairs is not None:
                 slot = torch.full_like(left_out, -1, dtype=torch.int64)
-                slot[written] = torch.arange(len(written), device=written.device)
+                slot[places] = torch.arange(len(places), device=places.device)
                 place, query = slot[pairs[0]], pairs[1]
                 keys[place[place >= 0], query[place >= 0]] = -math.inf
-            best.take(keys, written + first_row)
+            best.take(keys, places + first_row)
 
     def _factors_of(self, chunk: Shard, first_row: int) -> Tensor | None:
         """What the rows of a chunk are multiplied with before they are corrected, ``(C,)``; None for 1."""

@@ -43,6 +43,13 @@ class Shard(NamedTuple):
         """Some of its rows."""
         return self.map(lambda each: each[rows])
 
+    def copy_(self, source: Shard) -> Shard:
+        """Take over the numbers of ``source``, of equal shape and dtype on any device; returns itself."""
+        self.values.copy_(source.values)
+        if self.scales is not None and source.scales is not None:
+            self.scales.copy_(source.scales)
+        return self
+
     def not_finite(self) -> Tensor:
         """Positions of rows that hold what is NaN or infinite, ``(m,)``."""
         checked = self.values if self.scales is None else self.scales[:, None]

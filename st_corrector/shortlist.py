@@ -17,6 +17,7 @@ from .errors import InputError
 from .index import FaissIndex
 from .memory import require_memory
 from .overlay import Overlay
+from .precision import in_float32
 from .scoring import ChunkScores, Excluded, Scorer
 from .search import CorrectedSearch, Found, Sampler
 from .staleness import overlap_at_k
@@ -102,6 +103,7 @@ class ShortlistSearch(CorrectedSearch):
             self._source = self._make_source(cache, normalize)
 
     @torch.no_grad()
+    @in_float32
     def search(
         self,
         queries: Tensor,
@@ -212,7 +214,8 @@ class ShortlistSearch(CorrectedSearch):
         require_memory({f"corrected copy, {len(self.cache):,} × {self.cache.dim} in bfloat16": size}, device)
         rows = torch.arange(self.cache.first_row, self.cache.end, device=device)
         blocks = (self.corrector(self._stale_here(some)) for some in rows.split(_CORRECTED_AT_ONCE))
-        return EmbeddingCache.from_blocks(blocks, torch.bfloat16, self.cache.first_row, self.cache.corpus_size)
+        first, corpus_size = self.cache.first_row, self.cache.corpus_size
+        return EmbeddingCache.from_blocks(blocks, torch.bfloat16, first, corpus_size, rows=len(rows))
 
     def _measure_recall(
         self, queries: Tensor, k: int, exclude: Tensor | None, ceiling: Tensor | None, found: Found

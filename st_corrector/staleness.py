@@ -74,9 +74,10 @@ class StepMetrics:
         """Add the block's time to ``seconds_<part>``: on a GPU the time between its first and last kernel."""
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+            stream = torch.cuda.current_stream(device)
+            start.record(stream)
             yield
-            end.record()
+            end.record(stream)
             self._events.append((part, start, end))
             if len(self._events) > _EVENTS_KEPT:  # nobody may ever ask
                 self._count_events(_EVENTS_KEPT // 2)

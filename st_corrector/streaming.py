@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -15,7 +16,7 @@ def on_device(chunks: Iterable[tuple[int, Shard]], device: torch.device) -> Iter
 
     Chunks that are there already are passed on as they are. Otherwise each goes through one of two blocks of pinned
     memory, from which the GPU copies by itself, on a stream of its own: reading from disk, copying and computing
-    overlap, and the GPU holds two chunks at a time.
+    overlap, and the GPU holds three chunks at a time, the one that was asked for last and two that follow it.
     """
     copying: torch.cuda.Stream | None = None
     staging: list[tuple[Shard, torch.cuda.Event]] = []
@@ -24,14 +25,13 @@ def on_device(chunks: Iterable[tuple[int, Shard]], device: torch.device) -> Iter
         if chunk.values.device == device or device.type != "cuda":
             yield row, chunk.map(lambda each: each.to(device))
             continue
-        copying = copying or torch.cuda.Stream(device)
+        copying = copying or _stream_for_copies(device)
         if len(staging) < 2 or len(staging[number % 2][0].values) < len(chunk.values):
             pinned = chunk.map(lambda each: torch.empty_like(each, pin_memory=True))
             staging[number % 2 : number % 2 + 1] = [(pinned, torch.cuda.Event())]
         pinned, read = staging[number % 2]
         read.synchronize()  # the copy before the last has left this block
-        here = pinned.at(slice(0, len(chunk.values)))
-        _copy(chunk, here)
+        here = pinned.at(slice(0, len(chunk.values))).copy_(chunk)
         with torch.cuda.stream(copying):
             arrived = here.map(lambda each: each.to(device, non_blocking=True))
             read.record(copying)
@@ -42,10 +42,10 @@ def on_device(chunks: Iterable[tuple[int, Shard]], device: torch.device) -> Iter
         yield _awaited(*copied)
 
 
-def _copy(source: Shard, target: Shard) -> None:
-    for values, place in zip(source, target, strict=True):
-        if values is not None and place is not None:
-            place.copy_(values)
+@functools.cache
+def _stream_for_copies(device: torch.device) -> torch.cuda.Stream:
+    """The same every time: memory that was freed on one stream is not used again on another."""
+    return torch.cuda.Stream(device)
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:

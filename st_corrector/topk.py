@@ -67,9 +67,9 @@ class RunningTopK:
                 ``(m, 64)``, −∞ where there is no row.
             first_row: the first block's.
         """
-        # What scores_of says of the same row may be rounded otherwise.
+        # What scores_of says of the same row may be rounded otherwise: either may be the larger.
         slack = 1e-5 * maxima.nan_to_num(posinf=0.0, neginf=0.0).abs().amax(0)
-        self._look_into(maxima, scores_of, first_row, BLOCK, lambda: self._kth(maxima) - slack)
+        self._look_into(maxima + slack, scores_of, first_row, BLOCK, lambda: self._kth(maxima) - slack, rounded=True)
 
     def take(self, scores: Tensor, rows: Tensor) -> None:
         """Take in ``scores`` ``(n, B)`` of ``rows`` ``(n,)``, whatever rows these are; ties may go to either row.
@@ -109,18 +109,23 @@ class RunningTopK:
         first_row: int,
         height: int,
         kth: Callable[[], Tensor],
+        rounded: bool = False,
     ) -> None:
         """Keep what exceeds the threshold. As many scores as the ``k`` largest block maxima reach the smallest of
-        these, ``kth()``: it is asked for where the threshold lets too much through.
+        these, ``kth()``: it is asked for where the threshold lets too much through. If the maxima are ``rounded``
+        otherwise than the scores, it chooses among blocks only: fewer than ``k`` of the scores may reach it.
         """
         # Written so that what is not a number is promising, and found.
-        block, query = (~(maxima <= self._accepts_above)).nonzero(as_tuple=True)
+        accepts_above = self._accepts_above
+        block, query = (~(maxima <= accepts_above)).nonzero(as_tuple=True)
         if len(block) > 2 * self._scores.numel():
             bound = kth()
             # Just below it, since those that equal it may be needed.
             bound = torch.nextafter(bound, torch.full_like(bound, -math.inf))
-            self._accepts_above = torch.fmax(self._accepts_above, bound)
-            block, query = (~(maxima <= self._accepts_above)).nonzero(as_tuple=True)
+            accepts_above = torch.fmax(accepts_above, bound)
+            block, query = (~(maxima <= accepts_above)).nonzero(as_tuple=True)
+            if not rounded:
+                self._accepts_above = accepts_above
         if not len(block):
             return
         inside = scores_of(block, query)

@@ -12,6 +12,10 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from gpu import REASON, Results, chosen_gpus
+
+os.environ.update(chosen_gpus())
+
 import pytest
 import torch
 import transformers
@@ -102,6 +106,26 @@ def make_texts(targets: int = 200, seed: int = 0) -> tuple[list[str], list[str]]
         texts.append(" ".join(WORDS[2 * c + 1] for c in concepts + rng.choices(range(200), k=rng.randrange(4))))
         queries.append(" ".join(WORDS[2 * c] for c in concepts[:4]))
     return queries, texts
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", type=Path, help="JSON file for what the tests have come to, on which device")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (path := config.getoption("--results")) is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Results(path, [str(each) for each in config.invocation_params.args]))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip(REASON)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a test runs whose body is the same everywhere; in the normal suite only on the CPU."""
+    return torch.empty(0, device=request.param).device
 
 
 @pytest.fixture(autouse=True)

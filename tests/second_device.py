@@ -171,7 +171,7 @@ for _name in _LOWERED:
 
 # What does not work with devices that are written in Python; each stands for something that a GPU simply has.
 torch.__future__.set_swap_module_params_on_conversion(True)  # Module.to leaves parameters what they are
-_tensor, _as_tensor = torch.tensor, torch.as_tensor
+_tensor, _as_tensor, _arange = torch.tensor, torch.as_tensor, torch.arange
 _device_constructors()  # remembers torch's own functions: ``with torch.device(…)`` goes by them
 
 
@@ -183,6 +183,11 @@ def _make_tensor(data: Any, *, dtype: Any = None, device: Any = None, **settings
 def _make_as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
     made = data if isinstance(data, torch.Tensor) else _as_tensor(data)
     return made.to(dtype=dtype or made.dtype, device=device or made.device)
+
+
+def _make_arange(*bounds: Any, device: Any = None, **settings: Any) -> torch.Tensor:
+    made = _arange(*bounds, **settings)
+    return made if device is None else made.to(device)
 
 
 class _InferenceMode(torch.no_grad):
@@ -202,7 +207,8 @@ class _InferenceMode(torch.no_grad):
             torch.set_grad_enabled(False)
 
 
-torch.tensor, torch.as_tensor, torch.inference_mode = _make_tensor, _make_as_tensor, _InferenceMode  # type: ignore
+torch.tensor, torch.as_tensor, torch.arange = _make_tensor, _make_as_tensor, _make_arange  # type: ignore
+torch.inference_mode = _InferenceMode  # type: ignore
 
 
 if __name__ == "__main__":

@@ -62,6 +62,22 @@ def test_a_saved_cache_is_the_cache(tmp_path, dtype):
         cache.save(tmp_path / "cache")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_blocks_of_known_rows_become_one_piece(dtype):
+    vectors = torch.randn(3_000, 8)
+    many = EmbeddingCache.from_blocks(vectors.split(700), dtype, first_row=5, corpus_size=4_000)
+    cache = EmbeddingCache.from_blocks(vectors.split(700), dtype, first_row=5, corpus_size=4_000, rows=3_000)
+    assert [len(list(each.chunks(3_000))) for each in (many, cache)] == [5, 1]
+    assert (cache.first_row, cache.end, cache.corpus_size, cache.nbytes) == (5, 3_005, 4_000, many.nbytes)
+    assert torch.equal(cache[range(5, 3_005)], many[range(5, 3_005)])
+    for rows, found in ((2_900, "more"), (3_100, "3,000"), (10, "more")):
+        with pytest.raises(CacheError, match=f"Expected embeddings of {rows:,} rows, got {found}"):
+            EmbeddingCache.from_blocks(vectors.split(700), dtype, rows=rows)
+    vectors[1_234, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match="row 1239 "):
+        EmbeddingCache.from_blocks(vectors.split(700), dtype, first_row=5, corpus_size=4_000, rows=3_000)
+
+
 def test_a_cache_changes_its_dtype_in_memory(static_model, corpus, tmp_path, monkeypatch):
     exact = EmbeddingCache.build(static_model, corpus, tmp_path / "exact", shard_size=64, progress=False)
     for dtype in (torch.float32, torch.float16, torch.int8):

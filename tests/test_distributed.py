@@ -45,7 +45,7 @@ def launch(folder, processes, *arguments, check=True):
 
 def results(folder, processes, name="run", case=0):
     return [
-        torch.load(folder / str(case) / f"results-{name}-{rank}-of-{processes}.pt", weights_only=True)
+        torch.load(folder / str(case) / f"results-{name}-{rank}-of-{processes}.pt", "cpu", weights_only=True)
         for rank in range(processes)
     ]
 

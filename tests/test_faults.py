@@ -30,7 +30,7 @@ from st_corrector.checkpoint import fault_of
 def train(folder, case, save_every, name, resume, derived, ready):
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = derived
-    settings = {"steps": 20, "batch_size": 16, "kill_at": None, "kill_rank": None}
+    settings = {"steps": 20, "batch_size": 16, "kill_at": None, "kill_rank": None, "bf16": False}
     ready.set()
     training.run(folder, case, argparse.Namespace(name=name, save_every=save_every, resume=resume, **settings))
 

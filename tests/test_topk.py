@@ -80,3 +80,20 @@ def test_what_is_not_a_number_is_refused_with_its_row():
         scores[row, 1] = math.nan
         with pytest.raises(InputError, match=f"The score of row {1000 + row} is not a number"):
             RunningTopK(3, 5).update(scores, 1000)
+
+
+@pytest.mark.parametrize("error", [0.0, 8e-6, -8e-6])
+def test_maxima_that_are_rounded_otherwise_than_the_scores_lose_none(error):
+    """As a kernel's are, whose sums go in another order: scores here are nearer to one another than that."""
+    scores = 1 + 1e-6 * torch.randn(64 * 50, 3, generator=torch.Generator().manual_seed(0))
+    blocks = scores.view(-1, 64, 3)
+    for chunk in (5, 50):
+        best = RunningTopK(3, 4)
+        for first in range(0, 50, chunk):
+            here = blocks[first : first + chunk]
+            rounding = torch.linspace(-abs(error), error, len(here))[:, None]
+            best.update_blocks(
+                here.amax(1) + rounding, lambda block, query, here=here: here[block, :, query], 64 * first
+            )
+        expected = naive(scores.T, 4)
+        assert torch.equal(best.best[0].double(), expected[0]) and torch.equal(best.best[1], expected[1])

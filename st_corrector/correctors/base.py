@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError, NonFiniteError
+from ..precision import in_float32
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -94,6 +95,7 @@ class Corrector(ABC):
         """Between which embeddings it maps; known when it has been trained and saved, or fitted."""
 
     @torch.no_grad()
+    @in_float32
     def __call__(self, stale: Tensor) -> Tensor:
         """:meth:`forward`, without gradient."""
         return self.forward(stale)
@@ -149,6 +151,7 @@ class Corrector(ABC):
             Metrics to log, as scalars; ``"correction_loss"`` is the loss before this step, if there is one.
         """
 
+    @in_float32
     def learn(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
         """:meth:`fit_step`, all of it or nothing.
 
@@ -175,6 +178,7 @@ class Corrector(ABC):
         return metrics
 
     @torch.no_grad()
+    @in_float32
     def pull_back(self, fresh: Tensor) -> PullBack:
         """Fresh embeddings in the stale frame: ``z'`` for which the present corrector gives ``h(z') = g(y)``.
 
