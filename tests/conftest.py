@@ -122,9 +122,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(REASON)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[os.environ.get("ACCELERATE_TORCH_DEVICE", "cpu"), pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where a test runs whose body is the same everywhere; in the normal suite only on the CPU."""
+    """Where a test runs whose body is the same everywhere; in the normal suite only on the CPU, or on what stands for
+    another device there (:mod:`second_device`).
+    """
     return torch.empty(0, device=request.param).device
 
 

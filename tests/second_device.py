@@ -1,8 +1,9 @@
 """A device of its own kind that computes on the CPU: what mixes it with the CPU fails as it would with a GPU.
 
     python tests/second_device.py SCRIPT ARGUMENT…
+    PYTHONPATH=tests python -m pytest -p second_device tests/test_gpu.py
 
-runs a script in whose process there is ``torch.device("second")``, and where that is what is trained on. Every
+In such a process there is ``torch.device("second")``, and it is that which is trained on, and tested. Every
 operation on its tensors runs on the CPU tensors inside them, so that results are the CPU's, bit for bit; but tensors of
 both devices in one operation, a CPU generator for its random numbers, ``numpy()`` of its tensors and pinned memory on
 it are errors. Indices may lie on the CPU, as they may for CUDA. What only CUDA has (streams, events, kernels) it has
@@ -211,13 +212,15 @@ torch.tensor, torch.as_tensor, torch.arange = _make_tensor, _make_as_tensor, _ma
 torch.inference_mode = _InferenceMode  # type: ignore
 
 
-if __name__ == "__main__":
-    os.environ["ACCELERATE_TORCH_DEVICE"] = NAME
-    import accelerate.accelerator
-    import transformers.training_args
+# These come after what they are to find.
+os.environ["ACCELERATE_TORCH_DEVICE"] = NAME
+import accelerate.accelerator  # noqa: E402
+import transformers.training_args  # noqa: E402
 
-    accelerate.accelerator.is_bf16_available = lambda *_, **__: True
-    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+accelerate.accelerator.is_bf16_available = lambda *_, **__: True
+transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+
+if __name__ == "__main__":
     del sys.argv[0]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
     runpy.run_path(sys.argv[0], run_name="__main__")

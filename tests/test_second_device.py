@@ -1,14 +1,18 @@
 """Trainings on a device that is not the CPU (:mod:`second_device`) against the same trainings on the CPU.
 
 The device's arithmetic is the CPU's, so that every number must be the same; what stays on the wrong device is an error.
+What the test suite's GPU part does is done there as well.
 """
 
 import json
+import os
+import re
 import subprocess
 import sys
 
+import pytest
 import torch
-from test_distributed import HERE, environment, results
+from test_distributed import HERE, SOME, environment, results
 from training import CASES, TRANSFORMERS
 
 
@@ -23,10 +27,13 @@ def without_seconds(log):
     return [{name: value for name, value in entry.items() if not name.startswith("seconds")} for entry in log]
 
 
-def test_every_case_trains_on_another_device_as_on_the_cpu(tmp_path):
+@pytest.mark.parametrize(
+    "cases", [SOME, pytest.param([case for case in CASES if case not in SOME], marks=pytest.mark.long)]
+)
+def test_every_case_trains_on_another_device_as_on_the_cpu(tmp_path, cases):
     for name in ("cpu", "second"):
-        train(tmp_path / name, name, "--steps", "8")
-    for number, case in enumerate(CASES):
+        train(tmp_path / name, name, "--steps", "8", "--cases", json.dumps(cases))
+    for number, case in enumerate(cases):
         (cpu,), (second,) = (results(tmp_path / name, 1, case=number) for name in ("cpu", "second"))
         assert (cpu["device"], second["device"]) == ("cpu", "second"), case
         assert any(not torch.equal(cpu["before"][name], value) for name, value in cpu["model"].items()), "it trained"
@@ -49,6 +56,7 @@ def test_autocast_on_another_device(tmp_path):
         assert all(value.dtype != torch.bfloat16 for value in [*found["model"].values(), *found["overlay"].values()])
 
 
+@pytest.mark.long
 def test_a_run_on_another_device_resumes_bit_for_bit(tmp_path):
     arguments = ("second", "--cases", '["mixed, stale warm-up"]', "--save_every", "4")
     train(tmp_path / "whole", *arguments, "--steps", "8")
@@ -58,3 +66,16 @@ def test_a_run_on_another_device_resumes_bit_for_bit(tmp_path):
     assert cut["began_at"] == 4
     for part in ("model", "corrector", "overlay", "steps"):
         torch.testing.assert_close(cut[part], whole[part], atol=0, rtol=0)
+
+
+@pytest.mark.long
+def test_the_gpu_part_of_the_suite_passes_on_another_device(tmp_path):
+    """What has nothing of CUDA in it: a tensor on the wrong device is found without a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "second_device", "-p", "no:cacheprovider", "--tb", "short"]
+    command += ["-m", "not long and not gpu", str(HERE / "test_gpu.py"), str(HERE / "test_gpu_training.py")]
+    own = {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**environment(tmp_path), **own}, cwd=HERE.parent, timeout=500
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 40, done.stdout[-2000:]
