@@ -728,7 +728,7 @@ def tf32():
 
 @GPU_AND_LONG
 @pytest.mark.parametrize("name", ["identity", "ridge", "mlp"])
-def test_with_tf32_as_many_rows_are_found_and_nearly_the_best(device, path, tf32, name):
+def test_a_search_is_exact_where_the_training_loop_has_tf32(device, path, tf32, name):
     generator = torch.Generator().manual_seed(0)
     vectors = F.normalize(torch.randn(30_000, 128, generator=generator), dim=-1)
     queries = F.normalize(torch.randn(64, 128, generator=generator), dim=-1)
@@ -736,8 +736,27 @@ def test_with_tf32_as_many_rows_are_found_and_nearly_the_best(device, path, tf32
     exact = queries.double() @ in_float64(corrector)(vectors.double()).T
     search = CorrectedSearch(EmbeddingCache.from_tensor(vectors).to(device), corrector)
     for _ in range(2):
-        # TF32 keeps ten bits of each factor; of unit vectors.
-        assert_best(search.search(queries.to(device), 50), exact, 50, 2 * 2**-10)
+        assert_best(search.search(queries.to(device), 50), exact, 50, 8 * 128**0.5 * EPSILON)
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_searching_and_learning_leave_tf32_and_come_back_to_it(device, tf32):
+    class Watched(MLPCorrector):
+        seen = set()
+
+        def unnormalized(self, stale):
+            self.seen.add(torch.backends.cuda.matmul.fp32_precision)
+            return super().unnormalized(stale)
+
+    vectors = F.normalize(torch.randn(300, 16), dim=-1).to(device)
+    corrector = Watched(16).to(device)
+    search = CorrectedSearch(EmbeddingCache.from_tensor(vectors).to(device), corrector)
+    search.search(vectors[:5], 3)
+    corrector(vectors)
+    corrector.learn(vectors[:50], vectors[50:100], vectors[:5], 20.0)
+    with pytest.raises(InputError):
+        search.search(vectors[:5] * torch.nan, 3)
+    assert corrector.seen == {"ieee"} and torch.get_float32_matmul_precision() == "high"
 
 
 TWO_GPUS = """

@@ -161,12 +161,15 @@ class Corrector(ABC):
         before = self.state_dict()
         try:
             metrics = self.fit_step(stale, fresh, queries, scale)
-            for name, value in self.state_dict().items():
-                if not torch.isfinite(value).all():
-                    raise NonFiniteError(
-                        f"{name} of {self!r} has become NaN or infinite: its settings, or the embeddings' lengths "
-                        f"(up to {float(fresh.norm(dim=-1).max()):.3g}), are too much for float32."
-                    )
+            after = self.state_dict()
+            # Asked once of all: each answer is waited for, where a GPU has to give it.
+            answers = [torch.isfinite(value).all().to(fresh.device) for value in after.values()]
+            finite = torch.stack(answers).tolist() if answers else []
+            if not all(finite):
+                raise NonFiniteError(
+                    f"{list(after)[finite.index(False)]} of {self!r} has become NaN or infinite: its settings, or the "
+                    f"embeddings' lengths (up to {float(fresh.norm(dim=-1).max()):.3g}), are too much for float32."
+                )
         except (NonFiniteError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # public, but not in __all__
             self.load_state_dict(before)
             if isinstance(error, NonFiniteError):
