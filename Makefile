@@ -14,12 +14,17 @@ ONE    := OMP_NUM_THREADS=1
 NQ     ?= ../shared/data/nq
 PRESET ?= cpu
 # A smoke test's figures are no results.
-RESULTS = $(if $(filter smoke,$(PRESET)),outputs/smoke-results,benchmarks/results)
+RESULTS = $(or $(if $(filter smoke,$(PRESET)),outputs/smoke-results),$(if $(filter gpu,$(PRESET)),$(GPU_RESULTS)/study),benchmarks/results)
+GPU_RESULTS := benchmarks/results/gpu
+# Runs of the study side by side on a GPU, and after how many minutes no further one is started (if anything).
+AT_ONCE ?= 4
+MINUTES ?=
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-long test-oldest lint bench bench-selection report synthetic docs package clean
+.PHONY: demo test test-long test-oldest test-gpu lint bench bench-selection bench-step bench-gpu report synthetic docs \
+        package clean
 
 demo: $(VENV)/.installed  ## code search over the installed packages, trained in minutes
 	$(BIN)/python recipes/quickstart.py
@@ -29,6 +34,9 @@ test: $(VENV)/.installed  ## the test suite, offline
 
 test-long: $(VENV)/.installed  ## the tests that take minutes
 	$(ONE) $(BIN)/python -m pytest -q -m long
+
+test-gpu: $(VENV)/.installed  ## the tests that need a GPU
+	$(ONE) $(BIN)/python -m pytest -q -m gpu -n 8 --dist worksteal --results $(GPU_RESULTS)/tests.json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -40,11 +48,26 @@ bench: $(VENV)/.installed  ## the study on NQ=<BEIR folder>, PRESET=smoke|cpu|gp
 report: $(VENV)/.installed  ## the report of committed results, from their JSON
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/selection_report.py
+	$(BIN)/python benchmarks/step_report.py
 	$(BIN)/python benchmarks/reliability_report.py
+	test ! -d $(GPU_RESULTS)/study || $(BIN)/python benchmarks/report.py --results $(GPU_RESULTS)/study
 
 bench-selection: $(VENV)/.installed  ## what a search costs, at every size; finished settings are kept
 	$(BIN)/python benchmarks/selection.py --dataset $(NQ)
 	$(BIN)/python benchmarks/selection_report.py
+
+bench-step: $(VENV)/.installed  ## what a training step costs; finished settings are kept
+	$(BIN)/python benchmarks/step.py --dataset $(NQ) --preset cpu
+	$(BIN)/python benchmarks/step_report.py
+
+bench-gpu: export TOKENIZERS_PARALLELISM = true
+bench-gpu: $(VENV)/.installed  ## everything that needs a GPU: tests, selection, step, study; finished parts are kept
+	$(MAKE) test-gpu
+	$(BIN)/python benchmarks/selection.py --dataset $(NQ) --device cuda
+	$(BIN)/python benchmarks/step.py --dataset $(NQ) --preset gpu
+	$(BIN)/python benchmarks/strategies.py --dataset $(NQ) --preset gpu --at_once $(AT_ONCE) \
+	    $(if $(MINUTES),--minutes $(MINUTES))
+	$(MAKE) report
 
 synthetic: $(VENV)/.installed  ## the synthetic study of how far a corrector can follow
 	$(BIN)/python recipes/synthetic_staleness.py --output benchmarks/results/synthetic
