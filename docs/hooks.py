@@ -12,6 +12,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 _ALSO = (
+    "benchmarks/README.md",
     "benchmarks/results/**/README.md",
     "benchmarks/results/**/*.png",
     "benchmarks/results/*.json",

@@ -229,7 +229,7 @@ def test_no_run_of_the_study_would_have_lost_its_corrector():
     """What the rule's margin and patience were set by."""
     excess = [
         (entry["corrected_error"] - entry["drift"], entry["step"])
-        for file in (ROOT / "benchmarks" / "results").glob("*/*-seed*.json")
+        for file in (ROOT / "benchmarks" / "results").rglob("*-seed*.json")
         for entry in json.loads(file.read_text()).get("log", [])  # carried-over indices have none
         if {"corrected_error", "drift"} <= entry.keys()
     ]
