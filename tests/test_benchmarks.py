@@ -108,6 +108,7 @@ def test_the_smoke_preset_runs_side_by_side_loses_one_resumes_and_is_reported(be
     assert (ROOT / "README.md").read_bytes() == readme
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_study_for_a_gpu_runs_in_bfloat16_and_stops_when_its_time_is_up(beir, minilm_path, tmp_path):
     study = [BENCHMARKS / "strategies.py", "--preset", "gpu", "--smoke", "--dataset", beir, "--seeds", 0]

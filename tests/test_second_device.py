@@ -47,6 +47,7 @@ def test_every_case_trains_on_another_device_as_on_the_cpu(tmp_path, cases):
             torch.testing.assert_close(second[part], cpu[part], atol=0, rtol=0, equal_nan=True)
 
 
+@pytest.mark.long
 def test_autocast_on_another_device(tmp_path):
     cases = ["mlp", "verified, with background and margin", "two towers, gradient cache", "adapters"]
     train(tmp_path, "second", "--steps", "3", "--bf16", "--cases", json.dumps(cases))
