@@ -741,11 +741,11 @@ def test_a_search_is_exact_where_the_training_loop_has_tf32(device, path, tf32, 
 
 
 def test_searching_and_learning_leave_tf32_and_come_back_to_it(device, tf32):
-    class Watched(MLPCorrector):
-        seen = set()
+    seen = set()
 
+    class Watched(MLPCorrector):
         def unnormalized(self, stale):
-            self.seen.add(torch.backends.cuda.matmul.fp32_precision)
+            seen.add(torch.backends.cuda.matmul.fp32_precision)
             return super().unnormalized(stale)
 
     vectors = F.normalize(torch.randn(300, 16), dim=-1).to(device)
@@ -756,7 +756,7 @@ def test_searching_and_learning_leave_tf32_and_come_back_to_it(device, tf32):
     corrector.learn(vectors[:50], vectors[50:100], vectors[:5], 20.0)
     with pytest.raises(InputError):
         search.search(vectors[:5] * torch.nan, 3)
-    assert corrector.seen == {"ieee"} and torch.get_float32_matmul_precision() == "high"
+    assert seen == {"ieee"} and torch.get_float32_matmul_precision() == "high"
 
 
 TWO_GPUS = """
