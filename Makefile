@@ -60,14 +60,16 @@ bench-step: $(VENV)/.installed  ## what a training step costs; finished settings
 	$(BIN)/python benchmarks/step.py --dataset $(NQ) --preset cpu
 	$(BIN)/python benchmarks/step_report.py
 
-bench-gpu: export TOKENIZERS_PARALLELISM = true
-bench-gpu: $(VENV)/.installed  ## everything that needs a GPU: tests, selection, step, study; finished parts are kept
-	$(MAKE) test-gpu
-	$(BIN)/python benchmarks/selection.py --dataset $(NQ) --device cuda
-	$(BIN)/python benchmarks/step.py --dataset $(NQ) --preset gpu
+# Each part is made whatever has become of the others; if one of them fails, so does the whole, at its end.
+bench-gpu: $(VENV)/.installed  ## everything that needs a GPU: selection, step, study, tests; finished parts are kept
+	failed=0; \
+	$(BIN)/python benchmarks/selection.py --dataset $(NQ) --device cuda || failed=1; \
+	$(BIN)/python benchmarks/step.py --dataset $(NQ) --preset gpu || failed=1; \
 	$(BIN)/python benchmarks/strategies.py --dataset $(NQ) --preset gpu --at_once $(AT_ONCE) \
-	    $(if $(MINUTES),--minutes $(MINUTES))
-	$(MAKE) report
+	    $(if $(MINUTES),--minutes $(MINUTES)) || failed=1; \
+	$(MAKE) test-gpu || failed=1; \
+	$(MAKE) report || failed=1; \
+	exit $$failed
 
 synthetic: $(VENV)/.installed  ## the synthetic study of how far a corrector can follow
 	$(BIN)/python recipes/synthetic_staleness.py --output benchmarks/results/synthetic

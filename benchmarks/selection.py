@@ -22,7 +22,9 @@ import platform
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -469,18 +471,35 @@ def main() -> None:
     def base_cache(**other: Any) -> EmbeddingCache:
         return make_cache(BASE._replace(**{"rows": args.rows or BASE.rows, **other}), some, args)
 
+    failed: list[str] = []
     for part in parts:
         if part in rest and part not in done:
-            done[part] = rest[part]()
-            print(part, done[part], flush=True)
-            keep()
-        for key, result in measured(part, vectors, questions, done["settings"], args):
+            with going_on(part, failed):
+                done[part] = rest[part]()
+                print(part, done[part], flush=True)
+                keep()
+        for key, result in measured(part, vectors, questions, done["settings"], failed, args):
             done["settings"][key] = result
             keep()
+    if failed:
+        sys.exit("\n    ".join(["Failed, for the reasons above; the same command tries again:", *failed]))
+
+
+@contextmanager
+def going_on(name: str, failed: list[str]) -> Iterator[None]:
+    """Let what fails, for want of memory say, keep nothing else from being measured."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        print("FAILS:", name, flush=True)
+        failed.append(name)
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def measured(
-    part: str, vectors: Tensor, questions: Tensor, done: dict[str, Any], args: Any
+    part: str, vectors: Tensor, questions: Tensor, done: dict[str, Any], failed: list[str], args: Any
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The settings of a part that have not been measured yet, one after the other."""
     measuring = measure_for_gpu if part in GPU_GRID else measure
@@ -493,11 +512,15 @@ def measured(
         started = time.perf_counter()
         some, queries = (F.normalize(each[:, : setting.dim], dim=-1) for each in (vectors, questions))
         kind = (setting.rows, setting.dim, setting.dtype, setting.stored)
-        if made is None or made[0] != kind:
-            made = None
-            gc.collect()
-            made = (kind, make_cache(setting, some, args))
-        result = measuring(setting, made[1], some, queries, args)
+        result: dict[str, Any] = {}
+        with going_on(key, failed):
+            if made is None or made[0] != kind:
+                made = None
+                gc.collect()
+                made = (kind, make_cache(setting, some, args))
+            result = measuring(setting, made[1], some, queries, args)
+        if not result:
+            continue
         yield key, result
         print(
             key,

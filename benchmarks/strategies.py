@@ -386,7 +386,8 @@ class Study:
         return time.monotonic() - self._began + expected_seconds(run, self.done) <= 60 * self.minutes
 
     def _start(self, run: Run) -> None:
-        environment = dict(os.environ)
+        # Set to true, tokenizing in parallel hangs in the data loader's processes; unset, it is left off there alone.
+        environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
         if self.at_once > 1:  # else each would take all cores
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.at_once)))
         arguments = command(self.dataset, run, self.outputs, self.smoke)

@@ -225,7 +225,8 @@ def one_at_a_time(shared: Path, args: CorrectorTrainingArguments) -> Iterator[No
 def evaluated_once(model: SentenceTransformer, evaluator: CorpusRetrievalEvaluator, shared: Path) -> dict[str, float]:
     """The untrained model's metrics: from beside ``shared``, if an earlier run has left them there."""
     qrels = evaluator.qrels
-    asked = [__version__, qrels.queries.to_dict(), qrels.query.tolist(), qrels.row.tolist()]
+    asking = [model.prompts, model.default_prompt_name, model.similarity_fn_name]
+    asked = [__version__, asking, qrels.queries.to_dict(), qrels.query.tolist(), qrels.row.tolist()]
     path = shared.with_name(f"{shared.name}-before-{digest_json(asked)[:12]}.json")
     if path.exists():
         metrics: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))

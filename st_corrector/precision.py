@@ -5,26 +5,29 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+Given = ParamSpec("Given")
 Returned = TypeVar("Returned")
 
 
-def in_float32(method: Callable[..., Returned]) -> Callable[..., Returned]:
-    """Leave the caller's autocast and TF32 for the time of ``method``, whose first argument is a tensor.
+def in_float32(method: Callable[Given, Returned]) -> Callable[Given, Returned]:
+    """Leave the caller's autocast and TF32 for the time of ``method``, on the device of its first tensor.
 
     A training loop that puts the whole loss under autocast, and not only the encoder as the trainers do, would have
     what is learnt added up in 8 bits of precision, and matrices of two dtypes meet. TF32, which ``tf32=True`` and
-    ``torch_compile=True`` allow on GPUs, has 10: a search by it is not exact.
+    ``torch_compile=True`` allow on GPUs, has 10: a search by it is not exact. Whether it is allowed is one setting of
+    the whole process, other threads included.
     """
 
     @functools.wraps(method)
-    def outside(self: Any, tensor: Tensor, *args: Any, **settings: Any) -> Returned:
-        with torch.autocast(tensor.device.type, enabled=False), _without_tf32():
-            return method(self, tensor, *args, **settings)
+    def outside(*args: Given.args, **settings: Given.kwargs) -> Returned:
+        device = next((each.device.type for each in (*args, *settings.values()) if isinstance(each, Tensor)), "cpu")
+        with torch.autocast(device, enabled=False), _without_tf32():
+            return method(*args, **settings)
 
     return outside
 
@@ -37,4 +40,6 @@ def _without_tf32() -> Iterator[None]:
     try:
         yield
     finally:
-        products.fp32_precision = before
+        # What was only inherited from the setting for everything is not made a setting of its own.
+        inherited = torch.backends.fp32_precision  # type: ignore[attr-defined]  # made by torch at run time
+        products.fp32_precision = "none" if before == inherited else before

@@ -110,7 +110,8 @@ def test_the_smoke_preset_runs_side_by_side_loses_one_resumes_and_is_reported(be
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_the_study_for_a_gpu_runs_in_bfloat16_and_stops_when_its_time_is_up(beir, minilm_path, tmp_path):
+def test_the_study_for_a_gpu_runs_in_bfloat16_and_stops_when_its_time_is_up(beir, minilm_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # with which the data loader's processes would hang
     study = [BENCHMARKS / "strategies.py", "--preset", "gpu", "--smoke", "--dataset", beir, "--seeds", 0]
     study += ["--regimes", "minilm-2-layers-low-coverage", "bert-from-scratch-low-coverage", "--at_once", 2]
     study += ["--results", tmp_path / "results", "--outputs", tmp_path / "outputs", "--strategies"]
@@ -279,6 +280,30 @@ for number, (corrector, dtype) in enumerate(kinds):
 (folder / "cuda.json").write_text(json.dumps(done))
 (folder / "page.md").write_text("\\n\\n".join(selection_report.gpu_page(done, folder)))
 """
+
+
+@pytest.mark.long
+def test_a_search_that_cannot_be_measured_costs_no_other(beir, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    selection = importlib.import_module("selection")
+    measure, asked = selection.measure_for_gpu, []
+
+    def failing(setting, *others):
+        asked.append(setting)
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("there is no memory left")
+        return measure(setting, *others)
+
+    monkeypatch.setattr(selection, "measure_for_gpu", failing)
+    options = ["--dataset", str(beir), "--rows", "1000", "--only", "gpu", "--turns", "1", "--seconds", "0"]
+    monkeypatch.setattr(sys, "argv", ["selection.py", *options, "--outputs", str(tmp_path)])
+    with pytest.raises(SystemExit, match="Failed, for the reasons above"):
+        selection.main()
+    kept = json.loads((tmp_path / "cpu.json").read_text())["settings"]
+    assert len(asked) == len(selection.GPU_GRID["gpu"]) == len(kept) + 1
+    assert "there is no memory left" in capsys.readouterr().err
+    selection.main()
+    assert len(json.loads((tmp_path / "cpu.json").read_text())["settings"]) == len(asked) - 1 == len(kept) + 1
 
 
 def test_measuring_for_a_gpu_mixes_no_devices(tmp_path):

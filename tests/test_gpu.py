@@ -756,7 +756,21 @@ def test_searching_and_learning_leave_tf32_and_come_back_to_it(device, tf32):
     corrector.learn(vectors[:50], vectors[50:100], vectors[:5], 20.0)
     with pytest.raises(InputError):
         search.search(vectors[:5] * torch.nan, 3)
+    search.search(queries=vectors[:5], k=3)
+    search.score(queries=vectors[:5], rows=torch.zeros(5, 1, dtype=torch.int64, device=device))
+    corrector.pull_back(fresh=corrector(stale=vectors))
     assert seen == {"ieee"} and torch.get_float32_matmul_precision() == "high"
+
+
+def test_what_is_said_of_tf32_for_everything_stays_inherited(device):
+    vectors, before = F.normalize(torch.randn(300, 16), dim=-1).to(device), torch.backends.fp32_precision
+    torch.backends.fp32_precision = "tf32"
+    try:
+        CorrectedSearch(EmbeddingCache.from_tensor(vectors), MLPCorrector(16)).search(vectors[:5], 3)
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
 
 
 TWO_GPUS = """

@@ -14,7 +14,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from test_hub_corpus import upload, write_repository
 
-from st_corrector import InputError
+from st_corrector import CorpusRetrievalEvaluator, InputError
 
 RECIPES = ROOT / "recipes"
 
@@ -454,3 +454,15 @@ def test_the_first_layers_alone_are_the_models_first_layers(recipe_module, minil
     short.save(str(tmp_path / "short"))
     again = SentenceTransformer(str(tmp_path / "short"))
     assert len(again.transformers_model.encoder.layer) == 2, "saved and loaded as what it is"
+
+
+def test_metrics_before_training_are_shared_by_models_that_ask_alike(static_model, corpus, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    common = importlib.import_module("common")
+    evaluator = CorpusRetrievalEvaluator(corpus, "train")
+    first = common.evaluated_once(static_model, evaluator, tmp_path / "model")
+    monkeypatch.setattr(evaluator, "__class__", type("Unasked", (CorpusRetrievalEvaluator,), {"__call__": None}))
+    assert common.evaluated_once(static_model, evaluator, tmp_path / "model") == first
+    static_model.prompts["query"] = "query: "
+    with pytest.raises(TypeError):  # it is asked
+        common.evaluated_once(static_model, evaluator, tmp_path / "model")
