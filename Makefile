@@ -36,6 +36,7 @@ test-long: $(VENV)/.installed  ## the tests that take minutes
 	$(ONE) $(BIN)/python -m pytest -q -m long
 
 test-gpu: $(VENV)/.installed  ## the tests that need a GPU
+	$(BIN)/python -c "import torch, sys; torch.cuda.is_available() or sys.exit('torch sees no GPU')"
 	$(ONE) $(BIN)/python -m pytest -q -m gpu -n 8 --dist worksteal --results $(GPU_RESULTS)/tests.json
 
 lint: $(VENV)/.installed

@@ -28,6 +28,7 @@ import copy
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
@@ -382,6 +383,7 @@ def measure_each(settings: list[Setting], dataset: str, outputs: Path, folder: P
     """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["sentence_transformers", "st_corrector"])  # imported once
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped; the same command goes on."))
     failed = []
     for setting in settings:
         path = folder / f"{setting.name(device(), 1)}.json"
@@ -391,7 +393,11 @@ def measure_each(settings: list[Setting], dataset: str, outputs: Path, folder: P
         print("begins:", path.stem, flush=True)
         process = processes.Process(target=measure_and_keep, args=(setting, dataset, outputs, path))
         process.start()
-        process.join()
+        try:
+            process.join()
+        finally:  # it does not outlive this one, and keep the GPU's memory
+            process.terminate()
+            process.join()
         if process.exitcode:
             failed.append(path.stem)
         print("FAILS:" if process.exitcode else "ends:", path.stem, f"{time.monotonic() - began:.0f} s", flush=True)
@@ -427,13 +433,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     given = {name: value for name, value in vars(args).items() if name in Setting._fields}
+    if args.preset == "gpu" and device() == "cpu" and not given:
+        parser.error(
+            "torch sees no GPU: see nvidia-smi and torch.version.cuda. Options make it fit a CPU."
+        )
     results = ROOT / "benchmarks" / "results"
     folder = args.results or (results / "gpu" / "step" if device() == "cuda" else results / "step")
+    if args.preset and given and not args.results:
+        folder = ROOT / "outputs" / "step"  # what is only tried out is no result
     if args.preset is None:
         setting = Setting(**given)
         path = folder / f"{setting.name(device(), int(os.environ.get('WORLD_SIZE', 1)))}.json"
+        if path.exists() and not args.results:
+            parser.error(f"{path} is there already: remove it, or name another folder by --results.")
         measure_and_keep(setting, args.dataset, args.outputs, path)
         return
     settings = dict.fromkeys(setting._replace(**given) for setting in PRESETS[args.preset])
