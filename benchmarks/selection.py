@@ -447,9 +447,7 @@ def main() -> None:
     if others := [part for part in parts if part not in possible]:
         parser.error(f"{', '.join(others)}: not with --device {args.device}; what is for a GPU is tried out by --rows")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error(
-            "torch sees no GPU: see nvidia-smi and torch.version.cuda. To try it: --device cpu --rows 3000."
-        )
+        parser.error("torch sees no GPU: see nvidia-smi and torch.version.cuda. To try it: --device cpu --rows 3000.")
     require_float32()
     # What is only tried out is no result.
     path = args.results or (args.outputs if args.rows else RESULTS[args.device]) / f"{args.device}.json"

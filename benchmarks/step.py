@@ -437,9 +437,7 @@ def main() -> None:
     args = parser.parse_args()
     given = {name: value for name, value in vars(args).items() if name in Setting._fields}
     if args.preset == "gpu" and device() == "cpu" and not given:
-        parser.error(
-            "torch sees no GPU: see nvidia-smi and torch.version.cuda. Options make it fit a CPU."
-        )
+        parser.error("torch sees no GPU: see nvidia-smi and torch.version.cuda. Options make it fit a CPU.")
     results = ROOT / "benchmarks" / "results"
     folder = args.results or (results / "gpu" / "step" if device() == "cuda" else results / "step")
     if args.preset and given and not args.results:
