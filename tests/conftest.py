@@ -135,6 +135,14 @@ def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
+@pytest.fixture(autouse=True)
+def _without_tf32() -> Iterator[None]:
+    """What a test allows (``torch_compile=True`` allows TF32, for the whole process) is not allowed to the next."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
