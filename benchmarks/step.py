@@ -109,7 +109,7 @@ class Setting(NamedTuple):
         return "-".join([device, self.encoder, str(processes), *(part.removeprefix("--") for part in rest)])
 
 
-# Counted on a CPU, the activations of 64 queries with 8 negatives each take 26 to 33 GB of BERT-base; the cache is 32 GB.
+# Counted on a CPU, activations of 64 queries with 8 negatives each take 26 to 33 GB of BERT-base; the cache is 32 GB.
 BERT = Setting("bert-base", 21_000_000, "bfloat16", bf16=True, batch_size=64, num_negatives=8, max_seq_length=128)
 MINILM = BERT._replace(encoder="transformer", batch_size=128)
 PRESETS = {
