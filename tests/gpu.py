@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -90,21 +89,15 @@ class Results:
 def _machine() -> dict[str, Any]:
     import torch
 
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+    from common import commit
+
     from st_corrector.kernels import triton
     from st_corrector.recorder import versions
 
-    found = {**versions(), **_commit(), "cuda": torch.version.cuda, "triton": getattr(triton, "__version__", None)}
+    found = {**versions(), **commit(), "cuda": torch.version.cuda, "triton": getattr(triton, "__version__", None)}
     device: dict[str, Any] = {"name": platform.processor() or platform.machine()}
     if torch.cuda.is_available():
         about = torch.cuda.get_device_properties(0)
         device = {"name": about.name, "bytes": about.total_memory, "capability": f"{about.major}.{about.minor}"}
     return {"device": device, "cpus": os.cpu_count(), "versions": found}
-
-
-def _commit() -> dict[str, str]:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
-    try:
-        return {"commit": subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}
-    except (OSError, subprocess.CalledProcessError):
-        told = os.environ.get("GIT_COMMIT")  # of a copy that is no checkout
-        return {"commit": told[:12]} if told else {}
