@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FORKS
 from sentence_transformers.base.losses import gradcache
 from training import CASES
 
@@ -254,7 +255,14 @@ def _exchange_ragged(rank, store):
 
 
 def test_processes_exchange_what_is_of_unequal_length(tmp_path):
-    torch.multiprocessing.spawn(_exchange_ragged, args=(str(tmp_path / "store"),), nprocs=3)
+    running = [
+        FORKS.Process(target=_exchange_ragged, args=(rank, tmp_path / "store"), daemon=True) for rank in range(3)
+    ]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0, 0, 0]
 
 
 def test_a_checksum_tells_one_bit():

@@ -3,6 +3,7 @@ import csv
 import gzip
 import importlib
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -139,11 +140,23 @@ def test_two_processes_run_the_recipe_as_one_does(small_nq, minilm_path, tmp_pat
         assert two["task_loss"] == pytest.approx(one["task_loss"], rel=1e-3) and two["bytes_exchanged"] > 0
 
 
-def test_an_unknown_strategy_is_refused_before_anything_is_loaded(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(RECIPES / "train_nq.py"), "--strategy", "refresh:0"], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "is not one of in-batch, mined-once, stale, corrected, exhaustive" in done.stderr
+@pytest.fixture
+def answer(monkeypatch, capsys):
+    """What a recipe answers that ends before it trains: its exit status, and what it prints."""
+
+    def of(recipe, *arguments):
+        monkeypatch.syspath_prepend(str(RECIPES))
+        monkeypatch.setattr(sys, "argv", [recipe, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(RECIPES / recipe), run_name="__main__")
+        return ended.value.code, "".join(capsys.readouterr())
+
+    return of
+
+
+def test_an_unknown_strategy_is_refused_before_anything_is_loaded(answer):
+    status, said = answer("train_nq.py", "--strategy", "refresh:0")
+    assert status == 2 and "is not one of in-batch, mined-once, stale, corrected, exhaustive" in said
 
 
 def test_options_that_a_strategy_does_not_look_at_are_refused(recipe_module, monkeypatch, capsys):
@@ -347,10 +360,11 @@ def test_train_msmarco_trains_on_ids_of_triplets_from_the_hub(small_nq, hub, min
     assert not list(hub.home.rglob("*.parquet")), "streamed, not downloaded"
 
 
-def test_train_msmarcos_help_says_what_it_is_trained_on():
-    said = run("train_msmarco.py", "--help")
-    assert "(default: mteb/msmarco)" in said and "--dataset sentence-transformers/msmarco --dataset_config" in said
-    assert "(default: int8)" in said and "natural-questions" in run("train_nq.py", "--help")
+def test_train_msmarcos_help_says_what_it_is_trained_on(answer):
+    status, said = answer("train_msmarco.py", "--help")
+    assert status == 0 and "(default: mteb/msmarco)" in said and "(default: int8)" in said
+    assert "--dataset sentence-transformers/msmarco --dataset_config" in said
+    assert "natural-questions" in answer("train_nq.py", "--help")[1]
 
 
 def test_strategies_are_parsed(recipe_module):

@@ -1,11 +1,12 @@
 import functools
 import math
-import subprocess
-import sys
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FORKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -305,34 +306,38 @@ def test_bad_searches_are_refused():
         CorrectedSearch(EmbeddingCache.from_tensor(torch.randn(6, 4)), IdentityCorrector(3))
 
 
-@pytest.mark.parametrize("made", ["RidgeCorrector(64)", "MLPCorrector(64, hidden=128)", "IdentityCorrector(64)"])
-def test_memory_stays_with_the_chunk_and_within_the_plan(made):
-    """Peak memory of a search is far below N × B scores, and was foretold."""
-    script = f"""
-import re, torch
-from st_corrector import CorrectedSearch, EmbeddingCache, IdentityCorrector, MLPCorrector, RidgeCorrector
-torch.set_num_threads(2)
-# Not ru_maxrss, which a process inherits from the one that started it.
-peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
-def search(rows, measured):
-    vectors = torch.empty(rows, 64, dtype=torch.bfloat16)
-    for some in vectors.split(16384):  # making it must not take more than searching it
-        some.copy_(torch.randn(some.shape))
-    cache = EmbeddingCache.from_tensor(vectors)
-    searching = CorrectedSearch(cache, {made})
-    queries = torch.randn(128, 64)
-    before = peak()
-    searching.search(queries, 10)
-    searching.overlay.write(torch.arange(rows // 50), torch.randn(rows // 50, 64))
-    searching.search(queries, 10, exclude=torch.arange(20))
-    if measured:
-        print(peak() - before, sum(searching.memory(128, 10, "cpu", rows_written=rows // 50).values()))
+def _search_of_known_peak(make, sender):
+    torch.set_num_threads(2)
 
-search(16384, False)  # what the libraries need for themselves
-search(1_000_000, True)
-"""
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    extra, plan = map(int, out.split())
+    def peak():
+        # Not ru_maxrss, which a process inherits from the one that started it.
+        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+    def search(rows):
+        vectors = torch.empty(rows, 64, dtype=torch.bfloat16)
+        for some in vectors.split(16384):  # making it must not take more than searching it
+            some.copy_(torch.randn(some.shape))
+        searching = CorrectedSearch(EmbeddingCache.from_tensor(vectors), make(64))
+        queries = torch.randn(128, 64)
+        before = peak()
+        searching.search(queries, 10)
+        searching.overlay.write(torch.arange(rows // 50), torch.randn(rows // 50, 64))
+        searching.search(queries, 10, exclude=torch.arange(20))
+        return peak() - before, sum(searching.memory(128, 10, "cpu", rows_written=rows // 50).values())
+
+    search(16384)  # what the libraries need for themselves
+    sender.send(search(1_000_000))
+
+
+@pytest.mark.parametrize("make", [RidgeCorrector, functools.partial(MLPCorrector, hidden=128), IdentityCorrector])
+def test_memory_stays_with_the_chunk_and_within_the_plan(make):
+    """Peak memory of a search is far below N × B scores, and was foretold."""
+    receiver, sender = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=_search_of_known_peak, args=(make, sender))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    extra, plan = receiver.recv()
     assert extra <= plan, f"{extra:,} bytes more than before, planned were {plan:,}"
     assert plan < 1_000_000 * 128 * 4 / 2, f"{plan:,} bytes planned: as if all scores were held"
     assert extra > plan / 20, "the plan is no fantasy"
