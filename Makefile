@@ -22,6 +22,9 @@ MINUTES ?=
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Packages are installed without being compiled, which takes half the time; what is imported is, at its first import.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := -m pip install -q --no-compile
 
 .PHONY: demo test test-long test-oldest test-gpu lint bench bench-selection bench-step bench-gpu report synthetic docs \
         package clean
@@ -87,21 +90,21 @@ package: $(VENV)/.installed  ## sdist and wheel in dist/, checked, installed and
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python -m venv --clear .venv-package
-	.venv-package/bin/python -m pip install -q $(TORCH)
-	.venv-package/bin/python -m pip install -q dist/*.whl
+	.venv-package/bin/python $(INSTALL) $(TORCH)
+	.venv-package/bin/python $(INSTALL) dist/*.whl
 	cd / && "$(CURDIR)/.venv-package/bin/python" -c "import st_corrector; print(st_corrector.__version__, st_corrector.__file__)"
 	cd / && "$(CURDIR)/.venv-package/bin/st-corrector" --help
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q $(TORCH)
-	$(BIN)/python -m pip install -q -e ".[demo,dev,docs]"
+	$(BIN)/python $(INSTALL) $(TORCH)
+	$(BIN)/python $(INSTALL) -e ".[demo,dev,docs]"
 	touch $@
 
 .venv-oldest/.installed: pyproject.toml Makefile
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install -q $(OLDEST)
-	.venv-oldest/bin/python -m pip install -q -e ".[demo,dev]"
+	.venv-oldest/bin/python $(INSTALL) $(OLDEST)
+	.venv-oldest/bin/python $(INSTALL) -e ".[demo,dev]"
 	touch $@
 
 clean:

@@ -76,8 +76,7 @@ def one(tmp_path_factory):
     return results_of
 
 
-SOME = ("mlp", "ridge, gumbel, int8", "the batch's budget, in-batch warm-up", "shortlist", "evaluated", "two towers")
-SOME += ("gradient cache", "a query that breaks the encoder")
+SOME = ("mlp", "ridge, gumbel, int8", "the batch's budget, in-batch warm-up", "shortlist", "two towers")
 
 
 def assert_same_training(runs, reference, case):

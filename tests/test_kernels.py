@@ -52,7 +52,7 @@ for make, dtype, normalize in itertools.product(
         EmbeddingCache.from_blocks([vectors], dtype), trained(make(24), 24), normalize=normalize, chunk_size=900
     )
     queries, exclude = torch.randn(7, 24), torch.randint(-1, 2_000, (7, 300))
-    for k in (1, 10, 40):
+    for k in (1, 40):
         expected = None
         for usable in (False, True):
             searching.usable = lambda device: usable
@@ -63,7 +63,7 @@ for make, dtype, normalize in itertools.product(
                 assert not (found.rows[:, :, None] == exclude.masked_fill(exclude < 0, -2)[:, None, :]).any()
             expected = found
         search.overlay.write(torch.randperm(2_000)[:300], torch.randn(300, 24))
-    assert fused == 9, fused  # three searches of three chunks
+    assert fused == 6, fused  # two searches of three chunks
     fused = 0
 
 # Once all norms are known and nothing is corrected, chunks are larger; not where the caller has said how large.

@@ -75,7 +75,7 @@ def check_results(path, strategy, steps, metrics=METRICS):
 
 
 def test_train_nq_with_a_real_transformer(small_nq, minilm_path, tmp_path):
-    options = ["--max_steps", 4, "--per_device_train_batch_size", 8, "--num_negatives", 2, "--max_seq_length", 64]
+    options = ["--max_steps", 4, "--per_device_train_batch_size", 8, "--num_negatives", 2, "--max_seq_length", 32]
     options += ["--caches", tmp_path / "caches", "--output_dir", tmp_path]
     out = run("train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3, *options)
     results = check_results(tmp_path / "results.json", "corrected", 4)
