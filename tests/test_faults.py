@@ -90,7 +90,7 @@ def killed_runs(tmp_path, case, save_every, kills, seed):
 
 
 def test_a_run_killed_at_any_moment_goes_on_where_it_was(tmp_path):
-    counts = killed_runs(tmp_path, "verified, with background and margin", 1, 3, seed=1)
+    counts = killed_runs(tmp_path, "verified, with background and margin", 1, 2, seed=1)
     assert counts["went_on_from_a_checkpoint"] > 0 and counts["before_its_end"] > 0
 
 
