@@ -16,15 +16,29 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .corpus import Corpus
+from .errors import InputError
 from .fingerprint import max_lengths, modules_fingerprint, tokenizer_fingerprint, weights_fingerprint
 
 # The prompt names that SentenceTransformer.encode_document looks for, in its order.
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
+ONE_PROCESS_FOR_SEVERAL_GPUS = (
+    "One process sees several GPUs, for which the trainer uses torch.nn.DataParallel: it cuts every batch in pieces, "
+    "and copies the model for each of them in every call. Start a process for each GPU: accelerate launch "
+    "--num_processes N script.py; or show it one: CUDA_VISIBLE_DEVICES=0."
+)
+
+
 def unwrap(model: nn.Module) -> SentenceTransformer:
-    """The SentenceTransformer inside what DistributedDataParallel and torch.compile put around it."""
+    """The SentenceTransformer inside what DistributedDataParallel and torch.compile put around it.
+
+    Raises:
+        InputError: it is inside of DataParallel.
+    """
     while not isinstance(model, SentenceTransformer):
+        if isinstance(model, nn.DataParallel):
+            raise InputError(ONE_PROCESS_FOR_SEVERAL_GPUS)
         inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
         if inner is None:
             raise TypeError(f"Expected a SentenceTransformer, got a {type(model).__name__}.")

@@ -27,7 +27,7 @@ from .corpus import Corpus
 from .correctors import Corrector, Frames, IdentityCorrector, make_corrector
 from .correctors.saving import FOLDER as CORRECTOR_FOLDER
 from .distributed import Processes
-from .encoding import DocumentEncoder
+from .encoding import ONE_PROCESS_FOR_SEVERAL_GPUS, DocumentEncoder
 from .errors import CheckpointError, InputError, NonFiniteError, ProcessError, StorageError
 from .files import storing
 from .fingerprint import digest_json
@@ -65,8 +65,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
 
     Raises:
         InputError: a loss is to be made without a corpus, several data sets are to be trained on by several
-            processes, which may draw different ones in one step, batches of an IterableDataset are to be dispatched, or
-            the encoder's weights are to be cut between processes.
+            processes, which may draw different ones in one step, batches of an IterableDataset are to be dispatched,
+            the encoder's weights are to be cut between processes, or one process is to use several GPUs.
     """
 
     training_args_class = CorrectorTrainingArguments
@@ -102,6 +102,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
                 "equally often, while each encodes its own share of targets here: use DDP, with mini_batch_size, LoRA "
                 "or gradient checkpointing where memory is short."
             )
+        if losses and self.args.n_gpu > 1:
+            raise InputError(ONE_PROCESS_FOR_SEVERAL_GPUS)
         several = isinstance(self.train_dataset, dict) and len(self.train_dataset) > 1
         if losses and several and self.args.world_size > 1:
             raise InputError(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import make_bert_model, make_static_model, router_of
+from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from test_checkpoint import Steps
 from test_loss import same, weights
@@ -226,6 +227,29 @@ def test_what_cannot_work_with_several_processes_is_refused(corpus, tmp_path, mo
         CorrectorTrainer(
             model, arguments, train_dataset=corpus.pairs("train"), loss=MultipleNegativesRankingLoss(model)
         )
+
+
+def test_one_process_with_several_gpus_is_refused_whichever_trainer_it_is(corpus, tmp_path, monkeypatch):
+    model = make_static_model()
+    cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
+    loss = CorrectedMultipleNegativesLoss(model, corpus, cache, num_negatives=4)
+    arguments = CorrectorTrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=2, report_to="none", save_strategy="no", disable_tqdm=True
+    )
+    monkeypatch.setattr(CorrectorTrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(InputError, match="accelerate launch --num_processes"):
+        CorrectorTrainer(model, arguments, corpus=corpus, loss=loss)
+    before = weights(model)
+    plain = SentenceTransformerTrainer(model, arguments, train_dataset=corpus.pairs("train"), loss=loss)
+    with pytest.raises(InputError, match="accelerate launch --num_processes"):
+        plain.train()
+    assert isinstance(plain.model_wrapped, torch.nn.DataParallel), "as the trainer takes several GPUs"
+    assert same(before, weights(model)) and not loss.search.steps
+    # Other losses go on as before, on what DataParallel does without GPUs.
+    CorrectorTrainer(
+        model, arguments, train_dataset=corpus.pairs("train"), loss=MultipleNegativesRankingLoss(model)
+    ).train()
+    assert not same(before, weights(model))
 
 
 def test_queries_and_documents_have_maximum_lengths_of_their_own(corpus, tmp_path):
