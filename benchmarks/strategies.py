@@ -80,6 +80,11 @@ REGIMES = {
     "minilm-2-layers-lora": gold(
         num_layers=2, lora_r=8, max_steps=100, per_device_train_batch_size=32, learning_rate="5e-3"
     ),
+    # The same on all passages, of which a run encodes few: encoding them all once takes longer than training.
+    "minilm-2-layers-all-passages": options(
+        **{"num_layers": 2, "num_negatives": 4, "max_seq_length": 32},
+        **{"max_steps": 100, "per_device_train_batch_size": 32, "learning_rate": "5e-4"},
+    ),
     # All passages, with a GPU. What decides is low coverage where the encoder learns and drifts: MiniLM's first layers.
     "minilm-2-layers-low-coverage": low_coverage(num_layers=2, learning_rate="5e-4"),
     "minilm-2-layers-high-coverage": high_coverage(num_layers=2, learning_rate="5e-4"),
@@ -99,6 +104,7 @@ PROBES = {
     "minilm-cpu": options(probe_every=19, probe_targets=1_000),
     "minilm-2-layers": options(probe_every=19, probe_targets=9_383),
     "minilm-2-layers-lora": options(probe_every=19, probe_targets=9_383),
+    "minilm-2-layers-all-passages": options(probe_every=19, probe_targets=10_000),
     "nq-low-coverage": options(probe_every=7, probe_targets=99_471),
     **{
         f"nq-rate-{rate}": options(probe_every=10, probe_targets=10_000)
@@ -245,6 +251,9 @@ PRESETS = {
         *(Block(name, DRIFT, (0,)) for name in REGIMES if name.startswith("nq-rate-")),
         Block("minilm-2-layers", TRANSFORMER, (0,)),
         Block("minilm-2-layers", ("in-batch", "stale", "stale-write-back", "mlp-pull-back"), (1, 2)),
+        Block("minilm-2-layers-all-passages", ("stale-write-back", "mlp-pull-back", "stale", "in-batch"), (0, 1, 2)),
+        Block("minilm-2-layers-all-passages", ("corrected-mlp", "mlp-verify-8", "ridge-pull-back"), (0, 1, 2)),
+        Block("minilm-2-layers-all-passages", ("refresh-10", "refresh-50", "mined-once"), (0,)),
         Block("minilm-2-layers-lora", ("in-batch", "stale", "stale-write-back", "mlp-pull-back"), (0,)),
         Block("minilm-cpu", TRANSFORMER, (0,)),
     ],
