@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -410,7 +410,10 @@ class Corpus:
         """Add the split's ``queries``, and their judgements by the query's position and the target's row."""
         path = self._cache_dir / f"queries-{digest_json([split, queries])}.arrow"
         self._qrels[split] = Qrels(
-            read_or_write_arrow(path, _QUERIES, batched_tables(queries, _QUERIES)), query_of_pair, row_of_pair
+            read_or_write_arrow(path, _QUERIES, batched_tables(queries, _QUERIES)),
+            query_of_pair,
+            row_of_pair,
+            self.rows_like,
         )
 
     # ------------------------------------------------------------------ rows, ids, texts
@@ -481,12 +484,19 @@ class Corpus:
         return digest(self._row_digests.tobytes())
 
     @cached_property
+    def _digests(self, text_of: Callable[[pa.Table], Iterable[str]]) -> np.ndarray:
+        """A 64-bit digest of one text for each target, normalized, ``(N,)``."""
+        texts = (normalized(text) for batch in self._arrow.iter(BATCH) for text in text_of(batch))
+        return np.fromiter(map(_digest, texts), dtype=np.uint64, count=len(self))
+
+    @cached_property
+    def _joined_digests(self) -> np.ndarray:
+        return self._digests(_joined)
+
     def _repeated(self) -> dict[int, np.ndarray]:
-        """Row → all rows with the same words; only rows that have a duplicate are in it."""
-        texts = (normalized(text) for batch in self._arrow.iter(BATCH) for text in _joined(batch))
-        all_digests = np.fromiter(map(_digest, texts), dtype=np.uint64, count=len(self))
-        order = np.argsort(all_digests, kind="stable")
-        digests = all_digests[order]
+        """Row → all rows with the same text; only rows that have a duplicate are in it."""
+        order = np.argsort(self._joined_digests, kind="stable")
+        digests = self._joined_digests[order]
         bounds = np.flatnonzero(np.concatenate([[True], digests[1:] != digests[:-1], [True]]))
         repeated: dict[int, np.ndarray] = {}
         for group in np.flatnonzero(np.diff(bounds) > 1):
@@ -500,6 +510,25 @@ class Corpus:
         return self._repeated.get(int(row), np.array([row], dtype=np.int64))
 
     # ------------------------------------------------------------------ queries
+    def rows_like(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """For each of ``texts``, the rows that have the same text, with their title or without, ascending: case, white
+        space and Unicode form do not count. A pass over the corpus, whatever their number.
+        """
+        wanted, position = np.unique(
+            np.fromiter((_digest(normalized(text)) for text in texts), np.uint64, len(texts)), return_inverse=True
+        )
+        digests = [self._joined_digests]
+        if self.targets.data.column("title").null_count < len(self):  # else the joined text is the text
+            digests.append(self._digests(lambda batch: batch.column("text").to_pylist()))
+        # Of all targets few have the text of a query: only these are sorted.
+        found = [np.flatnonzero(np.isin(each, wanted)) for each in digests]
+        rows = np.concatenate(found)
+        keys = np.concatenate([each[here] for each, here in zip(digests, found, strict=True)])
+        order = np.lexsort([rows, keys])
+        keys, rows = keys[order], rows[order]
+        starts, ends = np.searchsorted(keys, wanted), np.searchsorted(keys, wanted, side="right")
+        return [np.unique(rows[starts[n] : ends[n]]) for n in position]
+
 
     @property
     def splits(self) -> list[str]:

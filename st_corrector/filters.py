@@ -21,8 +21,9 @@ from .text import contains_answer
 def known_positives(corpus: Corpus, qrels: Qrels | None, labels: Sequence[int]) -> list[np.ndarray]:
     """For each query of a batch, the rows that must never be its negatives.
 
-    These are its positive (``labels``), everything else that is judged relevant to it, and every target with the
-    same words as one of these (:meth:`Corpus.duplicates_of`).
+    These are its positive (``labels``), everything else that is judged relevant to it or to a query with the same text,
+    every target with its own text (:meth:`Qrels.co_positives`), and every target with the same text as one of these
+    (:meth:`Corpus.duplicates_of`).
 
     Args:
         qrels: the judgements of the training split, or None where the labels are all that is known.
@@ -114,7 +115,7 @@ class AnswerCheck(Check):
         texts = dict(zip(found.tolist(), self.corpus.targets[found]["text"] if len(found) else [], strict=True))
         result = torch.zeros(rows.shape, dtype=torch.bool)
         for query, (label, candidates) in enumerate(zip(labels.tolist(), rows.tolist(), strict=True)):
-            answers = [answer for n in self.qrels.queries_of(label) for answer in self._answers[n]]
+            answers = [answer for n in self.qrels.asking_for(label) for answer in self._answers[n]]
             if answers:
                 found_in = [row >= 0 and contains_answer(texts[row], answers) for row in candidates]
                 result[query] = torch.tensor(found_in, dtype=torch.bool)

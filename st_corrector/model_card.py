@@ -215,7 +215,7 @@ def _negatives(settings: dict[str, Any]) -> str:
 
 def _filters(loss: LossRecord) -> str:
     rules = [f"{_cell(rule)} ({count:,} candidates)" for rule, count in sorted(loss.removed.items())]
-    return "; ".join(["known positives and targets with the same words", *rules])
+    return "; ".join(["known positives, targets with the same text, and the query's own", *rules])
 
 
 def _refresh(loss: LossRecord, record: RunRecord) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
 from datasets import Dataset
+
+from .text import normalized
 
 
 class Qrels:
@@ -16,13 +18,21 @@ class Qrels:
         queries: one row a query: ``id``, ``text`` and ``answers`` (a list of strings, empty where there are none).
         query: query position of each (query, positive) pair, shape ``(P,)``; pairs that occur again are dropped.
         row: corpus row of each pair's target, shape ``(P,)``.
+        rows_like: for each of some texts, the corpus rows that have the same text (:meth:`.Corpus.rows_like`).
     """
 
-    def __init__(self, queries: Dataset, query: Sequence[int] | np.ndarray, row: Sequence[int] | np.ndarray) -> None:
+    def __init__(
+        self,
+        queries: Dataset,
+        query: Sequence[int] | np.ndarray,
+        row: Sequence[int] | np.ndarray,
+        rows_like: Callable[[list[str]], list[np.ndarray]] | None = None,
+    ) -> None:
         query, row = np.asarray(query, dtype=np.int64), np.asarray(row, dtype=np.int64)
         self.queries = queries
         # Sorted by query, then row; a pair that is judged twice is one pair.
         self.query, self.row = np.unique(np.stack([query, row]), axis=1)
+        self._rows_like = rows_like
         self._starts = np.searchsorted(self.query, np.arange(len(queries) + 1))
 
     def __len__(self) -> int:
@@ -45,14 +55,41 @@ class Qrels:
         low, high = np.searchsorted(sorted_rows, [row, row + 1])
         return queries[low:high]
 
-    def co_positives(self, rows: Iterable[int]) -> list[np.ndarray]:
-        """For each of ``rows``: every target that shares a query with it, itself included, ascending.
+    @cached_property
+    def _same_text(self) -> dict[int, np.ndarray]:
+        """Query → all queries with the same text; only queries that are not the only one are in it."""
+        by_text: dict[str, list[int]] = {}
+        for query, text in enumerate(self.queries["text"][:]):
+            by_text.setdefault(normalized(text), []).append(query)
+        return {query: np.array(same) for same in by_text.values() if len(same) > 1 for query in same}
 
-        A training step knows a query by the corpus row of its positive. Where one target answers several
-        queries, what is relevant to any of them is returned: none of it can safely be called negative.
+    @cached_property
+    def _own_rows(self) -> dict[int, np.ndarray]:
+        """Query → the corpus rows that have its own text; only queries of which there is one are in it."""
+        if self._rows_like is None:
+            return {}
+        return {query: rows for query, rows in enumerate(self._rows_like(self.queries["text"][:])) if len(rows)}
+
+    def asking_for(self, row: int) -> np.ndarray:
+        """The positions of the queries that the target at ``row`` is judged relevant to, and of all with the text of
+        one of these, ascending: the same question may have been asked under several ids.
+        """
+        asking = self.queries_of(row)
+        same = [self._same_text[query] for query in asking.tolist() if query in self._same_text]
+        return np.unique(np.concatenate([*same, asking])) if same else asking
+
+    def co_positives(self, rows: Iterable[int]) -> list[np.ndarray]:
+        """For each of ``rows``: every target that shares a query with it, itself included, and every target that has
+        the text of such a query, ascending.
+
+        A training step knows a query by the corpus row of its positive. Where one target answers several queries, what
+        is relevant to any of them is returned: none of it can safely be called negative. Nor can a query's own text,
+        which a corpus of questions holds.
         """
         result = []
         for row in rows:
-            shared = [self.rows_of(query) for query in self.queries_of(row)]
-            result.append(np.unique(np.concatenate([[row], *shared])).astype(np.int64))
+            asking = self.asking_for(row).tolist()
+            shared = [self.rows_of(query) for query in asking]
+            own = [self._own_rows[query] for query in asking if query in self._own_rows]
+            result.append(np.unique(np.concatenate([[row], *shared, *own])).astype(np.int64))
         return result

@@ -78,23 +78,6 @@ def test_exact_duplicates_are_found_by_the_joined_text(tmp_path):
     assert same.duplicates_of(3).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_case_spaces_punctuation_and_unicode_form_make_no_difference_between_texts():
-    texts = [
-        "The Spree, a river.",
-        "the spree  a River",
-        "The Spree a rivers",
-        "Cafe\u0301!",
-        "café",
-        "!?",
-        "?!",
-        "ﬁn",
-        "fin",
-    ]
-    corpus = Corpus.from_texts(texts)
-    groups = [corpus.duplicates_of(row).tolist() for row in range(len(texts))]
-    assert groups == [[0, 1], [0, 1], [2], [3, 4], [3, 4], [5], [6], [7, 8], [7, 8]]
-
-
 def test_positives_of_queries_that_share_one_are_all_known(tmp_path):
     qrels = {"train": [("q1", "a", 1), ("q1", "d", 1), ("q2", "a", 1), ("q2", "b", 1)]}
     corpus = Corpus.from_beir(write_beir(tmp_path, TARGETS, QUERIES, qrels))
