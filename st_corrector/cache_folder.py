@@ -327,7 +327,7 @@ def _fit(shards: Any, count: int) -> bool:
     )
 
 
-def _is_shallow(value: Any, depth: int = 6) -> bool:
+def _is_shallow(value: Any, depth: int = 16) -> bool:
     """Whether nothing is nested so deeply that Python cannot compare or print it."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     return depth > 0 and all(_is_shallow(each, depth - 1) for each in inner)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses import gradcache
-from sentence_transformers.base.losses.gradcache import (
-    CachedLossMixin,
-    _backward_hook,
-    _minibatch_ranges,
-    has_static_embedding_input,
-)
+from sentence_transformers.base.modules import Router
 from torch import Tensor
 
 from .cache import EmbeddingCache
@@ -23,8 +19,16 @@ from .encoding import unwrap
 from .errors import InputError
 from .loss import Column, CorrectedMultipleNegativesLoss
 
+# Not all of these names of sentence-transformers are public: a release without one must not break our import.
+_NEEDED = ("CachedLossMixin", "_backward_hook", "_minibatch_ranges", "has_static_embedding_input")
+try:
+    gradcache: Any = import_module("sentence_transformers.base.losses.gradcache")
+    _Mixin: Any = gradcache.CachedLossMixin
+except (ImportError, AttributeError):
+    gradcache, _Mixin = None, object
 
-class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, CachedLossMixin):  # type: ignore[misc]
+
+class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, _Mixin):  # type: ignore[misc]
     def __init__(
         self,
         model: SentenceTransformer,
@@ -60,15 +64,27 @@ class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, Cache
 
         Raises:
             InputError: ``mini_batch_size`` is below 1, a static encoder, whose texts cannot be cut into mini-batches
-                (and need not be), or several processes with a sentence-transformers that is too old for that; besides
-                what :class:`CorrectedMultipleNegativesLoss` refuses.
+                (and need not be), a module of the model's own that takes the task as an argument, a
+                sentence-transformers that has no gradient caching as this one knows it, or is too old for several
+                processes; besides what :class:`CorrectedMultipleNegativesLoss` refuses.
         """
+        if missing := [name for name in _NEEDED if not hasattr(gradcache, name)]:
+            raise InputError(
+                f"sentence-transformers {version('sentence-transformers')} has no base.losses.gradcache.{missing[0]}, "
+                "on which gradient caching is built: install 6.2.0, or train without mini_batch_size."
+            )
         if mini_batch_size < 1:
             raise InputError(f"mini_batch_size must be at least 1, got {mini_batch_size}.")
-        if has_static_embedding_input(unwrap(model)):
+        if gradcache.has_static_embedding_input(unwrap(model)):
             raise InputError(
                 "The inputs of a StaticEmbedding cannot be cut into mini-batches, and its activations take little "
                 "memory: use CorrectedMultipleNegativesLoss."
+            )
+        modules = [each for each in unwrap(model).modules() if not isinstance(each, Router)]
+        if own := [each for each in modules if "task" in getattr(each, "forward_kwargs", ())]:
+            raise InputError(
+                f"{type(own[0]).__name__} takes the task as an argument, which gradient caching does not hand on: use "
+                "CorrectedMultipleNegativesLoss."
             )
         super().__init__(model, corpus, cache, num_negatives, **settings)
         if self.processes.size > 1 and not hasattr(gradcache, "_ddp_replay_context"):
@@ -81,10 +97,15 @@ class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, Cache
 
     def _embed(self, features: dict[str, Tensor], earlier: Sequence[Column]) -> Column:
         training = torch.is_grad_enabled()
+        if uncut := [name for name, value in features.items() if isinstance(value, (list, tuple))]:
+            raise InputError(
+                f"The model's features hold {uncut[0]!r} as a list, which cannot be cut into mini-batches: make it a "
+                "tensor in preprocess, or use CorrectedMultipleNegativesLoss."
+            )
         # Modules may change the features in place: the second pass must cut them where the first one did.
-        ranges = _minibatch_ranges(features, self.mini_batch_size)
+        ranges = gradcache._minibatch_ranges(features, self.mini_batch_size)
         pieces, random_states = [], []
-        for embeddings, random_state in self.embed_minibatch_iter(
+        for embeddings, random_state in self.embed_minibatch_iter(  # type: ignore[operator]
             features, with_grad=False, copy_random_state=training, ranges=ranges
         ):
             pieces.append(embeddings.detach().requires_grad_(training))
@@ -96,10 +117,10 @@ class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, Cache
         loss = loss.detach().requires_grad_()
         loss.register_hook(
             partial(
-                _backward_hook,
+                gradcache._backward_hook,
                 sentence_features=list(features),
                 loss_obj=self,
-                cache=[[piece.grad for piece in column.pieces] for column in columns],  # type: ignore[misc]
+                cache=[[piece.grad for piece in column.pieces] for column in columns],
                 random_states=list(random_states),
                 ranges=list(ranges),
             )

@@ -8,16 +8,26 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize
+from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss
 from sentence_transformers.util import cos_sim, dot_score
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cache import EmbeddingCache
 from .corpus import Corpus
 from .encoding import DocumentEncoder, unwrap
 from .errors import InputError, NonFiniteError
 from .fingerprint import differences
+from .routing import DOCUMENT, QUERY, modules_for
 from .selection import NegativeSelector
 from .tokens import TokenizedCorpus
+
+LAYERS = (
+    "AdaptiveLayerLoss and Matryoshka2dLoss ask a loss once for each layer of the encoder, while negatives are chosen "
+    "once a step, by embeddings of the last layer: train with this loss alone, or in MatryoshkaLoss."
+)
+_SIMILARITIES: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cos_sim, "dot": dot_score}
+_COLUMNS = {QUERY: "queries", DOCUMENT: "targets"}
 
 
 def check_settings(
@@ -67,6 +77,57 @@ def check_cache(cache: EmbeddingCache, expected: dict[str, Any]) -> None:
             "The cache was built of something else than what is trained:\n  " + "\n  ".join(different) + "\nBuild the "
             "cache again with this model and corpus (or set the model's prompts and max_seq_length before it is built)."
         )
+
+
+def similarity_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """What a model compares by, as a function that the corpus can be searched by."""
+    name = unwrap(model).similarity_fn_name
+    if name not in _SIMILARITIES:
+        raise InputError(
+            f"The model compares by {name!r}, by which a corpus cannot be searched: set model.similarity_fn_name to "
+            f"{' or '.join(map(repr, _SIMILARITIES))} first, or pass similarity_fct=cos_sim or dot_score."
+        )
+    return _SIMILARITIES[name]
+
+
+def compares_unit_vectors(model: nn.Module, similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = None) -> bool:
+    """Whether what is compared is of unit length: by cosine, or because the model makes it so on both sides.
+
+    Args:
+        similarity_fct: by default the model's own.
+
+    Raises:
+        InputError: a corpus cannot be searched by what the model compares by, or a Router lacks a route.
+    """
+    last = [modules_for(unwrap(model), task)[-1] for task in (QUERY, DOCUMENT)]
+    return (similarity_fct or similarity_of(model)) is cos_sim or all(isinstance(each, Normalize) for each in last)
+
+
+def refuse_layers(model: nn.Module) -> None:
+    """Refuse a step inside of ``AdaptiveLayerLoss``, which asks its loss once for each of the encoder's layers."""
+    if type(unwrap(model).forward).__module__ == AdaptiveLayerLoss.__module__:
+        raise InputError(LAYERS)
+
+
+def with_task(encoder: DocumentEncoder, model: nn.Module, features: dict[str, Any], task: str) -> dict[str, Any]:
+    """The features of a column, with its ``task`` where the model depends on that and the trainer has not said it."""
+    if not encoder.by_task:
+        return features
+    if "task" not in features:  # behind a shared encoder: the texts are prepared alike
+        return {**features, "task": task}
+    if (given := features["task"]) is None:
+        raise InputError(
+            f"The model has a Router, and a column was prepared without saying that it holds {_COLUMNS[task]}: pass "
+            "router_mapping={'anchor': 'query', 'positive': 'document'} (by the data set's columns) in the arguments, "
+            "or model.preprocess(texts, task=…) in a loop of your own."
+        )
+    inner = unwrap(model)
+    if task == DOCUMENT and given != DOCUMENT and modules_for(inner, given) != modules_for(inner, DOCUMENT):
+        raise InputError(
+            f"The positives go by the route of the task {given!r}, targets in the cache by that of 'document': map the "
+            "column of the positives to 'document' in router_mapping."
+        )
+    return features
 
 
 def require_finite(embeddings: Tensor, what: str, rows: Tensor | None = None) -> Tensor:

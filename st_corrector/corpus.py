@@ -25,8 +25,9 @@ from .columns import BATCH, TARGETS, batches, column_names, target_tables
 from .errors import CorpusError
 from .fingerprint import digest, digest_json, max_lengths, tokenizer_fingerprint
 from .qrels import Qrels
+from .routing import DOCUMENT, modules_for
 from .text import normalized
-from .tokens import TextCorpus, TokenizedCorpus, TokenLayout, tokenize_texts
+from .tokens import TextCorpus, TokenizedCorpus, TokenLayout, are_equal, tokenize_texts
 
 logger = logging.getLogger(__name__)
 
@@ -483,7 +484,6 @@ class Corpus:
         """A digest of the joined texts in their order: what an embedding cache of this corpus depends on."""
         return digest(self._row_digests.tobytes())
 
-    @cached_property
     def _digests(self, text_of: Callable[[pa.Table], Iterable[str]]) -> np.ndarray:
         """A 64-bit digest of one text for each target, normalized, ``(N,)``."""
         texts = (normalized(text) for batch in self._arrow.iter(BATCH) for text in text_of(batch))
@@ -493,6 +493,7 @@ class Corpus:
     def _joined_digests(self) -> np.ndarray:
         return self._digests(_joined)
 
+    @cached_property
     def _repeated(self) -> dict[int, np.ndarray]:
         """Row → all rows with the same text; only rows that have a duplicate are in it."""
         order = np.argsort(self._joined_digests, kind="stable")
@@ -505,11 +506,10 @@ class Corpus:
         return repeated
 
     def duplicates_of(self, row: int) -> np.ndarray:
-        """All rows whose joined text has the same words as ``row``'s, itself included, ascending: case, spaces and
-        punctuation do not count (:func:`~st_corrector.text.normalized`)."""
+        """All rows whose joined text is the same as ``row``'s, itself included, ascending: case, white space and
+        Unicode form do not count (:func:`~st_corrector.text.normalized`)."""
         return self._repeated.get(int(row), np.array([row], dtype=np.int64))
 
-    # ------------------------------------------------------------------ queries
     def rows_like(self, texts: Sequence[str]) -> list[np.ndarray]:
         """For each of ``texts``, the rows that have the same text, with their title or without, ascending: case, white
         space and Unicode form do not count. A pass over the corpus, whatever their number.
@@ -529,6 +529,7 @@ class Corpus:
         starts, ends = np.searchsorted(keys, wanted), np.searchsorted(keys, wanted, side="right")
         return [np.unique(rows[starts[n] : ends[n]]) for n in position]
 
+    # ------------------------------------------------------------------ queries
 
     @property
     def splits(self) -> list[str]:
@@ -573,17 +574,23 @@ class Corpus:
         """The token ids of every target under ``model``'s tokenizer, prepared once and kept on disk.
 
         What :meth:`~st_corrector.tokens.TokenizedCorpus.features` returns equals
-        ``model.preprocess(texts, prompt=prompt, task="document")``, padding aside.
+        ``model.preprocess(texts, prompt=prompt, task="document")``. Where that cannot be had from rows of token ids,
+        the texts are tokenized again at each step.
 
         Args:
             prompt: what precedes each text (already resolved: ``None`` and ``""`` mean nothing).
             progress: show a progress bar while the ids are prepared.
+
+        Raises:
+            InputError: a Router has no route for documents.
         """
+        modules = modules_for(model, DOCUMENT)
+        anew = TextCorpus(self, model, prompt)
         layout = TokenLayout.probe(model, prompt)
         if layout is None:
             logger.info("The model's features cannot be cut into rows: targets are tokenized again at each step.")
-            return TextCorpus(self, model, prompt)
-        key = digest_json([self.fingerprint, tokenizer_fingerprint(model, prompt), prompt or "", max_lengths(model)])
+            return anew
+        rules = [tokenizer_fingerprint(model, modules, prompt), prompt or "", max_lengths(modules), layout.keys]
         schema = pa.schema([(name, pa.list_(pa.int32())) for name in layout.keys])
 
         def tables() -> Iterator[pa.Table]:
@@ -592,7 +599,25 @@ class Corpus:
                     yield tokenize_texts(_joined(batch), model, prompt, layout)
                     bar.update(len(batch))
 
-        return TokenizedCorpus(read_or_write_arrow(self._cache_dir / f"tokens-{key}.arrow", schema, tables()), layout)
+        path = self._cache_dir / f"tokens-{digest_json([self.fingerprint, *rules])}.arrow"
+        kept = TokenizedCorpus(read_or_write_arrow(path, schema, tables()), layout)
+        for rows in _some_batches(kept.lengths):
+            if not are_equal(kept.features(rows), anew.features(rows)):
+                logger.warning(
+                    "What %s makes of a text cannot be kept as token ids (rows %s differ): targets are tokenized "
+                    "again at each step.",
+                    type(modules[0]).__name__,
+                    rows.tolist(),
+                )
+                return anew
+        return kept
+
+
+def _some_batches(lengths: np.ndarray) -> list[np.ndarray]:
+    """Rows of some batches: the shortest and the longest together, the longest alone, and a few by chance."""
+    order = np.argsort(lengths, kind="stable")
+    some = np.random.default_rng(0).choice(len(lengths), size=min(6, len(lengths)), replace=False)
+    return [order[[0, -1]], order[-1:], some]
 
 
 def _folder(cache_dir: str | os.PathLike[str] | None) -> Path:

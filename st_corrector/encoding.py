@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Router
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -17,11 +16,11 @@ from tqdm.auto import tqdm
 
 from .corpus import Corpus
 from .errors import InputError
-from .fingerprint import max_lengths, modules_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from .fingerprint import described_modules, max_lengths, tokenizer_fingerprint, weights_fingerprint
+from .routing import DOCUMENT, call, depends_on_task, modules_for
 
 # The prompt names that SentenceTransformer.encode_document looks for, in its order.
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
-
 
 ONE_PROCESS_FOR_SEVERAL_GPUS = (
     "One process sees several GPUs, for which the trainer uses torch.nn.DataParallel: it cuts every batch in pieces, "
@@ -96,19 +95,26 @@ class DocumentEncoder:
     agree; the loss checks that the positives which the trainer tokenizes agree as well.
 
     Args:
-        model: the model; with a Router its ``"document"`` route is used.
+        model: the model; of a Router, wherever it stands, the route for documents is used.
         corpus: the targets; its ``prompt`` decides what precedes their texts.
         progress: show a progress bar while the corpus is tokenized for the first time.
+
+    Raises:
+        InputError: a Router has no route for documents.
     """
 
     def __init__(self, model: SentenceTransformer, corpus: Corpus, progress: bool = True) -> None:
         self.corpus = corpus
+        self.by_task = depends_on_task(model)
+        """Whether what the model makes of a text depends on its task."""
         self.prompt = document_prompt(model, corpus.prompt)
         self.tokens = corpus.tokenize(model, self.prompt, progress=progress)
 
     def features(self, rows: Sequence[int] | np.ndarray, device: torch.device | str | None = None) -> dict[str, Any]:
         """Model-ready features of ``rows``, on ``device``."""
         features = self.tokens.features(rows)
+        if self.by_task:
+            features["task"] = DOCUMENT
         return features if device is None else batch_to_device(features, torch.device(device))
 
     def encode(
@@ -133,7 +139,7 @@ class DocumentEncoder:
         with evaluating(model):
             for start in range(0, len(rows), batch_size):
                 batch = order[start : start + batch_size]
-                output = model(self.features(rows[batch], device))["sentence_embedding"].float()
+                output = call(model, self.features(rows[batch], device))["sentence_embedding"].float()
                 if embeddings is None:
                     embeddings = output.new_empty(len(rows), output.shape[1])
                 embeddings[torch.from_numpy(batch).to(device)] = output
@@ -146,23 +152,23 @@ class DocumentEncoder:
     @staticmethod
     def is_frozen(model: SentenceTransformer) -> bool:
         """Whether nothing of what encodes documents can be trained: their embeddings do not change then."""
-        modules = list(unwrap(model).children())
-        if isinstance(modules[0], Router):
-            modules = [modules[0].sub_modules["document"], *modules[1:]]
-        return not any(parameter.requires_grad for module in modules for parameter in module.parameters())
+        parameters = (each for module in modules_for(unwrap(model), DOCUMENT) for each in module.parameters())
+        return not any(parameter.requires_grad for parameter in parameters)
 
     def fingerprint(self, model: SentenceTransformer, weights: bool = True) -> dict[str, Any]:
-        """What this model's embeddings of this corpus depend on, by component.
+        """What this model's embeddings of this corpus depend on, by component, and nothing else: not the side that
+        encodes queries, not the precision in which the weights were loaded.
 
         Args:
             weights: include the digest of all weights, which reads every one of them.
         """
         model = unwrap(model)
+        modules = modules_for(model, DOCUMENT)
         components = {
             "corpus": self.corpus.fingerprint,
-            "modules": modules_fingerprint(model),
-            "tokenizer": tokenizer_fingerprint(model, self.prompt),
+            "modules": described_modules(modules),
+            "tokenizer": tokenizer_fingerprint(model, modules, self.prompt),
             "prompt": self.prompt,
-            "max_seq_length": max_lengths(model),
+            "max_seq_length": max_lengths(modules),
         }
-        return {**components, "weights": weights_fingerprint(model)} if weights else components
+        return {**components, "weights": weights_fingerprint(modules)} if weights else components

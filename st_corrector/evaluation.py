@@ -21,6 +21,7 @@ from .cache import EmbeddingCache
 from .corpus import Corpus
 from .encoding import DocumentEncoder, evaluating
 from .errors import InputError
+from .routing import QUERY, modules_for
 from .text import contains_answer
 from .topk import RunningTopK
 
@@ -109,11 +110,12 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
             embeddings: search these, as an index that is served would be, instead of encoding the corpus.
 
         Raises:
-            InputError: the model compares by something else than cosine or dot product, or the embeddings are of
-                another corpus or width.
+            InputError: the model compares by something else than cosine or dot product, a Router of its has no route
+                for a side, or the embeddings are of another corpus or width.
         """
         if model.similarity_fn_name not in ("cosine", "dot"):
             raise InputError(f"The model compares by {model.similarity_fn_name!r}; expected 'cosine' or 'dot'.")
+        modules_for(model, QUERY)
         compare = (lambda x: F.normalize(x, dim=-1)) if model.similarity_fn_name == "cosine" else (lambda x: x)
         with evaluating(model):
             queries = model.encode_query(

@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import PretrainedConfig
 
-# Where a configuration was loaded from and by what, and what a trainer sets: embeddings do not depend on it.
-_NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "use_cache")
+from .errors import InputError
+
+# What a transformer's configuration says beside its architecture. Embeddings do not depend on it: where it was loaded
+# from, by what and in which precision; what a trainer or a task head sets; what is dropped out in training alone.
+_NOT_ARCHITECTURE = re.compile(
+    r"_name_or_path|transformers_version|architectures|(torch_)?dtype|_?attn_implementation(_\w+)?|use_cache|"
+    r"gradient_checkpointing|return_dict|output_(hidden_states|attentions)|id2label|label2id|problem_type|"
+    r"initializer_\w+|\w*(dropout|layerdrop)\w*|"
+    # Token ids, which a trainer aligns with the tokenizer's: what the encoder sees of these is in what it is given.
+    r"\w+_token_id"
+)
+_DIGEST = re.compile("[0-9a-f]{32}")
 
 
 def digest(*parts: bytes | str) -> str:
@@ -33,26 +45,39 @@ def digest_json(value: Any) -> str:
     return digest(json.dumps(value, sort_keys=True, default=str))
 
 
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Digest of every parameter and buffer: name, dtype, shape and bytes."""
+def weights_fingerprint(modules: Sequence[nn.Module]) -> str:
+    """Digest of every parameter and buffer of ``modules``: name, dtype, shape and bytes."""
     state = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in _tensors(modules):
         state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
-def tokenizer_fingerprint(model: SentenceTransformer, prompt: str | None = None) -> str:
+def _tensors(modules: Sequence[nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    for number, module in enumerate(modules):
+        for name, value in sorted(module.state_dict().items()):
+            if isinstance(value, torch.Tensor):
+                yield f"{number}.{name}", value
+            # A quantized module keeps its weights packed, which no checkpoint of its model would hold as they are.
+            elif not isinstance(value, torch.dtype):
+                raise InputError(
+                    f"{type(module).__name__} holds {name} as a {type(value).__name__}: a quantized model cannot be "
+                    "trained, nor its embeddings be told from another's. Build the cache, and train, with the model "
+                    "as it was before; EmbeddingCache.build(…, dtype='int8') makes a small cache."
+                )
+
+
+def tokenizer_fingerprint(model: SentenceTransformer, modules: Sequence[nn.Module], prompt: str | None = None) -> str:
     """Digest of what turns a document's text into token ids.
 
-    It covers the vocabulary, rules and special tokens of every tokenizer in the model (a Router has several), and what
-    ``preprocess`` makes of two texts, one of them longer than any maximum: lengths and sides of truncation that are
-    set elsewhere show there.
+    It covers vocabulary, rules and special tokens of every tokenizer in ``modules``, and what ``preprocess`` makes of
+    two texts, one of them longer than any maximum: lengths and sides of truncation that are set elsewhere show there.
     """
     described: list[Any] = []
-    for module in model.modules():
-        if module is not model:
-            described.append(_tokenizer_rules(getattr(module, "tokenizer", None)))
+    for module in modules:
+        if (tokenizer := getattr(module, "tokenizer", None)) is not None:
+            described.append(_tokenizer_rules(tokenizer))
     for text in ("Dense retrieval, 1st probe.", " ".join(map(str, range(20_000)))):
         features = model.preprocess([text], prompt=prompt, task="document")
         described.append({key: value.tolist() for key, value in features.items() if isinstance(value, torch.Tensor)})
@@ -71,29 +96,71 @@ def _tokenizer_rules(tokenizer: Any) -> Any:
     return [type(tokenizer).__name__, vocabulary() if callable(vocabulary) else None]
 
 
-def max_lengths(model: SentenceTransformer) -> str:
-    """The maximum sequence length in tokens; of a Router with several towers those of all, in their order."""
-    lengths = [getattr(module, "max_seq_length", None) for module in model.modules() if module is not model]
+def max_lengths(modules: Sequence[nn.Module]) -> str:
+    """The maximum sequence length in tokens; of several modules that have one, those of all, in their order."""
+    lengths = [getattr(module, "max_seq_length", None) for module in modules]
     return " / ".join(dict.fromkeys(str(length) for length in lengths if length is not None)) or "None"
 
 
-def modules_fingerprint(model: SentenceTransformer) -> str:
-    """Digest of the pipeline's modules and their settings (architecture, pooling, normalisation …)."""
-    described: list[Any] = []
-    for module in model.modules():
-        settings = getattr(module, "get_config_dict", None)
-        if callable(settings) and module is not model:
-            described.append([type(module).__qualname__, settings()])
-        config = getattr(module, "config", None)
-        if isinstance(config, PretrainedConfig):
-            described.append({k: v for k, v in config.to_dict().items() if k not in _NOT_ARCHITECTURE})
-    return digest_json(described)
+def described_modules(modules: Sequence[nn.Module]) -> dict[str, dict[str, Any]]:
+    """Modules and their settings (architecture, pooling, normalisation …), by place and name; plain JSON values."""
+    return {f"{number} {type(module).__qualname__}": _settings(module) for number, module in enumerate(modules)}
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    get_settings = getattr(module, "get_config_dict", None)
+    settings = dict(get_settings()) if callable(get_settings) else {}
+    config = getattr(module, "config", None)
+    if isinstance(config, PretrainedConfig):
+        settings["config"] = _architecture(config.to_dict())
+        # RoBERTa and its kind count positions from the padding token's id on.
+        if starts := {each.padding_idx for each in module.modules() if _counts_from_padding(each)}:
+            settings["positions_from"] = sorted(starts)
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return plain
+
+
+def _architecture(config: Mapping[Any, Any]) -> dict[str, Any]:
+    return {
+        str(key): _architecture(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if not _NOT_ARCHITECTURE.fullmatch(str(key))
+    }
+
+
+def _counts_from_padding(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "padding_idx", None), int) and hasattr(module, "position_embeddings")
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """One line for each component that differs, e.g. ``prompt: 'passage: ' there, '' here``."""
-    return [
-        f"{key}: {found.get(key)!r} there, {expected.get(key)!r} here"
-        for key in sorted(set(found) | set(expected))
-        if found.get(key) != expected.get(key)
-    ]
+    """One line for each component that differs, e.g. ``prompt: 'passage: ' there, '' here``; of digests, that they do.
+
+    Args:
+        found, expected: by component; what is nested is compared part by part.
+    """
+    if isinstance(found.get("modules"), str) and isinstance(expected.get("modules"), Mapping):
+        return ["version: described by an earlier version of st_corrector, in a way that cannot be compared any more"]
+    lines = []
+    for key in sorted(found.keys() | expected.keys()):
+        there, here = found.get(key), expected.get(key)
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            lines += [f"{key}, {line}" for line in differences(there, here)]
+        elif there != here:
+            lines.append(_difference(key, there, here))
+    return lines
+
+
+def _difference(key: str, there: Any, here: Any) -> str:
+    if isinstance(there, Mapping) or isinstance(here, Mapping):
+        return f"{key}: {'there, and not here' if here is None else 'here, and not there'}"
+    if all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (there, here)):
+        return f"{key}: {_IN_WORDS.get(key, 'not the same')}"
+    return f"{key}: {there!r} there, {here!r} here"
+
+
+# What digests stand for, since nobody can read them.
+_IN_WORDS = {
+    "corpus": "other texts, or the same in another order",
+    "tokenizer": "another vocabulary, other special tokens or rules, or texts are cut elsewhere",
+    "weights": "other weights, or the same in another precision",
+}

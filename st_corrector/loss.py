@@ -12,12 +12,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.util import cos_sim, similarity_fct_name
 from torch import Tensor, nn
 
 from .cache import EmbeddingCache
-from .checks import check_cache, check_labels, check_settings, require_finite
+from .checks import (
+    check_cache,
+    check_labels,
+    check_settings,
+    compares_unit_vectors,
+    refuse_layers,
+    require_finite,
+    similarity_of,
+    with_task,
+)
 from .corpus import Corpus
 from .correctors import Corrector, IdentityCorrector, make_corrector
 from .distributed import Processes, checksum
@@ -25,6 +33,7 @@ from .divergence import DivergencePolicy, DivergenceWatch
 from .encoding import DocumentEncoder, evaluating, returning_also, unwrap
 from .errors import InputError, NonFiniteError
 from .filters import FalseNegativeFilter, is_in, known_positives, pad_rows, repeats_earlier
+from .routing import DOCUMENT, QUERY, call
 from .search import CorrectedSearch, Sampler
 from .selection import Budget, NegativeSelector, Selection
 from .shortlist import Shortlist, ShortlistSearch
@@ -111,8 +120,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         num_negatives: int = 16,
         corrector: str | Corrector = "mlp",
         sampler: Sampler = "top_k",
-        scale: float = 20.0,
-        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+        scale: float | None = None,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = None,
         in_batch_negatives: bool = True,
         share_negatives: bool = True,
         budget: Budget = "query",
@@ -136,7 +145,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         1. :math:`f(x)` and :math:`g(y^+)` are encoded with gradient.
         2. Without gradient, every target is scored by its *corrected* stale embedding,
            :math:`\langle f(x), h(g'(y)) \rangle`; each query takes ``num_negatives`` of them, its known positives and
-           what has the same words excepted.
+           what has the same text, and a target with the query's own text excepted.
         3. The distinct targets taken by any query of the batch are encoded with gradient, once.
         4. The task loss is the cross-entropy of the positive among the batch's positives and all these targets, by
            fresh embeddings; its gradient reaches the encoder. The corrector ``h`` learns from the same fresh
@@ -152,9 +161,10 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 :class:`Corrector` with settings of your own.
             sampler: ``"top_k"`` takes the hardest, ``"gumbel"`` samples from the corrected softmax without replacement,
                 ``"mixed"`` takes half of them so and half so, ``"uniform"`` samples from all targets alike.
-            scale: output of the similarity function is multiplied by it (the inverse temperature).
-            similarity_fct: :func:`sentence_transformers.util.cos_sim` or :func:`sentence_transformers.util.dot_score`
-                (then set ``scale`` to 1).
+            scale: output of the similarity function is multiplied by it (the inverse temperature). By default 20 for
+                cosine similarity and for unit vectors, and 1 for the dot product of others.
+            similarity_fct: :func:`sentence_transformers.util.cos_sim` or :func:`sentence_transformers.util.dot_score`;
+                by default what the model compares by (``model.similarity_fn_name``).
             in_batch_negatives: whether the other queries' positives are negatives too.
             share_negatives: whether every query sees the targets that the other queries of the batch have taken.
             budget: with ``"batch"``, the batch takes ``B × num_negatives`` distinct targets in all, those that come
@@ -179,7 +189,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 ``1 − cos``) over 100 steps: ``"identity"`` goes on without one, ``"warn"`` only says so.
             split: the corpus split that is trained on: its judgements say what else is relevant to a query.
                 A query is known by its positive's row: where one target answers several queries of the split, nothing
-                that is relevant to any of them is a negative for them. ``None``: the labels are all that is known.
+                that is relevant to any of them is a negative for them. ``None``, or a corpus without any split: the
+                labels are all that is known, and other positives of a query may become its negatives.
 
         Requirements:
             1. (anchor, positive) pairs with an integer ``label`` column: the positive's corpus row, not its id
@@ -240,6 +251,9 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             ProcessError: the correctors of several processes differ.
         """
         super().__init__()
+        similarity_fct = similarity_fct or similarity_of(model)
+        unit = compares_unit_vectors(model, similarity_fct)
+        scale = (20.0 if unit else 1.0) if scale is None else scale
         self.selector = NegativeSelector(
             num_negatives, sampler, scale, budget, candidates, false_negatives or FalseNegativeFilter()
         )
@@ -282,6 +296,13 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         self.refreshed = False
         """Whether :meth:`refresh` has replaced the cache that the loss was made with."""
         self._qrels = corpus.qrels(split) if corpus.splits and split is not None else None
+        if num_negatives and split is not None and not corpus.splits:
+            logger.warning(
+                "The corpus has no judgements, so that nothing is known of a query but its label: its other positives, "
+                "and a target that is the query itself, may become its negatives. corpus.add_split(%r, queries, "
+                "relevant) tells which targets are relevant; split=None says that there are no others.",
+                split,
+            )
         self.encoder = DocumentEncoder(unwrap(model), corpus)
         # The corrector lives in the search, which is no module: see Corrector for why it must not be a submodule.
         self._search: CorrectedSearch | None = None
@@ -290,8 +311,6 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             if self.encoder.is_frozen(model) and self._is_fresh(cache):
                 logger.info("The document encoder is frozen: the cache stays fresh, and nothing is corrected.")
                 corrector, self.write_back = "identity", False
-            cosine = similarity_fct is cos_sim
-            unit = cosine or isinstance(list(unwrap(model).children())[-1], Normalize)
             settings = {} if isinstance(corrector, Corrector) else {"normalize": unit}
             corrector = make_corrector(corrector, cache.dim, **settings)
             if corrector.normalize and not unit:
@@ -337,6 +356,11 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 f"Expected the text columns (anchor, positive), got {len(features)}. Negatives are chosen from the "
                 "corpus: drop other text columns, e.g. dataset.select_columns(['anchor', 'positive', 'label'])."
             )
+        refuse_layers(self.model)
+        features = [
+            with_task(self.encoder, self.model, each, task)
+            for each, task in zip(features, (QUERY, DOCUMENT), strict=True)
+        ]
         training = torch.is_grad_enabled()
         rows = None
         if training or labels is not None:
@@ -401,7 +425,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         ``earlier`` columns.
         """
         with returning_also(self.model, [column.origin for column in earlier]):
-            embeddings = self.model(features)["sentence_embedding"]
+            embeddings = call(self.model, features)["sentence_embedding"]
         # In float32, in which the search and the loss compare them, and gradients are summed up.
         embeddings = embeddings.float()
         return Column([embeddings.detach().requires_grad_(torch.is_grad_enabled())], embeddings)

@@ -4,7 +4,9 @@ Tokenizing is the slowest part of a training step after the encoder itself, and 
 the corpus are tokenized again and again. Here the model's own ``preprocess`` runs once over the
 corpus; its padding is taken off, the ids go into an Arrow file, and a step only gathers rows and pads
 them again. Which keys there are, on which side they are padded and with what is read off a probe of
-``preprocess`` itself, so that the features are the library's, whatever the tokenizer.
+``preprocess`` itself, so that the features are the library's, whatever the tokenizer; and on some of the corpus's texts
+they are compared with the library's. Where they would not be the same (weights of tokens, a number for each text, the
+flattened inputs of FlashAttention) the texts are prepared anew at each step (:class:`TextCorpus`).
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ class TokenLayout:
         padding: the value each key has at padded positions; None for a flat stream of ids with
             ``offsets`` (:class:`~sentence_transformers.sentence_transformer.modules.StaticEmbedding`).
         pad_left: whether short rows are padded on the left.
+        mask_dtype: of ``attention_mask``.
         constants: keys that are the same for every batch (``modality``, ``task``, ``prompt_length``).
     """
 
     keys: tuple[str, ...]
     padding: dict[str, int] | None
     pad_left: bool
+    mask_dtype: torch.dtype
     constants: dict[str, Any]
 
     @classmethod
@@ -50,20 +54,23 @@ class TokenLayout:
         """The layout of ``model.preprocess``, or None where its features cannot be cut into rows."""
         features = model.preprocess(list(_PROBE), prompt=prompt, task="document")
         constants = {key: value for key, value in features.items() if not isinstance(value, Tensor)}
+        if not all(isinstance(value, (str, int, float, type(None))) for value in constants.values()):
+            return None
         tensors = {key: value for key, value in features.items() if isinstance(value, Tensor)}
         ids = tensors.get("input_ids")
         if ids is None:
             return None
         if ids.ndim == 1 and set(tensors) == {"input_ids", "offsets"}:
-            return cls(("input_ids",), None, False, constants)
+            return cls(("input_ids",), None, False, ids.dtype, constants)
         mask = tensors.pop("attention_mask", None)
-        if mask is None or any(value.shape != ids.shape for value in tensors.values()):
+        if mask is None or any(value.shape != ids.shape or value.dtype != torch.int64 for value in tensors.values()):
             return None
-        padded = mask[0] == 0
-        if not padded.any():
+        padded = mask == 0
+        if not padded[0].any():
             return None
         keys = ("input_ids", *sorted(set(tensors) - {"input_ids"}))
-        return cls(keys, {key: int(tensors[key][0][padded][0]) for key in keys}, bool(padded[0]), constants)
+        padding = {key: int(tensors[key][0][padded[0]][0]) for key in keys}
+        return cls(keys, padding, bool(padded[0, 0]), mask.dtype, constants)
 
     def split(self, features: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Take the padding off: ``(flat ids by key, lengths)`` of one preprocessed batch."""
@@ -88,7 +95,7 @@ class TokenLayout:
             padded = np.full(mask.shape, self.padding[key], dtype=np.int64)
             padded[mask] = flat[key]
             features[key] = torch.from_numpy(padded)
-        features["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        features["attention_mask"] = torch.from_numpy(mask).to(self.mask_dtype)
         return {**features, **self.constants}
 
 
@@ -134,6 +141,16 @@ class TextCorpus:
 
     def features(self, rows: Sequence[int] | np.ndarray) -> dict[str, Any]:
         return self._model.preprocess(self._corpus.texts(rows), prompt=self._prompt, task="document")
+
+
+def are_equal(features: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Whether two batches of features hold the same under the same keys, in the same dtypes."""
+    return features.keys() == others.keys() and all(
+        value.dtype == others[key].dtype and torch.equal(value, others[key])
+        if isinstance(value, Tensor) and isinstance(others[key], Tensor)
+        else type(value) is type(others[key]) and value == others[key]
+        for key, value in features.items()
+    )
 
 
 def tokenize_texts(texts: list[str], model: SentenceTransformer, prompt: str | None, layout: TokenLayout) -> pa.Table:

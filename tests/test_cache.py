@@ -138,7 +138,7 @@ def test_a_cache_of_something_else_is_refused_by_name(static_model, bert_model, 
 
     refused(r"dtype: 'float32' there, 'float16' here", dtype="float16")
     refused(r"weights: ", model=make_static_model(seed=1))
-    refused(r"modules: ", model=bert_model)
+    refused(r"modules, 0 StaticEmbedding: there, and not here\n  modules, 0 Transf", model=bert_model)
     refused(r"rows: 200 there, 1 here", corpus=Corpus.from_texts(["word1"]))
     refused(r"corpus: ", corpus=Corpus.from_texts([*corpus.texts(range(199)), "word1"]))
     refused(
