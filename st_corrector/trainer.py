@@ -7,15 +7,19 @@ import math
 import os
 import shutil
 import signal
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
 import torch
-from datasets import IterableDataset, Value
+from datasets import Dataset, IterableDataset, Value
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.base.data_collator import DEFAULT_LABEL_COLUMNS
+from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
@@ -23,6 +27,7 @@ from .cache import EmbeddingCache
 from .cached_loss import CachedCorrectedMultipleNegativesLoss
 from .callbacks import FidelityCallback, RefreshCallback
 from .checkpoint import FOLDER, fault_of, load_losses, save_losses, seal, unseal
+from .checks import LAYERS, compares_unit_vectors
 from .corpus import Corpus
 from .correctors import Corrector, Frames, IdentityCorrector, make_corrector
 from .correctors.saving import FOLDER as CORRECTOR_FOLDER
@@ -61,10 +66,14 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         corpus: the targets. Without ``loss``, :class:`CorrectedMultipleNegativesLoss` is taken (or with
             ``mini_batch_size`` its cached twin); without ``train_dataset``, ``corpus.pairs(args.train_split)``.
         kwargs: the other arguments of :class:`~sentence_transformers.SentenceTransformerTrainer`. What the arguments
-            say of negatives goes into a loss that is made here, not into one that is passed.
+            say of negatives goes into a loss that is made here, not into one that is passed. With ``model_init``,
+            :meth:`train` and every trial of a hyperparameter search begin with a new model, and so with a loss, a
+            corrector and a record of their own, as the arguments are then: pass ``corpus`` alone, or a ``loss`` that
+            is a function of the model.
 
     Raises:
-        InputError: a loss is to be made without a corpus, several data sets are to be trained on by several
+        InputError: a loss is to be made without a corpus, a corrected loss is passed ready-made beside ``model_init``,
+            several data sets are to be trained on by several
             processes, which may draw different ones in one step, batches of an IterableDataset are to be dispatched,
             the encoder's weights are to be cut between processes, or one process is to use several GPUs.
     """
@@ -81,6 +90,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         **kwargs: Any,
     ) -> None:
         self.corpus = corpus
+        self._loss_given = kwargs.get("loss")
         if corpus is not None and kwargs.get("train_dataset") is None:
             kwargs["train_dataset"] = corpus.pairs("train" if args is None else args.train_split)
         if model is not None:
@@ -93,9 +103,17 @@ class CorrectorTrainer(SentenceTransformerTrainer):
                 "many rows as there are pairs, a static encoder's token ids too, and fails with several processes: "
                 "pass accelerator_config={'dispatch_batches': False} in the arguments."
             )
+        if any(
+            isinstance(module, AdaptiveLayerLoss)
+            for loss in filter(_is_corrected, _each(self.loss))
+            for module in loss.modules()
+        ):
+            raise InputError(LAYERS)
         losses = self._corrected_losses()
-        if losses:
-            _require_rows(self.train_dataset)
+        for data in (self.train_dataset, self.eval_dataset):
+            for name, each in data.items() if isinstance(data, dict) else [("", data)]:
+                if _is_corrected(self.loss.get(name) if isinstance(self.loss, dict) else self.loss):
+                    _require_columns(each)
         if losses and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise InputError(
                 "FSDP and DeepSpeed's ZeRO-3 cut the encoder's weights between processes, which then have to call it "
@@ -110,20 +128,57 @@ class CorrectorTrainer(SentenceTransformerTrainer):
                 "With several data sets each process draws its own in every step, while choosing negatives needs all "
                 "processes in one: concatenate the data sets (their labels are rows of one corpus), or use one process."
             )
+        if self.model_init is not None and any(map(_is_corrected, _each(self._loss_given))):
+            raise InputError(
+                "With model_init every run begins with a new model, while the loss that was passed keeps its corrector "
+                "and what it has counted: pass loss=lambda model: CorrectedMultipleNegativesLoss(model, …), or "
+                "corpus=… alone."
+            )
+        self._of_run: list[TrainerCallback] = []
+        self._begin_run(self.model)
+
+    def _begin_run(self, model: SentenceTransformer) -> None:
+        """Make what belongs to one run: its guard, its record, and what measures or refreshes its losses."""
+        for callback in self._of_run:
+            self.remove_callback(callback)
+        losses = self._corrected_losses()
         self.guard = Guard(cast(NonFinitePolicy, self.args.non_finite), Processes.current())
         """What has been skipped, and whether the run was told to stop."""
-        self.add_callback(self.guard)
-        self.recorder = Recorder(self.model, losses, self.args.example_queries)
+        self.recorder = Recorder(model, losses, self.args.example_queries)
         """Keeps the record of the run."""
-        if losses:
-            self.add_callback(self.recorder)
-            if isinstance(self.model.model_card_data, CorrectorModelCardData):  # not with model_init
-                self.model.model_card_data.tell_of(self.recorder.record)
-        for loss in losses.values() if kwargs.get("loss") is None else ():
+        self._of_run = [self.guard, *([self.recorder] if losses else [])]
+        if losses and isinstance(model.model_card_data, CorrectorModelCardData):
+            model.model_card_data.tell_of(self.recorder.record)
+        for loss in losses.values() if self._loss_given is None else ():
             if self.args.refresh_every is not None:
-                self.add_callback(RefreshCallback(loss, self.args.refresh_every))
+                self._of_run.append(RefreshCallback(loss, self.args.refresh_every))
             if self.args.probe_every is not None:
-                self.add_callback(FidelityCallback(loss, self.args.probe_every))
+                self._of_run.append(FidelityCallback(loss, self.args.probe_every))
+        for callback in self._of_run:
+            self.add_callback(callback)
+
+    def call_model_init(self, trial: Any = None) -> SentenceTransformer:
+        if trial is not None:
+            self._hp_search_setup(trial)  # which the plain trainer does later: the loss is made of these arguments
+        model = cast(SentenceTransformer, super().call_model_init(trial))
+        model.model_card_data = CorrectorModelCardData.of(model.model_card_data)
+        if hasattr(self, "loss"):  # a run begins; otherwise the trainer is still being made
+            given = self.get_default_loss if self._loss_given is None else self._loss_given
+            made: Any = (
+                {name: self._loss_of(each, model) for name, each in given.items()}
+                if isinstance(given, dict)
+                else self._loss_of(given, model)
+            )
+            self.loss = made
+            self._begin_run(model)
+            self._plan_memory()
+        return model
+
+    def _loss_of(self, given: Any, model: SentenceTransformer) -> nn.Module:
+        """The loss of a new model: what a given function makes for it, or a given loss with it instead of the other."""
+        if isinstance(given, nn.Module):
+            return self.override_model_in_loss(given, model)
+        return self.prepare_loss(given, model)
 
     def get_default_loss(self, model: SentenceTransformer) -> nn.Module:  # type: ignore[override]
         """:class:`CorrectedMultipleNegativesLoss` over :attr:`corpus`, as the arguments say.
@@ -137,7 +192,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         cache, settings = None, args.loss_settings
         if args.num_negatives:
             cache = self._cache(model, self.corpus)
-            settings["corrector"] = make_corrector(args.corrector, cache.dim, **args.corrector_options)
+            options = {"normalize": compares_unit_vectors(model), **args.corrector_options}
+            settings["corrector"] = make_corrector(args.corrector, cache.dim, **options)
         if args.mini_batch_size is not None:
             return CachedCorrectedMultipleNegativesLoss(
                 model, self.corpus, cache, mini_batch_size=args.mini_batch_size, **settings
@@ -147,10 +203,10 @@ class CorrectorTrainer(SentenceTransformerTrainer):
     def _cache(self, model: SentenceTransformer, corpus: Corpus) -> EmbeddingCache:
         """The cache of the model as it is now, which is where training starts, also where it is resumed."""
         args, path = self.args, self.args.cache_path
-        if path is None:
-            # What begins with "_" the trainer does not push to the Hub.
+        if path is None or self.model_init is not None:  # each run may begin with another model
             fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
-            path = os.path.join(str(args.output_dir), f"_cache-{digest_json(fingerprint)[:12]}")
+            # What begins with "_" the trainer does not push to the Hub.
+            path = os.path.join(path or str(args.output_dir), f"_cache-{digest_json(fingerprint)[:12]}")
         cache = EmbeddingCache.build(
             model, corpus, path, args.cache_batch_size, args.cache_dtype, progress=not args.disable_tqdm
         )
@@ -173,6 +229,17 @@ class CorrectorTrainer(SentenceTransformerTrainer):
             NonFiniteError: embeddings, the loss, the corrector or gradients are NaN or infinite.
             SystemExit: status 143, with SIGTERM, when the checkpoint is written.
         """
+        if self.model_init is None:
+            self._plan_memory()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_complete_checkpoint()
+        elif resume_from_checkpoint and (fault := fault_of(resume_from_checkpoint)):
+            raise CheckpointError(f"{resume_from_checkpoint} {fault}: go on from another checkpoint.")
+        with nullcontext() if self.args.save_strategy == SaveStrategy.NO else self.guard.listening():
+            return super().train(resume_from_checkpoint, **kwargs)
+
+    def _plan_memory(self) -> None:
+        """Print what choosing negatives will take, and refuse what does not fit."""
         batch_size = self.args.train_batch_size
         if self.args.max_steps > 0:
             batches = self.args.max_steps * self.args.gradient_accumulation_steps
@@ -185,12 +252,6 @@ class CorrectorTrainer(SentenceTransformerTrainer):
                 require_memory(needs, self.args.device)
                 if self.is_world_process_zero():
                     print(_prefix(name) + describe_memory(needs, self.args.device))
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._last_complete_checkpoint()
-        elif resume_from_checkpoint and (fault := fault_of(resume_from_checkpoint)):
-            raise CheckpointError(f"{resume_from_checkpoint} {fault}: go on from another checkpoint.")
-        with nullcontext() if self.args.save_strategy == SaveStrategy.NO else self.guard.listening():
-            return super().train(resume_from_checkpoint, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The plain trainer takes one step too many where it resumes what was finished already.
@@ -246,6 +307,9 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         return True  # the plain trainer says that there is none
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        components = self.accum_loss_components["train"]
+        if not components.get("steps"):
+            components.clear()  # after steps of other losses alone their mean would be 0 / 0
         if "loss" in logs or "train_loss" in logs:  # the latter at the end, after steps that were not logged yet
             for name, loss in self._corrected_losses().items():
                 metrics = {f"{_prefix(name)}{key}": round(value, 6) for key, value in loss.pop_metrics().items()}
@@ -316,15 +380,39 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         return found
 
 
-def _require_rows(data: Any) -> None:
-    """Refuse ids as labels here: the data collator would fail at them with a message of its own."""
-    for each in data.values() if isinstance(data, dict) else (data,):
-        label = (getattr(each, "features", None) or {}).get("label")
-        if isinstance(label, Value) and label.dtype in ("string", "large_string"):
+def _require_columns(data: Any) -> None:
+    """Refuse columns here at which the data collator would fail, with a message of its own that names none."""
+    features = dict(getattr(data, "features", None) or {})
+    label = next((name for name in DEFAULT_LABEL_COLUMNS if name in features), None)
+    for name, feature in features.items():
+        dtype = feature.dtype if isinstance(feature, Value) else str(feature)
+        if name != label:
+            if dtype not in ("string", "large_string", "null") and name != "dataset_name":
+                raise InputError(
+                    f"The column {name!r} holds {dtype}, and every column but the label is read as text: "
+                    f"dataset.remove_columns({name!r})."
+                )
+        elif not dtype.startswith(("int", "uint")):
             raise InputError(
-                "The column label holds strings, expected corpus rows: dataset.add_column('label', "
-                "corpus.rows_of(ids)), after removing what is there, makes them of ids."
+                f"The column {name!r} holds {dtype}, expected integers, the corpus rows of the positives: "
+                f"dataset.add_column({name!r}, corpus.rows_of(ids)), after removing what is there, makes them of ids."
             )
+        elif isinstance(data, Dataset) and (nulls := data.data.column(name).null_count):
+            raise InputError(
+                f"The column {name!r} has {nulls} nulls, expected the corpus row of every positive: "
+                f"dataset.filter(lambda row: row[{name!r}] is not None) leaves these pairs out."
+            )
+
+
+def _each(losses: Any) -> Iterable[Any]:
+    return losses.values() if isinstance(losses, dict) else [losses]
+
+
+def _is_corrected(loss: Any) -> bool:
+    """Whether it is a corrected loss that has been made, inside a wrapper or not."""
+    return isinstance(loss, nn.Module) and any(
+        isinstance(module, CorrectedMultipleNegativesLoss) for module in loss.modules()
+    )
 
 
 def _prefix(name: str) -> str:

@@ -28,7 +28,10 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
 
     cache_path: str | None = field(
         default=None,
-        metadata={"help": "Where the embedding cache is, or is built; by default in output_dir."},
+        metadata={
+            "help": "Where the embedding cache is, or is built; by default in output_dir. With model_init: a folder "
+            "for a cache of each model."
+        },
     )
     cache_dtype: str = field(
         default="float32", metadata={"help": "What the cache is stored in: float32, bfloat16, float16 or int8."}
@@ -78,7 +81,10 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
     )
     range_min: int = field(default=0, metadata={"help": "Leave out so many of the hardest targets."})
     range_max: int | None = field(default=None, metadata={"help": "Take negatives from so many of the hardest."})
-    scale: float = field(default=20.0, metadata={"help": "Inverse temperature of the softmax."})
+    scale: float | None = field(
+        default=None,
+        metadata={"help": "Inverse temperature of the softmax; by default 20, or 1 where lengths of vectors count."},
+    )
     mini_batch_size: int | None = field(
         default=None,
         metadata={"help": "Cache gradients: encode so many texts at once, for batches that do not fit into memory."},

@@ -183,7 +183,7 @@ def test_ids_as_labels_are_refused_before_anything_starts(judged, tmp_path):
     (loss,) = trainer._corrected_losses().values()
     data = judged.pairs("train")
     ids = data.remove_columns("label").add_column("label", judged.ids(data["label"]))
-    with pytest.raises(InputError, match="holds strings"):
+    with pytest.raises(InputError, match="holds string, expected integers"):
         CorrectorTrainer(make_static_model(), trainer.args, train_dataset=ids, loss=loss)
 
 
