@@ -1,5 +1,3 @@
-import gzip
-import json
 import os
 import tracemalloc
 from pathlib import Path
@@ -11,36 +9,11 @@ from conftest import make_bert_model, make_static_model, make_texts
 from datasets import Dataset, IterableDataset, load_dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
+from support.layouts import QUERIES, TARGETS, write_beir
 from tokenizers import Tokenizer, normalizers
 
 from st_corrector import Corpus, CorpusError
 from st_corrector.tokens import TextCorpus, TokenizedCorpus
-
-
-def write_beir(folder, corpus, queries, qrels, header=True, compress=False):
-    opener, suffix = (gzip.open, ".gz") if compress else (open, "")
-    with opener(folder / f"corpus.jsonl{suffix}", "wt") as file:
-        file.writelines(json.dumps(record) + "\n" for record in corpus)
-    with opener(folder / f"queries.jsonl{suffix}", "wt") as file:
-        file.writelines(json.dumps(record) + "\n" for record in queries)
-    (folder / "qrels").mkdir()
-    for split, lines in qrels.items():
-        text = "".join("\t".join(map(str, line)) + "\n" for line in lines)
-        (folder / "qrels" / f"{split}.tsv").write_text(("query-id\tcorpus-id\tscore\n" if header else "") + text)
-    return folder
-
-
-TARGETS = [
-    {"_id": "a", "title": "Paris", "text": "capital of France"},
-    {"_id": "b", "title": "", "text": "a river"},
-    {"_id": "c", "text": "Paris capital of France"},
-    {"_id": "d", "title": "Rome", "text": "capital of Italy"},
-]
-QUERIES = [
-    {"_id": "q1", "text": "which city", "answers": ["Paris"]},
-    {"_id": "q2", "text": "what flows"},
-    {"_id": "q3", "text": "unused"},
-]
 
 
 @pytest.mark.parametrize("compress", [False, True])

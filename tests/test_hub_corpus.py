@@ -7,7 +7,7 @@ import time
 import pytest
 from datasets import Dataset
 from huggingface_hub import HfApi
-from test_corpus import QUERIES, TARGETS, write_beir
+from support.layouts import QUERIES, TARGETS, upload, write_beir, write_repository
 
 from st_corrector import Corpus, CorpusError
 
@@ -16,25 +16,6 @@ CORPUS["text"] = ["capital of France", "a river", "Paris capital of France", "ca
 QUESTIONS = {"_id": ["q1", "q2", "q3"], "text": ["which city", "what flows", "unused"]}
 TRAIN = {"query-id": ["q1", "q1", "q2", "q2"], "corpus-id": ["a", "d", "b", "a"], "score": [1.0, 1.0, 1.0, 0.0]}
 DEV = {"query-id": ["q2"], "corpus-id": ["d"], "score": [2.0]}
-
-
-def write_repository(folder, configs):
-    """The files of a repository of parquet: config → split → columns."""
-    card = ["---", "configs:"]
-    for config, splits in configs.items():
-        card += [f"- config_name: {config}", "  data_files:"]
-        for split, columns in splits.items():
-            (folder / config).mkdir(parents=True, exist_ok=True)
-            Dataset.from_dict(columns).to_parquet(folder / config / f"{split}-00000-of-00001.parquet")
-            card += [f"  - split: {split}", f"    path: {config}/{split}-*"]
-    (folder / "README.md").write_text("\n".join([*card, "---"]))
-    return folder
-
-
-def upload(folder, repo_id):
-    api = HfApi()
-    api.create_repo(repo_id, repo_type="dataset")
-    return api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder)
 
 
 @pytest.fixture(params=["folder", "download", "stream"])
@@ -57,7 +38,7 @@ def mteb(tmp_path):
 
 
 def check(corpus):
-    """It is the corpus that ``test_corpus.TARGETS`` and ``QUERIES`` are in BEIR's files, but for the answers."""
+    """It is the corpus that ``TARGETS`` and ``QUERIES`` are in BEIR's files, but for the answers."""
     assert sorted(corpus.splits) == ["dev", "train"]
     assert corpus.texts(range(4)) == [
         *("Paris capital of France", "a river", "Paris capital of France", "Rome capital of Italy")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_static_model
 from datasets import Dataset
-from test_corpus import QUERIES, TARGETS, write_beir
+from support.layouts import QUERIES, TARGETS, write_beir
 
 import st_corrector
 from st_corrector import (

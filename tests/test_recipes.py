@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, make_texts
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
-from test_hub_corpus import upload, write_repository
+from support.layouts import upload, write_repository
 
 from st_corrector import CorpusRetrievalEvaluator, InputError
 
