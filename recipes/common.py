@@ -226,7 +226,8 @@ def evaluated_once(model: SentenceTransformer, evaluator: CorpusRetrievalEvaluat
     """The untrained model's metrics: from beside ``shared``, if an earlier run has left them there."""
     qrels = evaluator.qrels
     asking = [model.prompts, model.default_prompt_name, model.similarity_fn_name]
-    asked = [__version__, asking, qrels.queries.to_dict(), qrels.query.tolist(), qrels.row.tolist()]
+    judged = [each.tolist() for each in (qrels.query, qrels.row, qrels.grade)]
+    asked = [__version__, asking, evaluator.get_config_dict(), qrels.queries.to_dict(), judged]
     path = shared.with_name(f"{shared.name}-before-{digest_json(asked)[:12]}.json")
     if path.exists():
         metrics: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
