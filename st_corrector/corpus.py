@@ -69,7 +69,7 @@ class Corpus:
         cache_dir: folder for the Arrow files that are derived from the corpus.
 
     Raises:
-        CorpusError: there are no targets, or two of them share an id.
+        CorpusError: there are no targets, two of them share an id, or the columns are others.
     """
 
     def __init__(
@@ -85,6 +85,12 @@ class Corpus:
             raise CorpusError(
                 "The targets have a transform, and Corpus(targets) reads the columns below it: Corpus.from_dataset "
                 "reads what the transform gives."
+            )
+        types = {field.name: str(field.type) for field in targets.data.schema}
+        if [types.get("id"), types.get("text")] != ["string"] * 2 or types.get("title") not in ("string", "null"):
+            raise CorpusError(
+                f"Corpus(targets) expects the columns id, title and text, all strings, and got {types}. "
+                "Corpus.from_dataset reads other columns, and integers as ids."
             )
         targets = targets if targets.format["type"] is None else targets.with_format(None)
         # What follows reads the Arrow columns, which know nothing of a selection or shuffling of rows.

@@ -619,6 +619,21 @@ def test_columns_that_hold_no_ids_are_refused_in_words(ids, type, streamed):
         Corpus.from_dataset(dataset.to_iterable_dataset() if streamed else dataset, id="id")
 
 
+@pytest.mark.parametrize(
+    ("change", "type"),
+    [
+        (lambda each: each.cast_column("id", Value("int64")), "'id': 'int64'"),
+        (lambda each: each.cast_column("text", Value("large_string")), "'text': 'large_string'"),
+        (lambda each: each.remove_columns("title"), "'id': 'string', 'text': 'string'"),
+    ],
+)
+def test_columns_that_a_corpus_cannot_take_as_they_are_go_through_from_dataset(change, type):
+    dataset = change(Dataset.from_dict({"id": ["7", "5"], "title": ["A", None], "text": ["one", "two"]}))
+    with pytest.raises(CorpusError, match=f"expects the columns id, title and text, all strings, and got .*{type}"):
+        Corpus(dataset)
+    assert Corpus.from_dataset(dataset, id="id").ids([0, 1]) == ["7", "5"]
+
+
 def test_grades_are_kept_by_whatever_a_split_comes_from(tmp_path):
     lines = [("q1", "a", 2), ("q1", "d", 1), ("q1", "b", 0), ("q2", "b", 3), ("q2", "a", -1), ("q3", "c", 0.5)]
     expected = {"q1": {"a": 2.0, "d": 1.0}, "q2": {"b": 3.0}, "q3": {"c": 0.5}}
