@@ -75,6 +75,10 @@ class RecipeArguments(DataArguments):
     answer_check: bool = field(
         default=False, metadata={"help": "No target that contains one of the question's answers is a negative."}
     )
+    ignore_identical_ids: bool = field(
+        default=False,
+        metadata={"help": "Evaluate without the target that has the query's id, where queries are targets (as BEIR)."},
+    )
     probe_targets: int | None = field(
         default=4096, metadata={"help": "Targets of the corpus among which fidelity is measured."}
     )
@@ -218,7 +222,11 @@ def run(recipe: RecipeArguments, training: CorrectorTrainingArguments) -> None:
         recipe.caches,
         probe_targets=recipe.probe_targets,
         evaluator=CorpusRetrievalEvaluator(
-            corpus, dev, batch_size=training.cache_batch_size, show_progress_bar=not training.disable_tqdm
+            corpus,
+            dev,
+            batch_size=training.cache_batch_size,
+            show_progress_bar=not training.disable_tqdm,
+            ignore_identical_ids=recipe.ignore_identical_ids,
         ),
         final=final,
         **settings,

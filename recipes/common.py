@@ -41,6 +41,7 @@ from st_corrector import (
     RefreshCallback,
     __version__,
 )
+from st_corrector.checks import compares_unit_vectors, default_scale, similarity_of
 from st_corrector.correctors import Corrector, make_corrector
 from st_corrector.encoding import DocumentEncoder
 from st_corrector.files import whole
@@ -146,7 +147,8 @@ def train(
     probe: FidelityCallback | None = None
     if chosen.name == "mined-once":
         dataset = mine_once(model, corpus, loss_settings["num_negatives"])
-        loss = MultipleNegativesRankingLoss(model, scale=loss_settings["scale"])
+        scale = loss_settings["scale"] or default_scale(model)
+        loss = MultipleNegativesRankingLoss(model, scale=scale, similarity_fct=similarity_of(model))
     else:
         if chosen.chooses:
             with one_at_a_time(shared, args):
@@ -157,7 +159,8 @@ def train(
             loss_settings |= {"num_negatives": 0, "candidates": None}
         using: str | Corrector = "identity"
         if cache is not None and chosen.name == "corrected":
-            using = make_corrector(args.corrector, cache.dim, **args.corrector_options)
+            options = {"normalize": compares_unit_vectors(model), **args.corrector_options}
+            using = make_corrector(args.corrector, cache.dim, **options)
         loss = CorrectedMultipleNegativesLoss(model, corpus, cache, corrector=using, **loss_settings)
         if chosen.every is not None:
             callbacks.append(RefreshCallback(loss, chosen.every, chosen.unit, args.cache_batch_size))
@@ -226,7 +229,8 @@ def evaluated_once(model: SentenceTransformer, evaluator: CorpusRetrievalEvaluat
     """The untrained model's metrics: from beside ``shared``, if an earlier run has left them there."""
     qrels = evaluator.qrels
     asking = [model.prompts, model.default_prompt_name, model.similarity_fn_name]
-    asked = [__version__, asking, qrels.queries.to_dict(), qrels.query.tolist(), qrels.row.tolist()]
+    judged = [each.tolist() for each in (qrels.query, qrels.row, qrels.grade)]
+    asked = [__version__, asking, evaluator.get_config_dict(), qrels.queries.to_dict(), judged]
     path = shared.with_name(f"{shared.name}-before-{digest_json(asked)[:12]}.json")
     if path.exists():
         metrics: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))

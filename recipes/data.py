@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from datasets import Dataset, IterableDataset, get_dataset_config_names, load_dataset
 from datasets.exceptions import DatasetsError
@@ -42,6 +43,10 @@ class DataArguments:
         default=None,
         metadata={"help": "The Hub id of the judgements where they have a repository of their own, as BeIR's have."},
     )
+    corpus_config: str = field(
+        default="corpus", metadata={"help": "Which config of a Hub id holds the targets, as en-corpus of several."}
+    )
+    queries_config: str = field(default="queries", metadata={"help": "Likewise that of the queries, as en-queries."})
     query_column: str | None = field(
         default=None, metadata={"help": "The pairs' column of queries; by default told by its name, or one of two."}
     )
@@ -56,6 +61,10 @@ class DataArguments:
     max_targets: int | None = field(
         default=None, metadata={"help": "Keep the first so many targets of a BEIR folder or retrieval data set."}
     )
+    missing_targets: Literal["error", "drop"] = field(
+        default="error",
+        metadata={"help": "Judgements of targets that are not in the data end the recipe, or are left out (drop)."},
+    )
     eval_queries: int = field(
         default=2000, metadata={"help": "Training queries that are held out as dev, where the data has no dev split."}
     )
@@ -63,8 +72,11 @@ class DataArguments:
 
 # Which of the arguments each kind of data looks at, beside dataset and eval_queries.
 _KINDS = {
-    "a BEIR folder": {"max_targets"},
-    "a retrieval data set": {"dataset_config", "dataset_revision", "qrels", "streaming", "max_targets"},
+    "a BEIR folder": {"max_targets", "missing_targets"},
+    "a retrieval data set": {
+        *("dataset_config", "dataset_revision", "qrels", "corpus_config", "queries_config"),
+        *("streaming", "max_targets", "missing_targets"),
+    },
     "a data set of pairs": {
         *("dataset_config", "dataset_revision", "streaming"),
         *("query_column", "positive_column", "negative_columns"),
@@ -82,19 +94,22 @@ def load_corpus(args: DataArguments) -> Corpus:
     path = Path(args.dataset)
     try:
         configs = [] if path.is_file() else get_dataset_config_names(args.dataset, revision=args.dataset_revision)
-        if {"corpus", "queries"} <= set(configs):
+        if {args.corpus_config, args.queries_config} <= set(configs):
             _refuse_arguments(args, kind := "a retrieval data set")
             corpus = Corpus.from_hub(
                 args.dataset,
                 qrels=args.qrels,
+                corpus_config=args.corpus_config,
+                queries_config=args.queries_config,
                 qrels_config=args.dataset_config,
                 revision=args.dataset_revision,
                 streaming=args.streaming,
                 max_targets=args.max_targets,
+                missing_targets=args.missing_targets,
             )
         elif any((path / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz")):
             _refuse_arguments(args, kind := "a BEIR folder")
-            corpus = Corpus.from_beir(path, max_targets=args.max_targets)
+            corpus = Corpus.from_beir(path, max_targets=args.max_targets, missing_targets=args.missing_targets)
         else:
             _refuse_arguments(args, kind := "a data set of pairs")
             splits = _load_pairs(args, configs)

@@ -8,9 +8,9 @@ a file is in memory.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
-import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from .arrow import batched_tables
-from .columns import TARGETS
+from .columns import TARGETS, as_number, is_id
 from .errors import CorpusError
 from .fingerprint import digest_json
 from .text import half_character
@@ -27,7 +27,8 @@ from .text import half_character
 LONGEST_LINE = 64 << 20
 """Bytes; a line beyond that is not a text but a broken file."""
 _SHOWN = 5
-_SCORE_NAMES = ("score", "relevance", "rel", "label", "grade")
+SCORE_NAMES = ("score", "relevance", "rel", "label", "grade")
+"""What the column of grades is called."""
 
 
 class Judgements(NamedTuple):
@@ -35,7 +36,7 @@ class Judgements(NamedTuple):
 
     Attributes:
         source: what they are read from, as an error says it.
-        triples: ``(query id, target id, score)``; a target is relevant where the score is above 0.
+        triples: ``(query id, target id, score)``; a target is relevant where the score, its grade, is above 0.
     """
 
     split: str
@@ -140,14 +141,27 @@ def read_jsonl(path: Path, limit: int | None = None) -> Iterator[dict[str, Any]]
 def read_qrels(path: Path) -> Iterator[tuple[str, str, float]]:
     """``(query id, target id, score)`` for each line of a qrels file; the header line is optional.
 
+    Ids may be quoted as :mod:`csv` writes them (``QUOTE_MINIMAL``), which is what BEIR's own reader reads:
+    ``"a ""b"" c"`` is ``a "b" c``. In an id that does not begin with a quote, quotes are characters like others. A
+    quote that is not closed, from which BEIR's reader would read on through the following lines, is refused, and so is
+    text behind one that is.
+
     Raises:
         CorpusError: the file cannot be read, or lines are not three tab-separated columns, the last a number: it counts
             them all and shows the first.
     """
     faults, first = _Faults(path), True
     for number, line in _lines(path, faults):
-        columns = line.split("\t")
-        is_header, first = first and columns[-1].strip().lower() in _SCORE_NAMES, False
+        try:
+            columns = next(csv.reader([line], delimiter="\t", strict=True))
+        except csv.Error as error:
+            faults.add(
+                number,
+                f"{line[:60]!r} are not tab-separated columns ({error}): one that begins with a quote must end with "
+                'one, and quotes within be doubled, as csv.writer writes "a ""b"" c" for the id a "b" c',
+            )
+            continue
+        is_header, first = first and columns[-1].strip().lower() in SCORE_NAMES, False
         if is_header:
             continue
         if len(columns) != 3:
@@ -157,11 +171,8 @@ def read_qrels(path: Path) -> Iterator[tuple[str, str, float]]:
             )
             continue
         query, target, score = columns
-        try:
-            value = float(score)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
+        value = as_number(score)
+        if value is None:
             faults.add(number, f"score {score!r:.40} is not a number")
         elif not query or not target:
             faults.add(number, "an id is empty")
@@ -236,13 +247,11 @@ def record_problem(record: Any) -> str | None:
         return f"has no {' and no '.join(map(repr, missing))}, only {sorted(map(str, record))[:8]}"
     answers = record.get("answers")
     texts = [record["text"], record.get("title") or "", *(answers if isinstance(answers, list) else [])]
-    if not isinstance(record["_id"], str):
-        if type(record["_id"]) is not int:
-            return f"_id is a {type(record['_id']).__name__}, expected a string"
-    elif not record["_id"]:
+    if not is_id(record["_id"]):
+        return f"_id is a {type(record['_id']).__name__}, expected a string or an integer"
+    if record["_id"] == "":
         return "_id is empty"
-    else:
-        texts.append(record["_id"])
+    texts.append(str(record["_id"]))
     if not isinstance(answers, (list, type(None))) or not all(isinstance(text, str) for text in texts):
         return "text and title must be strings, and answers a list of strings"
     for text in texts:

@@ -1,12 +1,12 @@
 """The BEIR layout as a repository on the Hub: configs ``corpus`` and ``queries``, and one of judgements.
 
 MTEB's repositories hold their judgements in a config ``qrels`` or ``default``, with a split each for train, dev and
-test; BeIR's in a second repository; sentence-transformers' sets of MS MARCO as ids of triplets, or lists with labels.
+test (those of several languages in ``en-qrels`` beside ``en-corpus`` and ``en-queries``, and so on); BeIR's in a second
+repository; sentence-transformers' sets of MS MARCO as ids of triplets, or lists with labels.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +16,8 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset, get_dataset_config_names, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
-from .beir import Judgements, RetrievalData, normal_record, record_problem
-from .columns import batches, column_names, target_tables
+from .beir import SCORE_NAMES, Judgements, RetrievalData, normal_record, record_problem
+from .columns import as_number, batches, column_names, is_id, target_tables
 from .errors import CorpusError
 from .fingerprint import digest_json
 
@@ -26,20 +26,25 @@ _TARGET_TEXT = ("text", "passage")
 _QUERY_ID = ("_id", "id", "query_id")
 _QUERY_TEXT = ("text", "query")
 _JUDGED = (
-    ("query-id", "corpus-id", "score"),
-    ("query-id", "corpus-id"),
-    ("query_id", "doc_ids", "labels"),
-    ("query_id", "positive_id"),
-    ("query", "positive"),
+    ("query-id", "corpus-id", SCORE_NAMES),
+    ("query_id", "corpus_id", SCORE_NAMES),
+    ("query_id", "doc_ids", ("labels",)),
+    ("query_id", "positive_id", ()),
+    ("query", "positive", ()),
 )
-"""The columns of a judgement: query id, target id (or a list of them), and score (or as many); without one it is
-relevant. The last two are of triplets: their negatives are targets that nobody has judged."""
+"""The columns of a judgement: query id, target id (or a list of them), and what its score (or as many) may be called;
+without one it is relevant, but in lists. The last two are of triplets: their negatives are targets that nobody has
+judged."""
 
 
 def open_repository(
     repo_id: str,
+    *,
     qrels: str | None = None,
+    corpus_config: str = "corpus",
+    queries_config: str = "queries",
     qrels_config: str | None = None,
+    split: str | None = None,
     revision: str | None = None,
     token: str | None = None,
     streaming: bool = False,
@@ -51,27 +56,34 @@ def open_repository(
         CorpusError: a repository or config is not there; and, when they are read, a split, a column or a value.
     """
     repository = _Repository(repo_id, revision, token, streaming)
-    if not {"corpus", "queries"} <= set(repository.configs):
+    if not {corpus_config, queries_config} <= set(repository.configs):
         raise CorpusError(
-            f"{repo_id} has the configs {repository.configs}, expected 'corpus' and 'queries', and judgements in "
-            "'qrels' or 'default' or in a repository of their own. Pairs and triplets are for Corpus.from_pairs."
+            f"{repo_id} has the configs {repository.configs}, expected {corpus_config!r} and {queries_config!r}, and "
+            "judgements in 'qrels' or 'default' or in a repository of their own. Name others with corpus_config='…', "
+            "queries_config='…' and qrels_config='…'. Pairs and triplets are for Corpus.from_pairs."
         )
     judged = repository if qrels is None else _Repository(qrels, None, token, streaming)
     config = qrels_config or _judged_config(judged, alone=judged is not repository)
     if config not in judged.configs:
         raise CorpusError(f"{judged.repo_id} has no config {config!r} of judgements; it has {judged.configs}.")
-    judgements = []
-    for split, dataset in judged.load(config).items():
-        source = f"split {split!r} of config {config!r} of {judged.repo_id}"
-        judgements.append(Judgements(split, source, _triples(dataset, _judged_columns(dataset, source), source)))
+    judgements, splits = [], judged.load(config)
+    if split is not None and split not in splits:
+        raise CorpusError(
+            f"Config {config!r} of {judged.repo_id} has the splits {list(splits)}, none called {split!r}."
+        )
+    for name in splits if split is None else [split]:
+        source = f"split {name!r} of config {config!r} of {judged.repo_id}"
+        judgements.append(
+            Judgements(name, source, _triples(splits[name], _judged_columns(splits[name], source), source))
+        )
     folder = Path(repo_id)
     return RetrievalData(
         folder.resolve().name if folder.is_dir() else repo_id,
-        _targets(repository, max_targets),
-        digest_json([repository.identity("corpus"), max_targets]),
-        "config 'corpus'",
-        _queries(repository),
-        "config 'queries'",
+        _targets(repository, corpus_config, split, max_targets),
+        digest_json([repository.identity(corpus_config), split, max_targets]),
+        f"config {corpus_config!r}",
+        _queries(repository, queries_config, split),
+        f"config {queries_config!r}",
         judgements,
     )
 
@@ -110,14 +122,18 @@ class _Repository:
             prepared: Mapping[str, Dataset] = builder.as_dataset()
             return prepared
 
-    def load_one(self, config: str) -> Dataset | IterableDataset:
-        """The one split of ``config``, or that of the same name."""
+    def load_one(self, config: str, split: str | None) -> Dataset | IterableDataset:
+        """The split of ``config`` that is asked for, or that of its own name, or its only one."""
         splits = self.load(config)
-        if config not in splits and len(splits) != 1:
+        for name in (split, config):
+            if name is not None and name in splits:
+                return splits[name]
+        if len(splits) != 1:
             raise CorpusError(
-                f"Config {config!r} of {self.repo_id} has the splits {list(splits)}, expected one, or one of its name."
+                f"Config {config!r} of {self.repo_id} has the splits {list(splits)}, expected one, or one of its name. "
+                "Name one with split='…'; of the judgements, too, it is read alone."
             )
-        return splits[config] if config in splits else next(iter(splits.values()))
+        return next(iter(splits.values()))
 
 
 def _judged_config(repository: _Repository, alone: bool) -> str:
@@ -133,19 +149,19 @@ def _judged_config(repository: _Repository, alone: bool) -> str:
     return found[0]
 
 
-def _targets(repository: _Repository, limit: int | None) -> Iterator[pa.Table]:
-    dataset = repository.load_one("corpus")
+def _targets(repository: _Repository, config: str, split: str | None, limit: int | None) -> Iterator[pa.Table]:
+    dataset = repository.load_one(config, split)
     if limit is not None:
         dataset = dataset.take(limit)
-    source = f"Config 'corpus' of {repository.repo_id}"
+    source = f"Config {config!r} of {repository.repo_id}"
     found, text, id = _columns(dataset, source, _TARGET_TEXT, _TARGET_ID)
     with _reading(source):
         yield from target_tables(dataset, text, id, "title" if "title" in found else None)
 
 
-def _queries(repository: _Repository) -> Iterator[dict[str, Any]]:
-    dataset = repository.load_one("queries")
-    source = f"Config 'queries' of {repository.repo_id}"
+def _queries(repository: _Repository, config: str, split: str | None) -> Iterator[dict[str, Any]]:
+    dataset = repository.load_one(config, split)
+    source = f"Config {config!r} of {repository.repo_id}"
     found, text, id = _columns(dataset, source, _QUERY_TEXT, _QUERY_ID)
     columns = {"_id": id, "text": text} | ({"answers": "answers"} if "answers" in found else {})
     row = 0
@@ -159,13 +175,14 @@ def _queries(repository: _Repository) -> Iterator[dict[str, Any]]:
                 row += 1
 
 
-def _judged_columns(dataset: Dataset | IterableDataset, source: str) -> Sequence[str]:
-    """Which of :data:`_JUDGED` the data set has."""
+def _judged_columns(dataset: Dataset | IterableDataset, source: str) -> list[str]:
+    """Which of :data:`_JUDGED` the data set has: query, target and, if there is one, score."""
     found = column_names(dataset)
-    for names in _JUDGED:
-        if set(names) <= set(found):
-            return names
-    expected = "; ".join(", ".join(names) for names in _JUDGED)
+    for query, target, scores in _JUDGED:
+        score = [name for name in scores if name in found][:1]
+        if {query, target} <= set(found) and (score or target != "doc_ids"):
+            return [query, target, *score]
+    expected = "; ".join(", ".join([query, target, *scores[:1]]) for query, target, scores in _JUDGED)
     raise CorpusError(f"The {source} has the columns {found}, expected those of a judgement: {expected}.")
 
 
@@ -181,13 +198,15 @@ def _triples(
                     scores = scores[0] if scores else [1] * len(targets)
                 else:
                     targets, scores = [targets], scores or [1]
-                if not (_is_id(query) and all(map(_is_id, targets)) and _are_scores(scores, len(targets))):
+                given = [as_number(score) for score in scores] if isinstance(scores, list) else []
+                grades = [grade for grade in given if grade is not None]
+                if not all(map(_is_id, [query, *targets])) or not len(targets) == len(given) == len(grades):
                     raise CorpusError(
                         f"The {source}, row {row}: {query!r:.40}, {targets!r:.60}, {scores!r:.60} are not a query's "
                         "id, targets' ids, and a number for each."
                     )
-                for target, score in zip(targets, scores, strict=True):
-                    yield str(query), str(target), float(score)
+                for target, grade in zip(targets, grades, strict=True):
+                    yield str(query), str(target), grade
                 row += 1
 
 
@@ -205,15 +224,7 @@ def _columns(
 
 
 def _is_id(value: Any) -> bool:
-    return (isinstance(value, str) and value != "") or type(value) is int
-
-
-def _are_scores(values: Any, count: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
-    )
+    return is_id(value) and value != ""
 
 
 @contextmanager

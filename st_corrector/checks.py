@@ -103,6 +103,11 @@ def compares_unit_vectors(model: nn.Module, similarity_fct: Callable[[Tensor, Te
     return (similarity_fct or similarity_of(model)) is cos_sim or all(isinstance(each, Normalize) for each in last)
 
 
+def default_scale(model: nn.Module, similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = None) -> float:
+    """The inverse temperature where none is given: 20 for scores up to 1, 1 for dot products that know no bounds."""
+    return 20.0 if compares_unit_vectors(model, similarity_fct) else 1.0
+
+
 def refuse_layers(model: nn.Module) -> None:
     """Refuse a step inside of ``AdaptiveLayerLoss``, which asks its loss once for each of the encoder's layers."""
     if type(unwrap(model).forward).__module__ == AdaptiveLayerLoss.__module__:

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,16 +21,31 @@ from tqdm.auto import tqdm
 from .arrow import batched_tables, default_cache_dir, read_or_write_arrow, write_arrow
 from .beir import RetrievalData, open_folder
 from .beir_hub import open_repository
-from .columns import BATCH, TARGETS, batches, column_names, target_tables
-from .errors import CorpusError
+from .columns import (
+    BATCH,
+    TARGETS,
+    as_id,
+    as_list,
+    as_number,
+    as_texts,
+    batches,
+    by_label,
+    column_names,
+    is_transformed,
+    label_column,
+    target_tables,
+)
+from .errors import CorpusError, InputError
 from .fingerprint import digest, digest_json, max_lengths, tokenizer_fingerprint
 from .qrels import Qrels
 from .routing import DOCUMENT, modules_for
-from .text import normalized
+from .text import half_character, normalized
 from .tokens import TextCorpus, TokenizedCorpus, TokenLayout, are_equal, tokenize_texts
 
 logger = logging.getLogger(__name__)
 
+MissingTargets = Literal["error", "drop"]
+"""What becomes of judgements whose target is not in the corpus."""
 _QUERIES = pa.schema([("id", pa.string()), ("text", pa.string()), ("answers", pa.list_(pa.string()))])
 _PAIRS = pa.schema([("anchor", pa.string()), ("positive", pa.string()), ("label", pa.int64())])
 
@@ -55,7 +70,7 @@ class Corpus:
         cache_dir: folder for the Arrow files that are derived from the corpus.
 
     Raises:
-        CorpusError: there are no targets, or two of them share an id.
+        CorpusError: there are no targets, two of them share an id, or the columns are others.
     """
 
     def __init__(
@@ -67,6 +82,18 @@ class Corpus:
     ) -> None:
         if len(targets) == 0:
             raise CorpusError("The corpus has no targets.")
+        if is_transformed(targets):
+            raise CorpusError(
+                "The targets have a transform, and Corpus(targets) reads the columns below it: Corpus.from_dataset "
+                "reads what the transform gives."
+            )
+        types = {field.name: str(field.type) for field in targets.data.schema}
+        if [types.get("id"), types.get("text")] != ["string"] * 2 or types.get("title") not in ("string", "null"):
+            raise CorpusError(
+                f"Corpus(targets) expects the columns id, title and text, all strings, and got {types}. "
+                "Corpus.from_dataset reads other columns, and integers as ids."
+            )
+        targets = targets if targets.format["type"] is None else targets.with_format(None)
         # What follows reads the Arrow columns, which know nothing of a selection or shuffling of rows.
         targets = targets if targets._indices is None else targets.flatten_indices()
         self.targets = targets
@@ -99,7 +126,7 @@ class Corpus:
     def from_texts(
         cls,
         texts: Iterable[str],
-        ids: Sequence[str] | None = None,
+        ids: Sequence[str | int] | None = None,
         titles: Sequence[str | None] | None = None,
         *,
         prompt: str | None = None,
@@ -109,25 +136,33 @@ class Corpus:
 
         Args:
             texts: any iterable of strings; it is read once and need not fit in memory.
-            ids: as many distinct strings; by default each target's row number.
+            ids: as many distinct strings, or integers, which stand for their digits (7 is ``"7"``); by default each
+                target's row number.
             titles: as many titles or ``None``; see :func:`join_title`.
 
         Raises:
-            CorpusError: the lengths differ, or a text is not a string.
+            CorpusError: one string is given in place of several, the lengths differ, a text is not a string, or an id
+                is neither a string nor an integer.
         """
         given = {name: values for name, values in (("ids", ids), ("titles", titles)) if values is not None}
+        for name, values in ({"texts": texts} | given).items():
+            if isinstance(values, str):
+                raise CorpusError(f"{name} is one string, expected one for each target, as in [{values!r:.40}].")
 
         def records() -> Iterator[dict[str, Any]]:
             row = -1
+            # By their order: what a pandas Series has under the key 3 need not be its fourth value.
+            others = {name: iter(values) for name, values in given.items()}
             for row, text in enumerate(texts):
                 if not isinstance(text, str):
                     raise CorpusError(f"Text {row} is a {type(text).__name__}, expected a string: {text!r:.80}")
                 for name, values in given.items():
                     if row >= len(values):
                         raise CorpusError(f"There are more texts than {name} ({len(values)}): give one for each text.")
+                of_row = {name: next(values) for name, values in others.items()}
                 yield {
-                    "id": str(row) if ids is None else str(ids[row]),
-                    "title": None if titles is None else titles[row],
+                    "id": str(row) if ids is None else as_id(of_row["ids"], f"The id of text {row}"),
+                    "title": of_row.get("titles"),
                     "text": text,
                 }
             for name, values in given.items():
@@ -151,11 +186,12 @@ class Corpus:
         """A corpus from columns of any :class:`datasets.Dataset` or :class:`datasets.IterableDataset`.
 
         Args:
-            dataset: a stream is read from its beginning to its end, by each process and at each call.
+            dataset: a stream is read from its beginning to its end, by each process and at each call. So is a data set
+                with a transform (``with_transform``), and what that gives is read.
             text, id, title: the columns' names; without ``id`` each target's row number is its id.
 
         Raises:
-            CorpusError: a column is not there, or a text is null.
+            CorpusError: a column is not there, ids are neither strings nor integers, or a text is null.
         """
         found = column_names(dataset)
         for role, column in (("text", text), ("id", id), ("title", title)):
@@ -165,7 +201,8 @@ class Corpus:
                     f"from_dataset(dataset, {role}='…')."
                 )
         folder, tables = _folder(cache_dir), target_tables(dataset, text, id, title)
-        if isinstance(dataset, IterableDataset):
+        # What a transform gives may change without the data set's fingerprint, as what it looks up does.
+        if isinstance(dataset, IterableDataset) or is_transformed(dataset):
             targets = _write_by_content(tables, folder)
         else:
             columns = {"text": text} | ({} if id is None else {"id": id}) | ({} if title is None else {"title": title})
@@ -179,7 +216,7 @@ class Corpus:
         splits: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset],
         query: str = "anchor",
         positive: str = "positive",
-        negatives: Sequence[str] = (),
+        negatives: str | Sequence[str] = (),
         *,
         prompt: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -189,18 +226,27 @@ class Corpus:
         query with several positives. The triplets' negatives are targets among others: which of all targets a step
         takes as negatives, the model decides.
 
+        The outputs of :func:`~sentence_transformers.util.mine_hard_negatives` are read. A column ``label`` or
+        ``labels`` says which texts of ``positive`` are relevant (1) and which are negatives (0), as in its
+        ``labeled-pair`` and ``labeled-list``; a query without a relevant text is left out. Anything else in such a
+        column is refused, such as the corpus rows of :meth:`pairs`; so are scores instead of labels, which do not say
+        what is relevant.
+
         Args:
             splits: split name → data set; one data set alone is the split ``"train"``. A stream is read from its
-                beginning to its end, by each process and at each call.
+                beginning to its end, by each process and at each call. Of a data set with a transform
+                (``with_transform``), what that gives is read.
             query: the column of the queries' texts.
             positive: the column of the positives: a text, or a list of texts that are all relevant.
-            negatives: columns of further texts, or lists of texts; what is null in them is left out.
+            negatives: column or columns of further texts, or lists of texts; what is null in them is left out.
 
         Raises:
-            CorpusError: a split is no data set, a column is not there, or a row lacks its query or its positive.
+            CorpusError: a split is no data set, a column is not there, a row lacks its query or its positive, or labels
+                or scores do not say which positives are relevant.
         """
         splits = {"train": splits} if isinstance(splits, (Dataset, IterableDataset)) else splits
-        columns = [query, positive, *negatives]
+        columns = [query, positive, *as_list(negatives)]
+        labels: dict[str, str | None] = {}
         for split, dataset in splits.items():
             if not isinstance(dataset, (Dataset, IterableDataset)):
                 raise CorpusError(
@@ -213,6 +259,7 @@ class Corpus:
                         f"Split {split!r} has no column {column!r}; it has {found}. Say which ones: "
                         "from_pairs(splits, query='…', positive='…')."
                     )
+            labels[split] = label_column(split, dataset, found, columns)
         # 16 bytes a text instead of the text: what tells targets apart while the splits are streamed.
         row_of: dict[bytes, int] = {}
         queries: dict[str, dict[str, int]] = {split: {} for split in splits}
@@ -221,15 +268,26 @@ class Corpus:
         def records() -> Iterator[dict[str, Any]]:
             for split, dataset in splits.items():
                 numbers, (of_pair, row_of_pair) = queries[split], judged[split]
-                rows = (row for each in batches(dataset, columns) for row in zip(*map(each.get, columns), strict=True))
+                label = labels[split]
+                read = columns if label is None else [*columns, label]
+                unanswered: set[str] = set()
+                rows = (row for each in batches(dataset, read) for row in zip(*map(each.get, read), strict=True))
                 for pair, (question, found, *others) in enumerate(rows):
-                    positives, further = _texts(found), [text for other in others for text in _texts(other)]
-                    if not positives or not all(isinstance(text, str) for text in (question, *positives, *further)):
+                    if label is None:
+                        positives, irrelevant = as_texts(found), list[Any]()
+                    else:
+                        positives, irrelevant = by_label(found, others.pop(), label, pair, split)
+                    further = [*irrelevant, *(text for other in others for text in as_texts(other))]
+                    if not (positives or irrelevant) or not all(
+                        isinstance(text, str) for text in (question, *positives, *further)
+                    ):
                         raise CorpusError(
                             f"Pair {pair} of split {split!r} is not {'two strings' if not others else 'all strings'}: "
                             f"{' and '.join(f'{value!r:.60}' for value in (question, found, *others[:3]))}. "
                             "Filter such pairs out first."
                         )
+                    if not positives:
+                        unanswered.add(question)
                     for place, text in enumerate([*positives, *further]):
                         key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
                         if key not in row_of:
@@ -238,6 +296,16 @@ class Corpus:
                         if place < len(positives):
                             of_pair.append(numbers.setdefault(question, len(numbers)))
                             row_of_pair.append(row_of[key])
+                unanswered -= numbers.keys()
+                if unanswered and not numbers:
+                    raise CorpusError(
+                        f"No label in column {label!r} of split {split!r} is 1, so nothing is relevant to any query. "
+                        f"If the column says something else, leave it out: dataset.remove_columns({label!r})."
+                    )
+                if unanswered:
+                    logger.warning(
+                        "%d queries of split %r have no text with label 1 and are left out.", len(unanswered), split
+                    )
 
         tables = batched_tables(records(), TARGETS)
         corpus = cls(_write_by_content(tables, _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
@@ -251,19 +319,28 @@ class Corpus:
         folder: str | os.PathLike[str],
         *,
         max_targets: int | None = None,
+        missing_targets: MissingTargets = "error",
         prompt: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> Corpus:
         """A corpus from a folder in BEIR's layout: ``corpus.jsonl[.gz]`` (``_id``, ``text``, optional ``title``),
         ``queries.jsonl[.gz]`` (``_id``, ``text``, optional ``answers``) and ``qrels/<split>.tsv``.
 
+        A target is relevant if its score is above 0, and the score is its grade; of a pair that is judged twice the
+        highest counts.
+
         Args:
             max_targets: keep the first so many targets, and the judgements that point at them.
+            missing_targets: judgements of targets that the corpus does not have, as ArguAna has one, are an error, or
+                left out (``"drop"``) and counted in a warning. A query that loses all of its own is left out, too.
 
         Raises:
             CorpusError: a file is missing or malformed, or judgements name unknown queries or targets.
+            InputError: ``missing_targets`` is something else.
         """
-        return cls._from_retrieval_data(open_folder(Path(folder), max_targets), max_targets is None, prompt, cache_dir)
+        missing_targets = _require_missing(missing_targets)
+        data = open_folder(Path(folder), max_targets)
+        return cls._from_retrieval_data(data, max_targets, missing_targets, prompt, cache_dir)
 
     @classmethod
     def from_hub(
@@ -272,49 +349,70 @@ class Corpus:
         *,
         qrels: str | os.PathLike[str] | None = None,
         qrels_config: str | None = None,
+        corpus_config: str = "corpus",
+        queries_config: str = "queries",
+        split: str | None = None,
         revision: str | None = None,
         token: str | None = None,
         streaming: bool = False,
         max_targets: int | None = None,
+        missing_targets: MissingTargets = "error",
         prompt: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> Corpus:
         """A corpus from a retrieval data set on the Hub, such as ``mteb/nq``: the configs ``corpus`` (an id, ``text``,
         optional ``title``), ``queries`` (an id, ``text``, optional ``answers``), and ``qrels`` or ``default`` with the
-        judgements (``query-id``, ``corpus-id``, ``score``), whose splits become this corpus's. A judgement is relevant
-        if its score is above 0.
+        judgements (``query-id``, ``corpus-id``, ``score``), whose splits become this corpus's. A target is relevant if
+        its score is above 0, and the score is its grade; of a pair that is judged twice the highest counts.
 
         Instead of judgements there may be triplets of ids or lists of ids with labels, as in
-        ``Corpus.from_hub("sentence-transformers/msmarco", qrels_config="labeled-list")``.
+        ``Corpus.from_hub("sentence-transformers/msmarco", qrels_config="labeled-list")``. Of a repository with several
+        languages, as MTEB has them, one is named: ``corpus_config="en-corpus"``, ``queries_config="en-queries"``,
+        ``qrels_config="en-qrels"``.
 
         Args:
             repo_id: the repository, or a local folder with such a repository's files.
             qrels: the repository (or folder) of the judgements, where they have their own, such as ``BeIR/nq-qrels``
                 for ``BeIR/nq``.
             qrels_config: the config of the judgements, where it is another.
+            corpus_config: the config of the targets, where it is another.
+            queries_config: the config of the queries, where it is another.
+            split: read the judgements of this split alone, and this split of targets and queries where these have
+                several, as in MTEB's data sets for reranking.
             revision: commit, branch or tag of ``repo_id``.
             token: by default the one that :mod:`huggingface_hub` finds.
             streaming: read without downloading the files first; what a corpus needs is kept on disk either way.
             max_targets: keep the first so many targets, and the judgements that point at them.
+            missing_targets: as for :meth:`from_beir`.
 
         Raises:
             CorpusError: a repository, config, split or column is not there or cannot be told from others, a value is
                 not what it should be, or judgements name unknown queries or targets.
+            InputError: ``missing_targets`` is something else.
         """
+        missing_targets = _require_missing(missing_targets)
         data = open_repository(
             os.fspath(repo_id),
-            None if qrels is None else os.fspath(qrels),
-            qrels_config,
-            revision,
-            token,
-            streaming,
-            max_targets,
+            qrels=None if qrels is None else os.fspath(qrels),
+            corpus_config=corpus_config,
+            queries_config=queries_config,
+            qrels_config=qrels_config,
+            split=split,
+            revision=revision,
+            token=token,
+            streaming=streaming,
+            max_targets=max_targets,
         )
-        return cls._from_retrieval_data(data, max_targets is None, prompt, cache_dir)
+        return cls._from_retrieval_data(data, max_targets, missing_targets, prompt, cache_dir)
 
     @classmethod
     def _from_retrieval_data(
-        cls, data: RetrievalData, complete: bool, prompt: str | None, cache_dir: str | os.PathLike[str] | None
+        cls,
+        data: RetrievalData,
+        max_targets: int | None,
+        missing_targets: MissingTargets,
+        prompt: str | None,
+        cache_dir: str | os.PathLike[str] | None,
     ) -> Corpus:
         texts, answers, repeated = {}, {}, []
         for record in data.queries:
@@ -330,56 +428,104 @@ class Corpus:
         path = _folder(cache_dir) / f"targets-{data.targets_key}.arrow"
         corpus = cls(read_or_write_arrow(path, TARGETS, data.targets), prompt=prompt, cache_dir=cache_dir)
         corpus.name = data.name
-        judged_somewhere: set[str] = set()
+        unjudged = set(texts)
         for split, source, triples in data.judgements:
-            # What is judged twice is kept once: triplets name each pair with hundreds of negatives.
-            judged = list(dict.fromkeys((query, target) for query, target, score in triples if score > 0))
-            if unknown := sorted({query for query, _ in judged} - texts.keys()):
-                raise CorpusError(
-                    f"{source} judges {len(unknown)} queries that {data.queries_source} does not have, e.g. "
-                    f"{unknown[:3]}."
-                )
-            rows = corpus.rows_of([target for _, target in judged], missing=-1)
-            if complete and (rows < 0).any():
-                unknown = sorted({target for (_, target), row in zip(judged, rows, strict=True) if row < 0})
-                raise CorpusError(
-                    f"{source} judges {len(unknown)} targets that {data.targets_source} does not have, e.g. "
-                    f"{unknown[:3]}."
-                )
-            numbers: dict[str, int] = {}
-            found = [query for (query, _), row in zip(judged, rows, strict=True) if row >= 0]
-            of_pair = [numbers.setdefault(query, len(numbers)) for query in found]
-            corpus._add_split(split, [_query(id, texts[id], answers[id]) for id in numbers], of_pair, rows[rows >= 0])
-            judged_somewhere |= numbers.keys()
-        if unjudged := len(texts) - len(judged_somewhere):
-            logger.info("%d of %d queries have no relevant target in any split and are left out.", unjudged, len(texts))
+            # What a limit has left out was left out on purpose.
+            missing = missing_targets if max_targets is None else None
+            corpus._judge(split, triples, texts, answers, missing, source, data.queries_source, data.targets_source)
+            unjudged.difference_update(corpus.qrels(split).queries["id"])
+        if unjudged:
+            logger.info(
+                "%d of %d queries have no relevant target in any split and are left out.", len(unjudged), len(texts)
+            )
         return corpus
 
     def add_split(
         self,
         split: str,
-        queries: Mapping[str, str],
-        relevant: Mapping[str, Iterable[str]],
-        answers: Mapping[str, Sequence[str]] | None = None,
+        queries: Mapping[Any, str],
+        relevant: Mapping[Any, str | int | Iterable[str | int] | Mapping[Any, float]],
+        answers: Mapping[Any, str | Sequence[str]] | None = None,
+        *,
+        missing_targets: MissingTargets = "error",
     ) -> None:
-        """Add (or replace) the judged queries of ``split``.
+        """Add (or replace) the judged queries of ``split``. Ids are strings; an integer stands for its digits.
 
         Args:
             queries: query id → text.
-            relevant: query id → ids of the targets that are relevant to it.
-            answers: query id → answer strings, for question answering.
+            relevant: query id → ids of the targets that are relevant to it, one id alone, or BEIR's {id: grade}, of
+                which those above 0 are relevant. Queries without a relevant target are left out.
+            answers: query id → answer strings, or one, for question answering.
+            missing_targets: as for :meth:`from_beir`.
 
         Raises:
-            CorpusError: a judged query is not among ``queries``, or a target not in the corpus.
+            CorpusError: a judged query is not among ``queries``, a target not in the corpus, a grade no finite number,
+                or an id neither a string nor an integer.
+            InputError: ``missing_targets`` is something else.
         """
-        judged = [(query, target) for query, targets in relevant.items() for target in targets]
-        if unknown := [query for query, _ in judged if query not in queries]:
-            raise CorpusError(f"{len(unknown)} judged queries have no text, e.g. {unknown[:3]}.")
-        rows = self.rows_of([target for _, target in judged])
+        texts = {as_id(id, "The id of a query"): text for id, text in queries.items()}
+        if len(texts) < len(queries):
+            raise CorpusError("Two queries share an id, once as an integer and once as a string: give each its own.")
+        for id, text in texts.items():
+            if not isinstance(text, str):
+                raise CorpusError(
+                    f"The text of query {id!r} is a {type(text).__name__}, expected a string: {text!r:.60}"
+                )
+        given = {
+            as_id(id, "The id of a query"): [] if strings is None else as_list(strings)
+            for id, strings in (answers or {}).items()
+        }
+        missing, source = _require_missing(missing_targets), f"Split {split!r}"
+        self._judge(split, _triples(relevant), texts, given, missing, source, "`queries`", "the corpus")
+
+    def _judge(
+        self,
+        split: str,
+        triples: Iterable[tuple[str, str, float]],
+        texts: Mapping[str, str],
+        answers: Mapping[str, Sequence[str]],
+        missing: MissingTargets | None,
+        source: str,
+        queries_source: str,
+        targets_source: str,
+    ) -> None:
+        """Add a split of (query id, target id, grade) triples.
+
+        Args:
+            missing: what becomes of judgements of targets that are not there; None leaves them out without a word.
+            source, queries_source, targets_source: what each is read from, as an error says it.
+        """
+        # What is judged twice is kept once: triplets name each pair with hundreds of negatives.
+        judged: dict[tuple[str, str], float] = {}
+        for query, target, grade in triples:
+            if grade > 0:
+                judged[query, target] = max(grade, judged.get((query, target), 0.0))
+        if unknown := sorted({query for query, _ in judged} - texts.keys()):
+            raise CorpusError(
+                f"{source} judges {len(unknown)} queries that {queries_source} does not have, e.g. {unknown[:3]}."
+            )
+        rows = self.rows_of([target for _, target in judged], missing=-1)
         numbers: dict[str, int] = {}
-        of_pair = [numbers.setdefault(query, len(numbers)) for query, _ in judged]
-        given = answers or {}
-        self._add_split(split, [_query(id, queries[id], given.get(id, ())) for id in numbers], of_pair, rows)
+        of_pair = [
+            numbers.setdefault(query, len(numbers)) for (query, _), row in zip(judged, rows, strict=True) if row >= 0
+        ]
+        if missing is not None and len(of_pair) < len(judged):
+            lost = sorted({target for (_, target), row in zip(judged, rows, strict=True) if row < 0})
+            found = f"{source} judges {len(lost)} targets that {targets_source} does not have, e.g. {lost[:3]}"
+            if missing == "error":
+                raise CorpusError(
+                    f"{found}. Get the corpus that was judged, or leave such judgements out: missing_targets='drop'."
+                )
+            left_out = len({query for query, _ in judged} - numbers.keys())
+            logger.warning(
+                "%s: %d judgements are left out, and with them %d queries that have no others.",
+                found,
+                len(judged) - len(of_pair),
+                left_out,
+            )
+        grades = np.fromiter(judged.values(), np.float64, len(judged))
+        records = [_query(id, texts[id], answers.get(id, ())) for id in numbers]
+        self._add_split(split, records, of_pair, rows[rows >= 0], grades[rows >= 0])
 
     def hold_out(self, queries: int, split: str = "train", into: str = "dev", seed: int = 0) -> None:
         """Take ``queries`` of the split's, at random, and make them a split of their own. The targets stay the same.
@@ -399,7 +545,7 @@ class Corpus:
         for name, kept in ((into, held_out), (split, ~held_out)):
             pairs, number = kept[qrels.query], np.cumsum(kept) - 1
             records = qrels.queries.select(np.flatnonzero(kept)).to_list()
-            self._add_split(name, records, number[qrels.query[pairs]], qrels.row[pairs])
+            self._add_split(name, records, number[qrels.query[pairs]], qrels.row[pairs], qrels.grade[pairs])
 
     def _add_split(
         self,
@@ -407,13 +553,15 @@ class Corpus:
         queries: list[dict[str, Any]],
         query_of_pair: Sequence[int] | np.ndarray,
         row_of_pair: Sequence[int] | np.ndarray,
+        grade_of_pair: np.ndarray | None = None,
     ) -> None:
-        """Add the split's ``queries``, and their judgements by the query's position and the target's row."""
+        """Add the split's ``queries``, and their judgements by the query's position, the target's row and its grade."""
         path = self._cache_dir / f"queries-{digest_json([split, queries])}.arrow"
         self._qrels[split] = Qrels(
             read_or_write_arrow(path, _QUERIES, batched_tables(queries, _QUERIES)),
             query_of_pair,
             row_of_pair,
+            grade_of_pair,
             self.rows_like,
         )
 
@@ -436,16 +584,22 @@ class Corpus:
         ids: list[str] = self._arrow[np.asarray(rows, dtype=np.int64)].column("id").to_pylist()
         return ids
 
-    def rows_of(self, ids: Sequence[str], missing: int | None = None) -> np.ndarray:
+    def rows_of(self, ids: Sequence[str | int], missing: int | None = None) -> np.ndarray:
         """The rows of ``ids``, shape ``(len(ids),)``; one pass over the id column, whatever their number.
 
         Args:
+            ids: strings, or integers, which stand for their digits; a string alone is one id.
             missing: what an unknown id becomes; by default it is an error.
 
         Raises:
-            CorpusError: an id is not in the corpus and ``missing`` is not given.
+            CorpusError: an id is not in the corpus and ``missing`` is not given, or it is neither a string nor an
+                integer.
         """
-        wanted = pa.array(ids, pa.string())
+        ids = [as_id(id, "An id") for id in as_list(ids)]
+        try:
+            wanted = pa.array(ids, pa.string())
+        except UnicodeEncodeError as error:
+            raise CorpusError(f"An id has {half_character(error.object)}: mend or drop it.") from None
         distinct = wanted.unique()
         row_of_distinct = np.full(len(distinct), -1, dtype=np.int64)
         start = 0
@@ -646,9 +800,25 @@ def _query(id: str, text: str, answers: Iterable[str] = ()) -> dict[str, Any]:
     return {"id": id, "text": text, "answers": list(answers)}
 
 
-def _texts(value: Any) -> list[Any]:
-    """A column's value as a list of texts: of several, one, or none; nulls left out."""
-    return [text for text in (value if isinstance(value, list) else [value]) if text is not None]
+def _triples(
+    relevant: Mapping[Any, str | int | Iterable[str | int] | Mapping[Any, float]],
+) -> Iterator[tuple[str, str, float]]:
+    """(query id, target id, grade) of what :meth:`Corpus.add_split` is given."""
+    for query, targets in relevant.items():
+        graded = targets.items() if isinstance(targets, Mapping) else ((target, 1) for target in as_list(targets))
+        for target, given in graded:
+            grade = as_number(given)
+            if grade is None:
+                raise CorpusError(
+                    f"The grade of target {target!r:.40} for query {query!r:.40} is {given!r:.40}, expected a number."
+                )
+            yield as_id(query, "The id of a query"), as_id(target, f"A target of query {query!r:.40}"), grade
+
+
+def _require_missing(missing_targets: MissingTargets) -> MissingTargets:
+    if missing_targets not in ("error", "drop"):
+        raise InputError(f"missing_targets is {missing_targets!r}, expected 'error' or 'drop'.")
+    return missing_targets
 
 
 def _write_by_content(tables: Iterable[pa.Table], folder: Path) -> Dataset:

@@ -35,15 +35,17 @@ _SCORES_AT_ONCE = 2**27  # half a GB
 class CorpusRetrievalEvaluator(SentenceEvaluator):
     """Encodes the whole corpus with the model as it is, searches it exactly for every query of a split, and scores.
 
-    Metrics (all in ``[0, 1]``): ``recall@{1,5,20,100}`` (the share of a query's relevant targets found),
-    ``mrr@10``, ``ndcg@10``, ``map@100``, as
-    :class:`~sentence_transformers.sentence_transformer.evaluation.InformationRetrievalEvaluator` defines them; and,
-    where the queries have answers, ``answer_recall@{1,5,20,100}``: whether one of the first k targets' texts (titles
-    left out) contains one of the answers as open-domain question answering scores it
-    (:func:`~st_corrector.text.contains_answer`).
+    Metrics (all in ``[0, 1]``): ``recall@{1,5,20,100}`` (the share of a query's relevant targets found), ``mrr@10``,
+    ``ndcg@10``, ``map@100``, as :func:`ranking_metrics` defines them; and, where the queries have answers,
+    ``answer_recall@{1,5,20,100}``: whether one of the first k targets' texts (titles left out) contains one of the
+    answers as open-domain question answering scores it (:func:`~st_corrector.text.contains_answer`).
 
     Works on the corpus's token ids, in chunks: the embeddings of the corpus are never held at once. Titles,
     prompts and truncation are those of training. Nothing that training depends on is changed.
+
+    Where the queries are targets themselves, as in Quora or ArguAna, each is usually the first that is found for
+    itself. By default it stands in its ranking like any other target, so that even a perfect model's ``mrr@10`` is 0.5.
+    BEIR leaves it out, and so does ``ignore_identical_ids=True``.
 
     Args:
         corpus: the targets and their judged queries.
@@ -53,6 +55,8 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
         chunk_size: targets that are encoded and scored at once, at most.
         write_csv: append a line to a CSV file in the ``output_path`` of each call.
         show_progress_bar: show the encoding's progress.
+        ignore_identical_ids: leave the target that has the query's id out of its ranking, as BEIR does. The judgements
+            stay: where a query is judged relevant to itself, it counts as not found.
 
     Raises:
         CorpusError: the corpus has no such split.
@@ -68,6 +72,7 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
         chunk_size: int = 16_384,
         write_csv: bool = True,
         show_progress_bar: bool = False,
+        ignore_identical_ids: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.corpus, self.split, self.name = corpus, split, name
@@ -78,6 +83,9 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
         self.write_csv, self.show_progress_bar = write_csv, show_progress_bar
         self.primary_metric = "ndcg@10"
         self.csv_file = f"corpus-retrieval_evaluation{'_' + name if name else ''}_results.csv"
+        self.ignore_identical_ids = ignore_identical_ids
+        # One more, so that 100 are left without the query's own.
+        self._retrieved = _DEPTH + ignore_identical_ids
         self._answers: list[list[str]] = self.qrels.queries["answers"][:]
 
     def __call__(  # type: ignore[override]
@@ -100,11 +108,13 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
             rows: corpus rows for each query, best first, −1 beyond the last: ``(Q, 100)``; see :meth:`retrieve`.
         """
         found = rows.numpy()
-        return {**ranking_metrics(self._relevance(found), self._relevant_counts()), **self._answer_metrics(found)}
+        total = np.bincount(self.qrels.query, minlength=len(self.qrels))
+        return {**ranking_metrics(self._grades(found), total, self._best_grades()), **self._answer_metrics(found)}
 
     @torch.no_grad()
     def retrieve(self, model: SentenceTransformer, embeddings: EmbeddingCache | None = None) -> Tensor:
-        """The first 100 corpus rows for each query, best first: ``(Q, 100)`` on the CPU, −1 beyond a smaller corpus.
+        """The first 100 corpus rows for each query, best first: ``(Q, 100)`` on the CPU, −1 beyond a smaller corpus;
+        without the query's own where ``ignore_identical_ids`` is set.
 
         Args:
             embeddings: search these, as an index that is served would be, instead of encoding the corpus.
@@ -126,9 +136,9 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
             )
         queries = compare(queries.float().clone())
         if embeddings is not None:
-            return self._search(queries, embeddings, compare)
+            return self._ranking(self._search(queries, embeddings, compare))
         encoder = DocumentEncoder(model, self.corpus, progress=self.show_progress_bar)
-        best = RunningTopK(len(queries), _DEPTH, queries.device)
+        best = RunningTopK(len(queries), self._retrieved, queries.device)
         with tqdm(
             total=len(self.corpus), desc="Evaluating", unit=" targets", disable=not self.show_progress_bar
         ) as bar:
@@ -149,31 +159,55 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
                     bar.update(len(rows))
                 # encode_query cuts to model.truncate_dim where that is set; the targets are cut to the same width.
                 best.update(compare(fresh[:, : queries.shape[1]]) @ queries.T, start)
-        return best.best[1].cpu()
+        return self._ranking(best)
 
-    def _search(self, queries: Tensor, embeddings: EmbeddingCache, compare: Callable[[Tensor], Tensor]) -> Tensor:
+    def _search(self, queries: Tensor, embeddings: EmbeddingCache, compare: Callable[[Tensor], Tensor]) -> RunningTopK:
         if (len(embeddings), embeddings.dim) != (len(self.corpus), queries.shape[1]):
             raise InputError(
                 f"{embeddings!r} does not fit: the corpus has {len(self.corpus):,} targets, the model's queries "
                 f"{queries.shape[1]} dimensions."
             )
-        best = RunningTopK(len(queries), _DEPTH, queries.device)
+        best = RunningTopK(len(queries), self._retrieved, queries.device)
         for row, chunk in embeddings.chunks(max(1, min(self.chunk_size, _SCORES_AT_ONCE // len(queries)))):
             best.update(compare(chunk.float().to(queries.device)) @ queries.T, row)
-        return best.best[1].cpu()
+        return best
+
+    def _ranking(self, best: RunningTopK) -> Tensor:
+        """The rows that were found, best first, without the query's own if that is asked for."""
+        rows = best.best[1].cpu()
+        if not self.ignore_identical_ids:
+            return rows
+        own = torch.from_numpy(self.corpus.rows_of(self.qrels.queries["id"], missing=-1))
+        # The query's own, or the last, goes behind all others, which keep their order, and is cut off.
+        return rows.gather(1, (rows == own[:, None]).int().argsort(dim=1, stable=True))[:, :_DEPTH]
 
     def get_config_dict(self) -> dict[str, Any]:
-        return {"split": self.split, "targets": len(self.corpus), "queries": len(self.qrels)}
+        return {
+            "split": self.split,
+            "targets": len(self.corpus),
+            "queries": len(self.qrels),
+            "ignore_identical_ids": self.ignore_identical_ids,
+        }
 
     @property
     def description(self) -> str:
         return "Corpus Retrieval"
 
-    def _relevance(self, rows: np.ndarray) -> np.ndarray:
-        return np.stack([np.isin(found, self.qrels.rows_of(query)) for query, found in enumerate(rows)])
+    def _grades(self, rows: np.ndarray) -> np.ndarray:
+        """The grade of what was found at each rank, 0 where it is not relevant, ``(Q, depth)``."""
+        grades = np.zeros(rows.shape)
+        for query, found in enumerate(rows):
+            _, ranks, judged = np.intersect1d(found, self.qrels.rows_of(query), return_indices=True)
+            grades[query, ranks] = self.qrels.grades_of(query)[judged]
+        return grades
 
-    def _relevant_counts(self) -> np.ndarray:
-        return np.bincount(self.qrels.query, minlength=len(self.qrels))
+    def _best_grades(self) -> np.ndarray:
+        """Each query's ten highest grades, highest first, zeros beyond the last, ``(Q, 10)``."""
+        best = np.zeros((len(self.qrels), 10))
+        for query in range(len(self.qrels)):
+            grades = np.sort(self.qrels.grades_of(query))[::-1][:10]
+            best[query, : len(grades)] = grades
+        return best
 
     def _answer_metrics(self, rows: np.ndarray) -> dict[str, float]:
         asked = [query for query, answers in enumerate(self._answers) if answers]
@@ -202,21 +236,37 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
             writer.writerow([epoch, steps, *metrics.values()])
 
 
-def ranking_metrics(relevant: np.ndarray, total: np.ndarray) -> dict[str, float]:
-    """Mean ranking metrics over queries with binary relevance.
+def ranking_metrics(grades: np.ndarray, total: np.ndarray, best: np.ndarray | None = None) -> dict[str, float]:
+    """Mean ranking metrics over queries, as trec_eval (and with it BEIR and MTEB) has them.
+
+    A target is relevant if its grade is above 0, and for recall, the reciprocal rank and average precision nothing else
+    of the grade counts. nDCG's gain is the grade itself
+    (`Järvelin and Kekäläinen 2002 <https://doi.org/10.1145/582415.582418>`_): it is the sum of
+    ``grade / log2(rank + 1)`` over the first ten, divided by that of all judged targets in the order of their grades.
+    Grades of 0 and below gain nothing, as in trec_eval.
+
+    :class:`~sentence_transformers.sentence_transformer.evaluation.InformationRetrievalEvaluator` knows no grades: where
+    all of them are 1, its figures are the same, elsewhere its nDCG is another. Two things are as in that one, and not
+    as in trec_eval: average precision of a query with more than 100 relevant targets is divided by 100, and queries
+    without any are left out of the mean, where trec_eval counts them with 0.
 
     Args:
-        relevant: whether the target at each rank is relevant, ``(Q, depth)``, best first.
+        grades: of the target at each rank, 0 where it is not relevant, ``(Q, depth)``, best first.
         total: how many relevant targets each query has, ``(Q,)``.
+        best: each query's ten highest grades, highest first, 0 beyond the last, ``(Q, 10)``; by default all are 1.
     """
-    depth = relevant.shape[1]
+    depth = grades.shape[1]
+    relevant = grades > 0
+    if best is None:
+        best = np.arange(10) < total[:, None]
     rank = np.arange(1, depth + 1)
     discount = 1 / np.log2(rank + 1)
-    ideal = np.concatenate([[0.0], np.cumsum(discount[:10])])[np.minimum(total, 10)]
+    # Summed one after the other: so the sums of ones are to the bit what they are without grades.
+    ideal = np.cumsum(best * discount[:10], axis=1)[:, -1]
     first = np.where(relevant[:, :10].any(1), relevant[:, :10].argmax(1) + 1, np.inf)
     precision = np.cumsum(relevant, axis=1) / rank
     metrics = {f"recall@{k}": relevant[:, :k].sum(1) / total for k in RECALL_AT}
     metrics["mrr@10"] = 1 / first
-    metrics["ndcg@10"] = (relevant[:, :10] * discount[:10]).sum(1) / ideal
+    metrics["ndcg@10"] = (grades[:, :10] * discount[:10]).sum(1) / ideal
     metrics["map@100"] = (precision * relevant).sum(1) / np.minimum(total, depth)
     return {name: float(values.mean()) for name, values in metrics.items()}

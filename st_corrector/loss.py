@@ -21,6 +21,7 @@ from .checks import (
     check_labels,
     check_settings,
     compares_unit_vectors,
+    default_scale,
     refuse_layers,
     require_finite,
     similarity_of,
@@ -253,7 +254,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         super().__init__()
         similarity_fct = similarity_fct or similarity_of(model)
         unit = compares_unit_vectors(model, similarity_fct)
-        scale = (20.0 if unit else 1.0) if scale is None else scale
+        scale = default_scale(model, similarity_fct) if scale is None else scale
         self.selector = NegativeSelector(
             num_negatives, sampler, scale, budget, candidates, false_negatives or FalseNegativeFilter()
         )

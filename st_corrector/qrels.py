@@ -18,6 +18,8 @@ class Qrels:
         queries: one row a query: ``id``, ``text`` and ``answers`` (a list of strings, empty where there are none).
         query: query position of each (query, positive) pair, shape ``(P,)``; pairs that occur again are dropped.
         row: corpus row of each pair's target, shape ``(P,)``.
+        grade: how relevant each target is, above 0, shape ``(P,)``; by default 1. Of a pair that occurs again the
+            highest counts.
         rows_like: for each of some texts, the corpus rows that have the same text (:meth:`.Corpus.rows_like`).
     """
 
@@ -26,12 +28,15 @@ class Qrels:
         queries: Dataset,
         query: Sequence[int] | np.ndarray,
         row: Sequence[int] | np.ndarray,
+        grade: Sequence[float] | np.ndarray | None = None,
         rows_like: Callable[[list[str]], list[np.ndarray]] | None = None,
     ) -> None:
         query, row = np.asarray(query, dtype=np.int64), np.asarray(row, dtype=np.int64)
         self.queries = queries
         # Sorted by query, then row; a pair that is judged twice is one pair.
-        self.query, self.row = np.unique(np.stack([query, row]), axis=1)
+        (self.query, self.row), pair = np.unique(np.stack([query, row]), axis=1, return_inverse=True)
+        self.grade = np.zeros(len(self.row))
+        np.maximum.at(self.grade, pair.reshape(-1), 1.0 if grade is None else np.asarray(grade, dtype=np.float64))
         self._rows_like = rows_like
         self._starts = np.searchsorted(self.query, np.arange(len(queries) + 1))
 
@@ -43,6 +48,11 @@ class Qrels:
         """The corpus rows that are judged relevant to the ``query``-th query, ascending."""
         rows: np.ndarray = self.row[self._starts[query] : self._starts[query + 1]]
         return rows
+
+    def grades_of(self, query: int) -> np.ndarray:
+        """The grade of each of :meth:`rows_of`."""
+        grades: np.ndarray = self.grade[self._starts[query] : self._starts[query + 1]]
+        return grades
 
     @cached_property
     def _by_row(self) -> tuple[np.ndarray, np.ndarray]:

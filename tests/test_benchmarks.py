@@ -451,8 +451,8 @@ def test_a_tiled_corpus_is_one_of_distinct_targets_with_their_own_tokens(corpus,
         assert tiled.fingerprint != tiling.TiledCorpus(corpus, 1_051, words).fingerprint
         with pytest.raises(ValueError, match="need 6 words, got 5"):
             tiling.TiledCorpus(corpus, 1_050, words[:5])
-    # What has the same words has them again behind every other word.
-    twins = tiling.TiledCorpus(Corpus.from_texts(["word1 word2", "word3", "Word1, word2"]), 8, words)
+    # What has the same text has it again behind every other word.
+    twins = tiling.TiledCorpus(Corpus.from_texts(["word1 word2", "word3", "Word1  word2"]), 8, words)
     assert [twins.duplicates_of(row).tolist() for row in (0, 5, 4, 6)] == [[0, 2], [3, 5], [4], [6]]
 
 
@@ -549,7 +549,7 @@ def test_every_strategy_of_every_preset_is_a_command_that_the_recipe_understands
             if given.strategy == "corrected":
                 CORRECTORS[training.corrector](8, **training.corrector_options)
             if recipe.Strategy.parse(given.strategy).chooses:
-                names = ("num_negatives", "sampler", "scale", "budget", "candidates", "false_negatives")
+                names = ("num_negatives", "sampler", "budget", "candidates", "false_negatives")
                 NegativeSelector(**{name: training.loss_settings[name] for name in names})
             understood += 1
     assert understood > 400

@@ -10,6 +10,7 @@ from conftest import make_static_model, make_texts
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
+from support.layouts import write_beir
 
 from st_corrector import (
     AffineMap,
@@ -529,3 +530,19 @@ def test_evaluate_of_a_model_and_of_what_is_served(served, capsys):
     assert fresh["metrics"]["ndcg@10"] > stale["metrics"]["ndcg@10"] > 0
     assert fresh["metrics"] == CorpusRetrievalEvaluator(corpus, "dev")(moved())
     assert main(command[:-1]) == 0 and "400 queries of dev" in capsys.readouterr().out
+
+
+def test_evaluate_leaves_out_identical_ids_and_lost_targets_on_request(tmp_path, capsys):
+    make_static_model().save_pretrained(str(tmp_path / "model"))
+    texts = [f"word{n} word{n + 1}" for n in range(8)]
+    targets = [{"_id": f"q{n}", "text": text} for n, text in enumerate(texts)]
+    lines = [(f"q{n}", f"q{(n + 1) % 8}", 1) for n in range(8)] + [("q0", "lost", 1)]
+    folder = write_beir(tmp_path, targets, targets, {"dev": lines})
+    command = ["evaluate", "--model", str(tmp_path / "model"), "--corpus", str(folder), "--json"]
+    assert main(command) == 1 and "missing_targets='drop'" in capsys.readouterr().err
+    command += ["--missing_targets", "drop"]
+    assert main(command) == 0
+    with_them = json.loads(capsys.readouterr().out)["metrics"]
+    assert main([*command, "--ignore_identical_ids"]) == 0
+    without = json.loads(capsys.readouterr().out)["metrics"]
+    assert with_them["recall@1"] == 0 < without["recall@1"] and without["mrr@10"] > with_them["mrr@10"]

@@ -1,46 +1,22 @@
-import gzip
-import json
 import os
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from conftest import make_bert_model, make_static_model, make_texts
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
+from support.layouts import FORMATS, QUERIES, TARGETS, columns_of, mined, shouted, write_beir, write_repository
 from tokenizers import Tokenizer, normalizers
 
-from st_corrector import Corpus, CorpusError
+from st_corrector import Corpus, CorpusError, InputError
+from st_corrector.qrels import Qrels
 from st_corrector.tokens import TextCorpus, TokenizedCorpus
-
-
-def write_beir(folder, corpus, queries, qrels, header=True, compress=False):
-    opener, suffix = (gzip.open, ".gz") if compress else (open, "")
-    with opener(folder / f"corpus.jsonl{suffix}", "wt") as file:
-        file.writelines(json.dumps(record) + "\n" for record in corpus)
-    with opener(folder / f"queries.jsonl{suffix}", "wt") as file:
-        file.writelines(json.dumps(record) + "\n" for record in queries)
-    (folder / "qrels").mkdir()
-    for split, lines in qrels.items():
-        text = "".join("\t".join(map(str, line)) + "\n" for line in lines)
-        (folder / "qrels" / f"{split}.tsv").write_text(("query-id\tcorpus-id\tscore\n" if header else "") + text)
-    return folder
-
-
-TARGETS = [
-    {"_id": "a", "title": "Paris", "text": "capital of France"},
-    {"_id": "b", "title": "", "text": "a river"},
-    {"_id": "c", "text": "Paris capital of France"},
-    {"_id": "d", "title": "Rome", "text": "capital of Italy"},
-]
-QUERIES = [
-    {"_id": "q1", "text": "which city", "answers": ["Paris"]},
-    {"_id": "q2", "text": "what flows"},
-    {"_id": "q3", "text": "unused"},
-]
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -452,3 +428,423 @@ def test_queries_that_are_held_out_are_a_split_of_their_own(tmp_path):
             corpus.hold_out(count, into="test")
     with pytest.raises(CorpusError, match="There is a split 'dev' already"):
         corpus.hold_out(3)
+
+
+# ---------------------------------------------------------------------- ids and judgements
+
+
+def judged_by(corpus, split="train"):
+    """Query id → {target id: grade} of a split."""
+    qrels = corpus.qrels(split)
+    return {
+        id: dict(zip(corpus.ids(qrels.rows_of(n)), qrels.grades_of(n).tolist(), strict=True))
+        for n, id in enumerate(qrels.queries["id"])
+    }
+
+
+RELEVANT = {
+    "a list": (["3", "13"], {"3": 1.0, "13": 1.0}),
+    "a tuple": (("13",), {"13": 1.0}),
+    "a set": ({"13", "3"}, {"3": 1.0, "13": 1.0}),
+    "a generator": ((id for id in ("13", "3")), {"3": 1.0, "13": 1.0}),
+    "an array": (np.array([13, 3]), {"3": 1.0, "13": 1.0}),
+    "a series": (pd.Series(["13", "3"], index=[7, 5]), {"3": 1.0, "13": 1.0}),
+    "a column": (Dataset.from_dict({"id": ["13", "3"]})["id"], {"3": 1.0, "13": 1.0}),
+    "the same twice": (["13", "13", 13], {"13": 1.0}),
+    "one string": ("13", {"13": 1.0}),
+    "one integer": (13, {"13": 1.0}),
+    "grades": ({"13": 2, "3": 1}, {"3": 1.0, "13": 2.0}),
+    "no relevance": ({"13": 1, "3": 0, "4": -1, "5": -0.5}, {"13": 1.0}),
+    "fractions": ({"13": 0.5, "3": np.float32(0.25)}, {"3": 0.25, "13": 0.5}),
+    "truth values": ({"13": True, "3": False, "4": np.True_}, {"4": 1.0, "13": 1.0}),
+    "grades as strings": ({"13": "2", "3": "0"}, {"13": 2.0}),
+    "integers of NumPy": ({np.int64(13): np.int8(3), 3: 1}, {"3": 1.0, "13": 3.0}),
+    "an unknown target without relevance": ({"13": 1, "unknown": 0}, {"13": 1.0}),
+}
+
+
+@pytest.mark.parametrize("given", RELEVANT)
+def test_relevant_targets_are_ids_or_one_id_or_grades(given):
+    relevant, expected = RELEVANT[given]
+    corpus = Corpus.from_texts(f"text {n}" for n in range(20))
+    corpus.add_split("train", {"q": "a question", "unjudged": "another"}, {"q": relevant})
+    assert judged_by(corpus) == {"q": expected}
+
+
+@pytest.mark.parametrize("nothing", [[], {}, {"3": 0}, {"3": -1.0, "4": 0}, np.array([], dtype=int)])
+def test_a_query_without_a_relevant_target_is_left_out(nothing):
+    corpus = Corpus.from_texts(["a", "b", "c", "d", "e"])
+    corpus.add_split("train", {"q": "x", "r": "y"}, {"q": nothing, "r": "3"})
+    assert judged_by(corpus) == {"r": {"3": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("relevant", "message"),
+    [
+        ({"0": None}, r"The grade of target '0' for query 'q' is None, expected a number"),
+        ({"0": "high"}, r"is 'high', expected a number"),
+        ({"0": float("nan")}, "is nan, expected a number"),
+        ({"0": float("inf")}, "is inf, expected a number"),
+        ({"0": -np.inf}, r"expected a number"),
+        ({"0": [1]}, r"is \[1\], expected a number"),
+        ({0.0: 1}, r"A target of query 'q' is a float, expected a string or an integer: 0\.0"),
+        ([None], r"A target of query 'q' is a NoneType, expected a string or an integer"),
+        (None, r"A target of query 'q' is a NoneType"),
+        ([True], r"A target of query 'q' is a bool"),
+        ([np.float64(0)], r"A target of query 'q' is a float64"),
+        (b"0", r"A target of query 'q' is a bytes"),
+        ([["0"]], r"A target of query 'q' is a list"),
+        ([("0", 1)], r"A target of query 'q' is a tuple"),
+        (
+            ["0", "7", "8"],
+            r"Split 'train' judges 2 targets that the corpus does not have, e\.g\. \['7', '8'\]\. .*'drop'",
+        ),
+    ],
+)
+def test_judgements_that_are_none_are_refused(relevant, message):
+    corpus = Corpus.from_texts(["a", "b"])
+    with pytest.raises(CorpusError, match=message):
+        corpus.add_split("train", {"q": "x"}, {"q": relevant})
+    assert corpus.splits == []
+
+
+def test_queries_that_cannot_be_told_or_are_no_texts_are_refused():
+    corpus = Corpus.from_texts(["a"])
+    with pytest.raises(CorpusError, match=r"judges 1 queries that `queries` does not have, e\.g\. \['r'\]"):
+        corpus.add_split("train", {"q": "x"}, {"q": ["0"], "r": ["0"]})
+    with pytest.raises(CorpusError, match="Two queries share an id, once as an integer and once as a string"):
+        corpus.add_split("train", {1: "x", "1": "y"}, {1: "0"})
+    with pytest.raises(CorpusError, match=r"The id of a query is a float"):
+        corpus.add_split("train", {1.0: "x"}, {1.0: "0"})
+    with pytest.raises(CorpusError, match=r"The text of query '1' is a NoneType, expected a string"):
+        corpus.add_split("train", {1: None}, {1: "0"})
+
+
+def test_one_string_is_one_value_and_never_its_characters():
+    with pytest.raises(CorpusError, match=r"texts is one string, expected one for each target, as in \['abc'\]"):
+        Corpus.from_texts("abc")
+    for name in ("ids", "titles"):
+        with pytest.raises(CorpusError, match=f"{name} is one string, expected one for each target"):
+            Corpus.from_texts(["x", "y", "z"], **{name: "abc"})
+    corpus = Corpus.from_texts(["x", "y"], ids=["ab", "a"])
+    assert corpus.rows_of("ab").tolist() == [0]
+    corpus.add_split("train", {"q": "x"}, {"q": "ab"}, answers={"q": "Rome"})
+    assert corpus.qrels("train").queries["answers"][:] == [["Rome"]]
+    corpus.add_split("train", {"q": "x"}, {"q": "ab"}, answers={"q": None})
+    assert corpus.qrels("train").queries["answers"][:] == [[]]
+    triplets = Dataset.from_dict({"anchor": ["q"], "positive": ["p"], "negative": ["n"]})
+    assert Corpus.from_pairs(triplets, negatives="negative").texts([0, 1]) == ["p", "n"]
+
+
+IDS = {
+    "integers": [7, 5, 123456789012345678],
+    "integers of NumPy": np.array([7, 5, 3], dtype=np.int32),
+    "unsigned": np.array([7, 5, 2**64 - 1], dtype=np.uint64),
+    "strings of NumPy": np.array(["b", "a", "c"]),
+    "a series in another order": pd.Series([7, 5, 3], index=[2, 0, 1]),
+    "a series of strings": pd.Series(["b", "a", "c"], index=["x", "y", "z"]),
+    "a column": Dataset.from_dict({"id": [7, 5, 3]})["id"],
+    "both kinds": ["x", 5, np.int64(3)],
+}
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_ids_are_strings_and_integers_stand_for_their_digits(kind):
+    ids = IDS[kind]
+    expected = [str(id) for id in ids]
+    corpus = Corpus.from_texts(["one", "two", "three"], ids=ids)
+    assert corpus.ids([0, 1, 2]) == expected
+    assert corpus.rows_of(ids).tolist() == corpus.rows_of(expected).tolist() == [0, 1, 2]
+    asked = list(ids)
+    corpus.add_split("train", {asked[0]: "x"}, {asked[0]: asked[1:]}, answers={asked[0]: ["y"]})
+    assert judged_by(corpus) == {expected[0]: dict.fromkeys(expected[1:], 1.0)}
+    assert corpus.qrels("train").queries["answers"][:] == [["y"]]
+    graded = Corpus.from_texts(["one", "two", "three"], ids=expected)
+    graded.add_split("train", {expected[0]: "x"}, {asked[0]: {asked[2]: 2, asked[1]: 0}})
+    assert judged_by(graded) == {expected[0]: {expected[2]: 2.0}}
+
+
+COLUMNS = {
+    "int64": pa.array([7, 5]),
+    "uint8": pa.array([7, 5], pa.uint8()),
+    "string": pa.array(["7", "5"]),
+    "large string": pa.array(["7", "5"], pa.large_string()),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_columns_of_ids_are_read_as_strings(kind, streamed):
+    dataset = Dataset(pa.table({"id": COLUMNS[kind], "text": ["one", "two"]}))
+    corpus = Corpus.from_dataset(dataset.to_iterable_dataset() if streamed else dataset, id="id")
+    assert corpus.ids([0, 1]) == ["7", "5"] and corpus.rows_of([5, "7"]).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("id", [1.0, float("nan"), True, None, np.float32(1), np.True_, b"1", ["1"]])
+def test_what_is_no_id_is_refused_in_words(id):
+    said = f"is a {type(id).__name__}, expected a string or an integer"
+    with pytest.raises(CorpusError, match=f"The id of text 1 {said}"):
+        Corpus.from_texts(["one", "two"], ids=["0", id])
+    corpus = Corpus.from_texts(["one", "two"])
+    with pytest.raises(CorpusError, match=f"An id {said}"):
+        corpus.rows_of(["0", id])
+    with pytest.raises(CorpusError, match=f"A target of query 'q' {said}"):
+        corpus.add_split("train", {"q": "x"}, {"q": ["0", id]})
+    with pytest.raises(CorpusError, match="half of a character"):
+        corpus.rows_of(["\ud83d"])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(("ids", "type"), [([1.0, 2.0], "double"), ([True, False], "bool"), ([1.5, None], "double")])
+def test_columns_that_hold_no_ids_are_refused_in_words(ids, type, streamed):
+    dataset = Dataset.from_dict({"id": ids, "text": ["one", "two"]})
+    with pytest.raises(CorpusError, match=f"The ids in column 'id' are of type {type}, expected strings or integers"):
+        Corpus.from_dataset(dataset.to_iterable_dataset() if streamed else dataset, id="id")
+
+
+@pytest.mark.parametrize(
+    ("change", "type"),
+    [
+        (lambda each: each.cast_column("id", Value("int64")), "'id': 'int64'"),
+        (lambda each: each.cast_column("text", Value("large_string")), "'text': 'large_string'"),
+        (lambda each: each.remove_columns("title"), "'id': 'string', 'text': 'string'"),
+    ],
+)
+def test_columns_that_a_corpus_cannot_take_as_they_are_go_through_from_dataset(change, type):
+    dataset = change(Dataset.from_dict({"id": ["7", "5"], "title": ["A", None], "text": ["one", "two"]}))
+    with pytest.raises(CorpusError, match=f"expects the columns id, title and text, all strings, and got .*{type}"):
+        Corpus(dataset)
+    assert Corpus.from_dataset(dataset, id="id").ids([0, 1]) == ["7", "5"]
+
+
+def test_grades_are_kept_by_whatever_a_split_comes_from(tmp_path):
+    lines = [("q1", "a", 2), ("q1", "d", 1), ("q1", "b", 0), ("q2", "b", 3), ("q2", "a", -1), ("q3", "c", 0.5)]
+    expected = {"q1": {"a": 2.0, "d": 1.0}, "q2": {"b": 3.0}, "q3": {"c": 0.5}}
+    corpus = Corpus.from_beir(write_beir(tmp_path, TARGETS, QUERIES, {"train": lines}))
+    assert judged_by(corpus) == expected
+    configs = {"corpus": {"corpus": columns_of(TARGETS)}, "queries": {"queries": columns_of(QUERIES)}}
+    judgements = dict(zip(("query-id", "corpus-id", "score"), map(list, zip(*lines, strict=True)), strict=True))
+    judgements["score"] = [float(score) for score in judgements["score"]]
+    repository = write_repository(tmp_path / "hub", {**configs, "default": {"train": judgements}})
+    assert judged_by(Corpus.from_hub(repository)) == expected
+    corpus.hold_out(1)
+    assert len(corpus.qrels("dev")) == 1 and judged_by(corpus) | judged_by(corpus, "dev") == expected
+
+
+def test_of_a_pair_that_is_judged_twice_the_highest_grade_counts(tmp_path):
+    lines = [("q1", "a", 1), ("q1", "a", 3), ("q1", "a", 2), ("q1", "d", 1), ("q1", "d", 0)]
+    corpus = Corpus.from_beir(write_beir(tmp_path, TARGETS, QUERIES, {"train": lines}))
+    assert judged_by(corpus) == {"q1": {"a": 3.0, "d": 1.0}}
+    qrels = Qrels(corpus.qrels("train").queries, [0, 0, 0], [3, 1, 3], [1.0, 2.0, 4.0])
+    assert qrels.rows_of(0).tolist() == [1, 3] and qrels.grades_of(0).tolist() == [2.0, 4.0]
+    assert Qrels(qrels.queries, [0, 0], [3, 1]).grade.tolist() == [1.0, 1.0]
+
+
+# ---------------------------------------------------------------------- judged targets that are not there
+
+
+def with_lost_targets(tmp_path, kind):
+    """Opens data in which of two queries one loses a judgement of two, and another its only one."""
+    lines = [("q1", "a", 1), ("q1", "lost", 2), ("q2", "gone", 1), ("q3", "nothing", 0)]
+    if kind == "beir":
+        folder = write_beir(tmp_path, TARGETS, QUERIES, {"train": lines})
+        return lambda **options: Corpus.from_beir(folder, **options)
+    if kind == "hub":
+        columns = dict(zip(("query-id", "corpus-id", "score"), map(list, zip(*lines, strict=True)), strict=True))
+        configs = {"corpus": {"c": columns_of(TARGETS)}, "queries": {"q": columns_of(QUERIES)}}
+        folder = write_repository(tmp_path, {**configs, "default": {"train": columns}})
+        return lambda **options: Corpus.from_hub(folder, **options)
+
+    def judged(**options):
+        corpus = Corpus.from_texts(["x", "y"], ids=["a", "b"])
+        relevant = {}
+        for query, target, grade in lines:
+            relevant.setdefault(query, {})[target] = grade
+        corpus.add_split("train", {query["_id"]: query["text"] for query in QUERIES}, relevant, **options)
+        return corpus
+
+    return judged
+
+
+@pytest.mark.parametrize("kind", ["beir", "hub", "add_split"])
+def test_judged_targets_that_are_not_there_are_an_error_or_left_out_and_counted(tmp_path, kind, caplog):
+    load = with_lost_targets(tmp_path, kind)
+    with pytest.raises(
+        CorpusError, match=r"judges 2 targets that .* does not have, e\.g\. \['gone', 'lost'\].*='drop'"
+    ):
+        load()
+    with pytest.raises(InputError, match="missing_targets is 'ignore', expected 'error' or 'drop'"):
+        load(missing_targets="ignore")
+    caplog.clear()
+    corpus = load(missing_targets="drop")
+    assert judged_by(corpus) == {"q1": {"a": 1.0}}
+    [said] = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert "judges 2 targets that" in said
+    assert "2 judgements are left out, and with them 1 queries that have no others" in said
+    caplog.clear()
+    if kind != "add_split":
+        assert judged_by(load(max_targets=2)) == {"q1": {"a": 1.0}}, "a limit leaves them out on purpose"
+        assert not [each for each in caplog.records if each.levelname == "WARNING"]
+
+
+# ---------------------------------------------------------------------- transforms and formats
+
+TEXTS = {"anchor": ["one", "two", "three"], "positive": ["x", "y", "z"]}
+TRANSFORMS = sorted(shouted(TEXTS))
+
+
+@pytest.mark.parametrize("how", TRANSFORMS)
+def test_what_a_transform_gives_is_what_is_read(how):
+    dataset = shouted(TEXTS)[how]
+    assert dataset[0] == {"anchor": "ONE", "positive": "X"}
+    pairs = Corpus.from_pairs({"train": dataset, "dev": Dataset.from_dict(TEXTS)})
+    assert pairs.texts(range(6)) == ["X", "Y", "Z", "x", "y", "z"]
+    assert pairs.pairs("train")["anchor"][:] == ["ONE", "TWO", "THREE"]
+    assert pairs.pairs("dev")["anchor"][:] == ["one", "two", "three"]
+    corpus = Corpus.from_dataset(dataset, text="positive", id="anchor")
+    assert corpus.texts(range(3)) == ["X", "Y", "Z"] and corpus.ids(range(3)) == ["ONE", "TWO", "THREE"]
+    with pytest.raises(CorpusError, match=r"no column 'raw_positive' for text; it has \['anchor', 'positive'\]"):
+        Corpus.from_dataset(dataset, text="raw_positive")
+
+
+def test_a_transform_that_has_changed_is_read_anew():
+    suffix = ["first"]
+    dataset = Dataset.from_dict({"text": ["a", "b"]}).with_transform(
+        lambda batch: {"text": [f"{text} {suffix[0]}" for text in batch["text"]]}
+    )
+    assert Corpus.from_dataset(dataset).texts([0, 1]) == ["a first", "b first"]
+    suffix[0] = "second"
+    assert Corpus.from_dataset(dataset).texts([0, 1]) == ["a second", "b second"]
+    plain = Corpus.from_dataset(dataset.with_format(None))
+    assert plain.texts([0, 1]) == ["a", "b"]
+
+
+def test_transforms_that_cannot_be_read_are_refused_in_words():
+    dataset = Dataset.from_dict({"id": ["0", "1"], "title": [None, None], "text": ["a", "b"]})
+    same = dataset.with_transform(lambda batch: batch)
+    with pytest.raises(CorpusError, match=r"The targets have a transform.* Corpus\.from_dataset"):
+        Corpus(same)
+    assert Corpus(dataset.with_format("numpy"))[1] == {"id": "1", "title": None, "text": "b"}
+    longer = dataset.with_transform(lambda batch: {"text": [part for text in batch["text"] for part in (text, text)]})
+    with pytest.raises(CorpusError, match=r"transform makes \{'text': 4\} values of 2 rows.* use dataset\.map"):
+        Corpus.from_dataset(longer)
+    with pytest.raises(CorpusError, match=r"no column 'text' for text; it has \[\]"):
+        Corpus.from_dataset(same.select([]))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_format_changes_nothing(format):
+    columns = {**TEXTS, "pid": [7, 5, 3], "more": [["n", "m"], None, []]}
+    dataset = Dataset.from_dict(columns)
+    formatted = dataset.with_format(format)
+    plain, other = (Corpus.from_pairs(each, negatives=["more"]) for each in (dataset, formatted))
+    assert other.fingerprint == plain.fingerprint
+    assert other.pairs("train").to_dict() == plain.pairs("train").to_dict()
+    other = Corpus.from_dataset(formatted, text="positive", id="pid")
+    assert other.ids(range(3)) == ["7", "5", "3"] and other.texts(range(3)) == ["x", "y", "z"]
+
+
+def test_a_stream_that_is_mapped_is_read_as_mapped():
+    stream = Dataset.from_dict(TEXTS).to_iterable_dataset().map(lambda row: {"positive": row["positive"].upper()})
+    assert Corpus.from_pairs(stream).texts(range(3)) == ["X", "Y", "Z"]
+    assert Corpus.from_dataset(stream, text="positive").texts(range(3)) == ["X", "Y", "Z"]
+
+
+# ---------------------------------------------------------------------- mined negatives
+
+
+@pytest.mark.parametrize("scores", [False, True])
+@pytest.mark.parametrize("output_format", ["triplet", "n-tuple", "labeled-pair", "labeled-list"])
+def test_every_output_of_mine_hard_negatives_is_read_as_what_it_is_or_refused(static_model, output_format, scores):
+    queries, texts = make_texts(12)
+    pairs = Dataset.from_dict({"anchor": queries, "positive": texts})
+    dataset = mined(static_model, pairs, output_format, scores)
+    negatives = [name for name in dataset.column_names if name.startswith("negative")]
+    if scores and not negatives:
+        with pytest.raises(CorpusError, match=r"has a column 'scores?' beside its pairs.*remove_columns\('scores?'\)"):
+            Corpus.from_pairs(dataset)
+        return
+    corpus = Corpus.from_pairs(dataset, negatives=negatives)
+    answers = dict(zip(queries, texts, strict=True))
+    assert corpus.pairs("train").num_rows == 12
+    assert {pair["anchor"]: pair["positive"] for pair in corpus.pairs("train")} == answers
+    assert sorted(corpus.texts(range(len(corpus)))) == sorted(texts), "the negatives are targets"
+    if negatives:
+        assert Corpus.from_pairs(dataset).pairs("train").num_rows == 12, "without them the same"
+
+
+LABELS = {
+    "integers": [1, 0, 1, 0],
+    "floats": [1.0, 0.0, 1.0, 0.0],
+    "truth values": [True, False, True, False],
+    "strings": ["1", "0", "1", "0"],
+}
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_labels_say_which_texts_are_relevant(kind, column, streamed, caplog):
+    columns = {"anchor": ["q", "q", "r", "s"], "positive": ["x", "n", "x", "m"], column: LABELS[kind]}
+    dataset = Dataset.from_dict(columns)
+    corpus = Corpus.from_pairs(dataset.to_iterable_dataset() if streamed else dataset)
+    assert corpus.texts(range(len(corpus))) == ["x", "n", "m"]
+    assert judged_by(corpus) == {"q": {"0": 1.0}, "r": {"0": 1.0}}
+    assert "1 queries of split 'train' have no text with label 1 and are left out" in caplog.text
+    listed = {"anchor": ["q", "r"], "positive": [["n", "x", "y", None], ["x", "n"]]}
+    marks = [LABELS[kind][n] for n in (1, 0, 0, 1)]
+    corpus = Corpus.from_pairs(Dataset.from_dict({**listed, column: [marks, marks[1:3]]}))
+    assert corpus.texts(range(3)) == ["x", "y", "n"]
+    assert judged_by(corpus) == {"q": {"0": 1.0, "1": 1.0}, "r": {"0": 1.0, "2": 1.0}}
+
+
+def test_what_is_relevant_in_one_row_stays_so_whatever_another_says():
+    columns = {"anchor": ["q", "q", "q"], "positive": ["x", "x", "y"], "label": [0, 1, 0]}
+    corpus = Corpus.from_pairs(Dataset.from_dict(columns))
+    assert judged_by(corpus) == {"q": {"0": 1.0}}
+
+
+CLASSES = Dataset.from_dict(
+    {"anchor": ["q", "r"], "positive": ["x", "y"], "label": [0, 1]},
+    features=Features(
+        {"anchor": Value("string"), "positive": Value("string"), "label": ClassLabel(names=["entailment", "neutral"])}
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": [1, 2]}, r"Column 'label' in row 1 of split 'train' is 2, expected 1 .*remove_columns\('label'\)"),
+        ({"label": [0.7, 1.0]}, r"row 0 of split 'train' is 0\.7"),
+        ({"label": [1, None]}, r"row 1 of split 'train' is None"),
+        ({"label": ["1", "yes"]}, r"row 1 of split 'train' is 'yes'"),
+        ({"label": [0, 0]}, r"No label in column 'label' of split 'train' is 1, so nothing is relevant"),
+        ({"labels": [[1, 0], [1]]}, r"row 0 of split 'train' is \[1, 0\], expected 1 .* of 1 texts"),
+        ({"label": [-1, 1]}, "row 0 of split 'train' is -1"),
+        ({"score": [0.9, 0.1]}, r"has a column 'score' beside its pairs"),
+        ({"scores": [[0.9], [0.1]]}, r"has a column 'scores' beside its pairs"),
+    ],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_labels_and_scores_that_do_not_say_what_is_relevant_are_refused(columns, message, streamed):
+    dataset = Dataset.from_dict({"anchor": ["q", "r"], "positive": ["x", "y"], **columns})
+    with pytest.raises(CorpusError, match=message):
+        Corpus.from_pairs(dataset.to_iterable_dataset() if streamed else dataset)
+    (name,) = columns
+    assert Corpus.from_pairs(dataset.remove_columns(name)).pairs("train").num_rows == 2, "as the message says"
+
+
+def test_rows_and_classes_in_a_label_column_are_not_taken_for_relevance():
+    queries, texts = make_texts(5)
+    corpus = Corpus.from_pairs(Dataset.from_dict({"anchor": queries, "positive": texts}))
+    with pytest.raises(CorpusError, match=r"is 2, .*such as the corpus rows that Corpus\.pairs gives"):
+        Corpus.from_pairs(corpus.pairs("train"))
+    again = Corpus.from_pairs(corpus.pairs("train").remove_columns("label"))
+    assert again.fingerprint == corpus.fingerprint
+    with pytest.raises(CorpusError, match=r"'label' of split 'train' holds the classes \['entailment', 'neutral'\]"):
+        Corpus.from_pairs(CLASSES)
+    named = Dataset.from_dict({"text": ["a", "b"], "label": ["one", "two"]})
+    assert Corpus.from_pairs(named, "text", "label").texts([0, 1]) == ["one", "two"], "the column of positives"
+    scored = Dataset.from_dict({"anchor": ["q"], "positive": ["x"], "negative": ["n"], "score": [0.2]})
+    assert Corpus.from_pairs(scored).pairs("train").num_rows == 1, "a margin beside triplets"

@@ -2,12 +2,20 @@ import csv
 
 import numpy as np
 import pytest
+import pytrec_eval
 import torch
 from conftest import make_static_model, make_texts
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from st_corrector import Corpus, CorpusError, CorpusRetrievalEvaluator, CorrectedMultipleNegativesLoss, InputError
+from st_corrector import (
+    Corpus,
+    CorpusError,
+    CorpusRetrievalEvaluator,
+    CorrectedMultipleNegativesLoss,
+    EmbeddingCache,
+    InputError,
+)
 from st_corrector.evaluation import ranking_metrics
 from st_corrector.text import contains_answer
 from st_corrector.topk import RunningTopK
@@ -161,3 +169,143 @@ def test_few_scores_are_held_at_once(static_model, judged, monkeypatch):
     monkeypatch.setattr("st_corrector.evaluation._SCORES_AT_ONCE", 60 * 32)
     assert torch.equal(CorpusRetrievalEvaluator(judged, "dev").retrieve(static_model), expected)
     assert max(widest) <= 60 * 32
+
+
+# ---------------------------------------------------------------------- grades, as trec_eval has them
+
+
+def random_judgements(seed, grades, per_query, found):
+    """A corpus with ``per_query`` judgements for each of 12 queries, and what 12 random runs found of it."""
+    rng = np.random.default_rng(seed)
+    corpus = Corpus.from_texts(f"text {n}" for n in range(300))
+    judged = {}
+    for query in range(12):
+        given = rng.choice(grades, per_query).tolist()
+        targets = rng.choice(300, per_query, replace=False)
+        judged[f"q{query}"] = {str(target): grade for target, grade in zip(targets, given, strict=True)}
+        judged[f"q{query}"][str(targets[0])] = max(grades)  # something is relevant
+    corpus.add_split("dev", {id: f"question {id}" for id in judged}, judged)
+    rows = torch.full((12, 100), -1)
+    for query in range(12):
+        sure, *relevant = (int(target) for target, grade in judged[f"q{query}"].items() if grade > 0)
+        some, rest = [row for row in relevant if rng.random() < 0.4], rng.permutation(300).tolist()
+        order = list(dict.fromkeys([rest[0], sure, *rng.permutation([*some, *rest[:20]]).tolist(), *rest]))
+        rows[query, :found] = torch.tensor(order[:found])
+    return corpus, judged, rows
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("found", [100, 37, 3])
+@pytest.mark.parametrize("per_query", [1, 8, 60, 250])
+@pytest.mark.parametrize("grades", [[0, 1], [0, 1, 2], [-2, -1, 0, 1, 2, 3], [1], [4]])
+def test_metrics_of_graded_judgements_are_trec_evals(seed, found, per_query, grades):
+    corpus, judged, rows = random_judgements(seed, grades, per_query, found)
+    run = {
+        id: {str(row): float(-rank) for rank, row in enumerate(rows[n].tolist()) if row >= 0}
+        for n, id in enumerate(judged)
+    }
+    measures = {"ndcg_cut.10", "recall.1,5,20,100", "map_cut.100"}
+    theirs = pytrec_eval.RelevanceEvaluator(judged, measures).evaluate(run)
+    cut = {id: {target: score for target, score in targets.items() if score > -10} for id, targets in run.items()}
+    first = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}).evaluate(cut)
+    expected = {f"recall@{k}": np.mean([theirs[id][f"recall_{k}"] for id in judged]) for k in (1, 5, 20, 100)}
+    expected["mrr@10"] = np.mean([first[id]["recip_rank"] for id in judged])
+    expected["ndcg@10"] = np.mean([theirs[id]["ndcg_cut_10"] for id in judged])
+    relevant = {id: sum(grade > 0 for grade in targets.values()) for id, targets in judged.items()}
+    # The one difference that the docstring names: beyond 100 relevant targets it is divided by 100.
+    beyond = {id: relevant[id] / min(relevant[id], 100) for id in judged}
+    expected["map@100"] = np.mean([theirs[id]["map_cut_100"] * beyond[id] for id in judged])
+    ours = CorpusRetrievalEvaluator(corpus, "dev").score(rows)
+    assert ours == pytest.approx(expected, abs=1e-9)
+    assert ours["ndcg@10"] > 0
+
+
+def test_figures_of_binary_judgements_are_to_the_bit_what_they_were_without_grades():
+    corpus, judged, rows = random_judgements(0, [0, 1], 40, 100)
+    metrics = CorpusRetrievalEvaluator(corpus, "dev").score(rows)
+    found = zip(judged.values(), rows.tolist(), strict=True)
+    relevant = np.array([[targets.get(str(row), 0) > 0 for row in each] for targets, each in found])
+    total = np.array([sum(targets.values()) for targets in judged.values()])
+    discount = 1 / np.log2(np.arange(2, 12))
+    ideal = np.concatenate([[0.0], np.cumsum(discount)])[np.minimum(total, 10)]
+    assert metrics["ndcg@10"] == ((relevant[:, :10] * discount).sum(1) / ideal).mean()
+    assert ranking_metrics(relevant, total) == metrics
+
+
+def test_the_order_of_grades_decides_ndcg_and_nothing_else():
+    corpus = Corpus.from_texts(["a", "b", "c"])
+    corpus.add_split("dev", {"q": "x"}, {"q": {"0": 3, "1": 1, "2": 0}})
+    evaluator = CorpusRetrievalEvaluator(corpus, "dev")
+    best, worse = (evaluator.score(torch.tensor([[*order, *[-1] * 97]])) for order in ((0, 1, 2), (1, 0, 2)))
+    assert best["ndcg@10"] == 1.0
+    assert worse["ndcg@10"] == pytest.approx((1 + 3 / np.log2(3)) / (3 + 1 / np.log2(3)))
+    assert {name: worse[name] for name in worse if name != "ndcg@10"} == {
+        name: best[name] for name in best if name != "ndcg@10"
+    }
+
+
+# ---------------------------------------------------------------------- queries that are targets
+
+
+@pytest.fixture
+def duplicates() -> Corpus:
+    """150 questions that are all targets, and each one's duplicate; some queries have no target of their id."""
+    questions, texts = make_texts(150)
+    corpus = Corpus.from_texts([*questions, *texts], ids=[*(f"q{n}" for n in range(150)), *range(150)])
+    queries = {f"q{n}": questions[n] for n in range(40)} | {f"other{n}": questions[n] for n in range(40, 50)}
+    relevant = {id: [number, (number + 7) % 150] for number, id in enumerate(queries)}
+    relevant["q3"] = {"q3": 2, 3: 1}  # judged relevant to itself
+    corpus.add_split("dev", queries, relevant)
+    return corpus
+
+
+def test_the_target_with_the_querys_id_leaves_the_ranking_before_it_is_cut(static_model, duplicates):
+    plain = CorpusRetrievalEvaluator(duplicates, "dev").retrieve(static_model)
+    evaluator = CorpusRetrievalEvaluator(duplicates, "dev", ignore_identical_ids=True)
+    rows = evaluator.retrieve(static_model)
+    assert rows.shape == (50, 100) and (rows >= 0).all(), "one more is retrieved in its place"
+    ids = duplicates.qrels("dev").queries["id"][:]
+    for id, with_it, without in zip(ids, plain.tolist(), rows.tolist(), strict=True):
+        own = duplicates.rows_of([id], missing=-1)[0]
+        assert own not in without
+        rest = [row for row in with_it if row != own]
+        assert without[: len(rest)] == rest, "the others keep their order"
+    assert (plain[:40, 0] == torch.arange(40)).all(), "each question is the first that is found for itself"
+    embeddings = torch.from_numpy(static_model.encode_document(duplicates.texts(range(300))))
+    cache = EmbeddingCache.from_tensor(embeddings)
+    assert torch.equal(evaluator.retrieve(static_model, cache), rows)
+
+
+def test_without_identical_ids_the_figures_are_beirs(static_model, duplicates):
+    evaluator = CorpusRetrievalEvaluator(duplicates, "dev", ignore_identical_ids=True)
+    queries = duplicates.qrels("dev").queries
+    scores = static_model.similarity(
+        static_model.encode_query(queries["text"][:]), static_model.encode_document(duplicates.texts(range(300)))
+    )
+    ids = duplicates.ids(range(300))
+    run = {id: dict(zip(ids, found.tolist(), strict=True)) for id, found in zip(queries["id"], scores, strict=True)}
+    qrels = duplicates.qrels("dev")
+    judged = {
+        id: dict(zip(duplicates.ids(qrels.rows_of(n)), map(int, qrels.grades_of(n)), strict=True))
+        for n, id in enumerate(queries["id"])
+    }
+    assert judged["q3"] == {"q3": 2, "3": 1}, "the judgement stays, though it cannot be found"
+    for id, found in run.items():  # as BEIR's EvaluateRetrieval.evaluate does
+        found.pop(id, None)
+    theirs = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.1,100", "map_cut.100"}).evaluate(run)
+    metrics = evaluator(static_model)
+    for ours, name in (("ndcg@10", "ndcg_cut_10"), ("recall@1", "recall_1"), ("map@100", "map_cut_100")):
+        assert metrics[ours] == pytest.approx(np.mean([each[name] for each in theirs.values()]), abs=1e-6)
+    assert metrics["ndcg@10"] > 0 and metrics["recall@100"] < 1
+    assert evaluator.get_config_dict()["ignore_identical_ids"]
+
+
+def test_a_corpus_of_fewer_targets_than_the_depth_loses_the_querys_own_alone(static_model):
+    corpus = Corpus.from_texts(["word1 word2", "word3", "word5 word6"], ids=["q", 1, 2])
+    corpus.add_split("dev", {"q": "word1 word2", 5: "word3"}, {"q": [1], 5: [1]}, answers={"q": ["word1"]})
+    evaluator = CorpusRetrievalEvaluator(corpus, "dev", ignore_identical_ids=True)
+    rows = evaluator.retrieve(static_model)
+    assert rows.shape == (2, 100)
+    assert sorted(rows[0, :2].tolist()) == [1, 2] and (rows[0, 2:] == -1).all()
+    assert sorted(rows[1, :3].tolist()) == [0, 1, 2] and (rows[1, 3:] == -1).all()
+    assert evaluator(static_model)["answer_recall@100"] == 0.0, "nor is its text looked at"

@@ -7,7 +7,7 @@ import time
 import pytest
 from datasets import Dataset
 from huggingface_hub import HfApi
-from test_corpus import QUERIES, TARGETS, write_beir
+from support.layouts import QUERIES, TARGETS, upload, write_beir, write_repository
 
 from st_corrector import Corpus, CorpusError
 
@@ -16,25 +16,6 @@ CORPUS["text"] = ["capital of France", "a river", "Paris capital of France", "ca
 QUESTIONS = {"_id": ["q1", "q2", "q3"], "text": ["which city", "what flows", "unused"]}
 TRAIN = {"query-id": ["q1", "q1", "q2", "q2"], "corpus-id": ["a", "d", "b", "a"], "score": [1.0, 1.0, 1.0, 0.0]}
 DEV = {"query-id": ["q2"], "corpus-id": ["d"], "score": [2.0]}
-
-
-def write_repository(folder, configs):
-    """The files of a repository of parquet: config → split → columns."""
-    card = ["---", "configs:"]
-    for config, splits in configs.items():
-        card += [f"- config_name: {config}", "  data_files:"]
-        for split, columns in splits.items():
-            (folder / config).mkdir(parents=True, exist_ok=True)
-            Dataset.from_dict(columns).to_parquet(folder / config / f"{split}-00000-of-00001.parquet")
-            card += [f"  - split: {split}", f"    path: {config}/{split}-*"]
-    (folder / "README.md").write_text("\n".join([*card, "---"]))
-    return folder
-
-
-def upload(folder, repo_id):
-    api = HfApi()
-    api.create_repo(repo_id, repo_type="dataset")
-    return api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder)
 
 
 @pytest.fixture(params=["folder", "download", "stream"])
@@ -57,7 +38,7 @@ def mteb(tmp_path):
 
 
 def check(corpus):
-    """It is the corpus that ``test_corpus.TARGETS`` and ``QUERIES`` are in BEIR's files, but for the answers."""
+    """It is the corpus that ``TARGETS`` and ``QUERIES`` are in BEIR's files, but for the answers."""
     assert sorted(corpus.splits) == ["dev", "train"]
     assert corpus.texts(range(4)) == [
         *("Paris capital of France", "a river", "Paris capital of France", "Rome capital of Italy")
@@ -160,6 +141,128 @@ def test_msmarcos_ids_are_judgements_over_the_whole_corpus(load, tmp_path, confi
     ]
 
 
+def of_language(language):
+    """Configs' columns in which every text and query says which language it is of."""
+    corpus = {"_id": ["a", "b"], "text": [f"{language} a", f"{language} b"]}
+    queries = {"_id": ["q", "r"], "text": [f"{language} q", f"{language} r"]}
+    return corpus, queries, {"query-id": ["q", "r"], "corpus-id": ["b", "a"], "score": [2, 1]}
+
+
+def named(languages, names, splits=("test",)):
+    """Configs of each language, by their names: those of targets, queries and judgements."""
+    return {
+        name.format(language): {split: part for split in splits}
+        for language in languages
+        for name, part in zip(names, of_language(language), strict=True)
+    }
+
+
+DE = {"corpus_config": "de-corpus", "queries_config": "de-queries", "qrels_config": "de-qrels"}
+LAYOUTS = {
+    "a language in front": (named(("en", "de"), ("{}-corpus", "{}-queries", "{}-qrels")), DE),
+    "a language behind": (
+        named(("en", "de"), ("corpus-{}", "queries-{}", "{}")),
+        {"corpus_config": "corpus-de", "queries_config": "queries-de", "qrels_config": "de"},
+    ),
+    "one of several beside others' queries": (
+        {**named(("de",), ("{}-corpus", "{}-queries", "{}-qrels")), **named(("en",), ("corpus", "queries", "default"))},
+        DE,
+    ),
+    "splits": (
+        {
+            name: {"test": part, "train": other}
+            for name, part, other in zip(
+                ("corpus", "queries", "default"), of_language("de"), of_language("en"), strict=True
+            )
+        },
+        {"split": "test"},
+    ),
+    "splits of the judgements alone": (
+        {
+            **{name: {name: part} for name, part in zip(("corpus", "queries"), of_language("de"), strict=False)},
+            "qrels": {"train": {**DEV, "query-id": ["unknown"]}, "test": of_language("de")[2]},
+        },
+        {"split": "test"},
+    ),
+    "a language and splits": (
+        named(("en", "de"), ("{}-corpus", "{}-queries", "{}-qrels"), ("dev", "test")),
+        {**DE, "split": "test"},
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_configs_and_splits_are_named_where_there_are_several(load, tmp_path, layout):
+    configs, options = LAYOUTS[layout]
+    corpus = load(write_repository(tmp_path / "mteb", configs), **options)
+    assert corpus.splits == ["test"]
+    assert corpus.texts([0, 1]) == ["de a", "de b"]
+    assert corpus.pairs("test").to_list() == [
+        {"anchor": "de q", "positive": "de b", "label": 1},
+        {"anchor": "de r", "positive": "de a", "label": 0},
+    ]
+    assert corpus.qrels("test").grade.tolist() == [2.0, 1.0]
+
+
+def test_corpora_of_one_repository_are_not_mistaken_for_one_another(tmp_path):
+    repository = write_repository(tmp_path, LAYOUTS["splits"][0])
+    assert Corpus.from_hub(repository, split="train").texts([0]) == ["en a"]
+    assert Corpus.from_hub(repository, split="test").texts([0]) == ["de a"]
+    assert Corpus.from_hub(repository, split="train").texts([0]) == ["en a"]
+
+
+UNNAMED = {
+    "a language in front": (
+        {},
+        r"has the configs \['en-corpus', .* expected 'corpus' and 'queries'.*corpus_config='…'",
+    ),
+    "a language behind": ({"qrels_config": "de"}, r"has the configs \['corpus-en', .*queries_config='…'"),
+    "one of several beside others' queries": (
+        {"corpus_config": "fr-corpus"},
+        r"has the configs \['de-corpus', .* expected 'fr-corpus' and 'queries'",
+    ),
+    "splits": ({}, r"Config 'queries' of .* has the splits \['test', 'train'\], .* Name one with split='…'"),
+    "splits of the judgements alone": (
+        {"split": "dev"},
+        r"Config 'qrels' of .* has the splits \['train', 'test'\], none called 'dev'",
+    ),
+    "a language and splits": (DE, r"Config 'de-queries' of .* has the splits \['dev', 'test'\], .*split='…'"),
+}
+
+
+@pytest.mark.parametrize("layout", UNNAMED)
+def test_what_there_is_and_which_argument_names_it_are_said(tmp_path, layout):
+    options, message = UNNAMED[layout]
+    with pytest.raises(CorpusError, match=message):
+        Corpus.from_hub(write_repository(tmp_path, LAYOUTS[layout][0]), **options)
+
+
+SCORES = {
+    "integers": [2, 1, 0, -1],
+    "floats": [2.0, 1.0, 0.0, -1.0],
+    "strings": ["2", "1", "0", "-1"],
+    "strings of floats": ["2.0", "1.0", "0.0", "-1.0"],
+}
+
+
+@pytest.mark.parametrize("columns", [("query-id", "corpus-id"), ("query_id", "corpus_id")])
+@pytest.mark.parametrize("name", ["score", "relevance", "rel", "label", "grade"])
+@pytest.mark.parametrize("scores", SCORES)
+def test_scores_are_read_by_every_name_and_type(tmp_path, columns, name, scores):
+    judged = dict(zip(columns, (["q1", "q1", "q2", "q1"], ["a", "d", "b", "b"]), strict=True)) | {name: SCORES[scores]}
+    configs = {"corpus": {"c": CORPUS}, "queries": {"q": QUESTIONS}, "default": {"dev": judged}}
+    qrels = Corpus.from_hub(write_repository(tmp_path, configs)).qrels("dev")
+    assert qrels.queries["id"][:] == ["q1"] and qrels.rows_of(0).tolist() == [0, 3]
+    assert qrels.grades_of(0).tolist() == [2.0, 1.0]
+
+
+def test_truth_values_are_scores_of_1_and_0(tmp_path):
+    judged = {**TRAIN, "score": [True, True, True, False]}
+    configs = {"corpus": {"c": CORPUS}, "queries": {"q": QUESTIONS}, "default": {"train": judged}}
+    corpus = Corpus.from_hub(write_repository(tmp_path, configs))
+    assert corpus.pairs("train")["label"][:] == [0, 3, 1] and set(corpus.qrels("train").grade) == {1.0}
+
+
 def test_judgements_without_scores_are_all_positives(tmp_path):
     judged = {name: values for name, values in DEV.items() if name != "score"}
     configs = {"corpus": {"train": CORPUS}, "queries": {"train": QUESTIONS}, "qrels": {"train": judged}}
@@ -244,6 +347,26 @@ WRONG = {
     "no score": (
         {"default": {"train": {**DEV, "score": [float("nan")]}}},
         r"row 0: 'q2', \['d'\], \[nan\] are not a query's id, targets' ids, and a number for each",
+    ),
+    "a null score": (
+        {"default": {"train": {**TRAIN, "score": [1.0, None, 1.0, 0.0]}}},
+        r"row 1: 'q1', \['d'\], \[None\] are not a query's id, targets' ids, and a number for each",
+    ),
+    "a score that is none": (
+        {"default": {"train": {**TRAIN, "score": ["1", "1", "high", "0"]}}},
+        r"row 2: 'q2', \['b'\], \['high'\] are not",
+    ),
+    "a target id that is a float": (
+        {"default": {"train": {**TRAIN, "corpus-id": [0.0, 1.0, 2.0, 3.0]}}},
+        r"row 0: 'q1', \[0\.0\], \[1\.0\] are not",
+    ),
+    "ids that are floats": (
+        {"corpus": {"corpus": {**CORPUS, "_id": [0.0, 1.0, 2.0, 3.0]}}},
+        r"The ids in column '_id' are of type double, expected strings or integers",
+    ),
+    "query ids that are floats": (
+        {"queries": {"queries": {**QUESTIONS, "_id": [0.0, 1.0, 2.0]}}},
+        r"Config 'queries' of .*, row 0: _id is a float, expected a string or an integer",
     ),
     "too few labels": (
         {"default": {"train": {"query_id": ["q1"], "doc_ids": [["a", "b"]], "labels": [[1]]}}},

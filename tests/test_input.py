@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_static_model
 from datasets import Dataset
-from test_corpus import QUERIES, TARGETS, write_beir
+from support.layouts import QRELS_WRITERS, QUERIES, TARGETS, beirs_reader, write_beir, write_by_hand, write_csv
 
 import st_corrector
 from st_corrector import (
@@ -110,6 +110,83 @@ def test_judgements_that_are_none_are_named(folder, text, message):
     (folder / "qrels" / "train.tsv").write_text(text)
     with pytest.raises(CorpusError, match=message):
         Corpus.from_beir(folder)
+
+
+IDS = [
+    *("plain", '"Heroes"_(album)', 'The_"X"_files', 'ends"', '"', '""', 'a""b', "it's", "a,b", " spaced ", "007", "#1"),
+    *('<dbpedia:"Heroes"_(David_Bowie_album)>', "Zürich", "东京", "a\tb", 'tab\tand "quote"', "back\\slash", "'q'"),
+]
+
+
+@pytest.mark.parametrize("writer", QRELS_WRITERS)
+def test_ids_are_read_as_writers_quote_them_and_as_beirs_own_reader_does(tmp_path, writer):
+    rows = [(f"q-{id}", id, n % 3) for n, id in enumerate(IDS)]
+    file = tmp_path / "train.tsv"
+    QRELS_WRITERS[writer](file, rows)
+    assert list(read_qrels(file)) == rows
+    if "no header" not in writer:
+        assert {(query, id, score) for query, ids in beirs_reader(file).items() for id, score in ids.items()} == {*rows}
+
+
+def test_a_folder_whose_ids_have_quotes_is_read(tmp_path):
+    targets = [{"_id": id, "text": f"text {n}"} for n, id in enumerate(IDS)]
+    queries = [{"_id": f"q-{id}", "text": f"question {n}"} for n, id in enumerate(IDS)]
+    folder = write_beir(tmp_path, targets, queries, {})
+    write_csv(folder / "qrels" / "train.tsv", [(f"q-{id}", id, 1) for id in IDS])
+    assert Corpus.from_beir(folder).pairs("train").to_list() == [
+        {"anchor": f"question {n}", "positive": f"text {n}", "label": n} for n in range(len(IDS))
+    ]
+
+
+HAND_WRITTEN = {
+    'q\tThe_"X"\t1': ("q", 'The_"X"', 1),
+    'q\tX"\t1': ("q", 'X"', 1),
+    'q"\tX\t1': ('q"', "X", 1),
+    'q\t a "b"\t1': ("q", ' a "b"', 1),
+    'q\t"X"\t1': ("q", "X", 1),
+    'q\t"a ""b"" c"\t"1"': ("q", 'a "b" c', 1),
+    'q\t"X"_y\t1': None,
+    'q\t"X" \t1': None,
+    'q\t"X\t1': None,
+    '"q\tX\t1': None,
+    'q\tX\t"1': None,
+    'q\t"\t1': None,
+    'q\t"X\\"Y"\t1': None,
+}
+
+
+@pytest.mark.parametrize("line", HAND_WRITTEN)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_quotes_by_hand_are_read_as_beirs_reader_does_or_refused_and_swallow_no_line(tmp_path, line, end):
+    file = tmp_path / "train.tsv"
+    write_by_hand(file, [("before", "a", 1), (line,), ("behind", "b", 1), ("last", "c", 1)], end=end)
+    found, around = read_qrels(file), [("before", "a", 1), ("behind", "b", 1), ("last", "c", 1)]
+    if HAND_WRITTEN[line] is None:
+        read = []
+        with pytest.raises(
+            CorpusError, match=r"train\.tsv, line 3: .* must end with one, and quotes within be doubled"
+        ):
+            for each in found:
+                read.append(each)
+        assert read == around, "no other line is lost in it"
+        return
+    assert list(found) == [around[0], HAND_WRITTEN[line], *around[1:]]
+    query, target, score = HAND_WRITTEN[line]
+    assert beirs_reader(file)[query] == {target: score}
+
+
+def test_ids_over_several_lines_or_without_end_are_refused_in_words(tmp_path):
+    file = tmp_path / "train.tsv"
+    write_csv(file, [("q", "a\nb", 1), ("r", "c", 1)])
+    with pytest.raises(
+        CorpusError, match=r"has 2 malformed lines:\n  line 2: .*quotes within be doubled.*\n  line 3: "
+    ):
+        list(read_qrels(file))
+    write_by_hand(file, [("q", "a" * 200_000, 1)])
+    with pytest.raises(
+        CorpusError, match=r"line 2: 'q.*aaa' are not tab-separated columns \(field larger than field limit"
+    ):
+        list(read_qrels(file))
 
 
 def test_other_encodings_are_named_with_line_and_byte(folder):

@@ -324,7 +324,7 @@ def test_a_corpus_smaller_than_what_each_query_takes(tmp_path, settings, targets
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_a_corpus_of_duplicates_has_no_negatives(tmp_path, settings):
-    corpus = Corpus.from_texts(["word1 word2", "Word1, word2!"] * 10)
+    corpus = Corpus.from_texts(["word1 word2", " Word1\tWORD2 "] * 10)
     corpus.add_split("train", {"q": "word1", "r": "word2"}, {"q": ["0"], "r": ["3"]})
     selections, _ = train_on(corpus, make_static_model(), tmp_path, **settings)
     assert all((selection.rows < 0).all() for selection in selections)

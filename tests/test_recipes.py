@@ -13,9 +13,10 @@ import torch
 from conftest import ROOT, make_texts
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
-from test_hub_corpus import upload, write_repository
+from support.layouts import upload, write_repository
 
-from st_corrector import CorpusRetrievalEvaluator, InputError
+from st_corrector import CorpusError, CorpusRetrievalEvaluator, InputError
+from st_corrector.qrels import Qrels
 
 RECIPES = ROOT / "recipes"
 
@@ -266,6 +267,18 @@ def test_retrieval_data_sets_are_told_from_pairs(recipe_module, small_nq, hub, t
         assert corpus.pairs("dev").to_list() == found[0].pairs("dev").to_list()
 
 
+def test_a_language_and_judgements_of_targets_that_are_not_there_are_options(recipe_module, tmp_path, capsys):
+    corpus, queries = {"_id": ["a", "b"], "text": ["x", "y"]}, {"_id": ["q", "r"], "text": ["u", "v"]}
+    judged = {"query-id": ["q", "r", "r"], "corpus-id": ["a", "b", "lost"], "score": [1, 1, 1]}
+    parts = {"corpus": corpus, "queries": queries, "qrels": judged}
+    folder = write_repository(tmp_path, {f"en-{name}": {"train": part} for name, part in parts.items()})
+    named = {"corpus_config": "en-corpus", "queries_config": "en-queries", "dataset_config": "en-qrels"}
+    with pytest.raises(CorpusError, match=r"judges 1 targets that config 'en-corpus' does not have.*missing_targets="):
+        load(recipe_module, folder, **named)
+    found = load(recipe_module, folder, **named, missing_targets="drop", eval_queries=1)
+    assert "is a retrieval data set" in capsys.readouterr().out and len(found.qrels("train")) == 1
+
+
 WRONG = {
     "several configs": ({}, r"has the configs \['one', 'two'\]: name one with --dataset_config"),
     "no such config": ({"dataset_config": "three"}, r"has the configs \['one', 'two'\]"),
@@ -477,6 +490,10 @@ def test_metrics_before_training_are_shared_by_models_that_ask_alike(static_mode
     first = common.evaluated_once(static_model, evaluator, tmp_path / "model")
     monkeypatch.setattr(evaluator, "__class__", type("Unasked", (CorpusRetrievalEvaluator,), {"__call__": None}))
     assert common.evaluated_once(static_model, evaluator, tmp_path / "model") == first
+    for name, value in (("ignore_identical_ids", True), ("qrels", Qrels(evaluator.qrels.queries, [0], [1], [2.0]))):
+        with monkeypatch.context() as changed, pytest.raises(TypeError):  # it is asked
+            changed.setattr(evaluator, name, value)
+            common.evaluated_once(static_model, evaluator, tmp_path / "model")
     static_model.prompts["query"] = "query: "
     with pytest.raises(TypeError):  # it is asked
         common.evaluated_once(static_model, evaluator, tmp_path / "model")

@@ -37,6 +37,12 @@ def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
     parser.add_argument("--prompt", help="what precedes the targets' texts, if it is not the model's own prompt")
     parser.add_argument("--max_targets", type=int, metavar="N", help="the corpus is the first N of them")
+    parser.add_argument(
+        "--missing_targets",
+        choices=("error", "drop"),
+        default="error",
+        help="judgements of targets that are not in the corpus end the command, or are left out (default: error)",
+    )
 
 
 def add_model(parser: argparse.ArgumentParser, help: str, required: bool = True) -> None:
@@ -47,9 +53,8 @@ def add_model(parser: argparse.ArgumentParser, help: str, required: bool = True)
 
 def open_corpus(args: argparse.Namespace) -> Corpus:
     """The corpus that the arguments name."""
-    if Path(args.corpus).is_dir():
-        return Corpus.from_beir(args.corpus, max_targets=args.max_targets, prompt=args.prompt)
-    return Corpus.from_hub(args.corpus, max_targets=args.max_targets, prompt=args.prompt)
+    read = Corpus.from_beir if Path(args.corpus).is_dir() else Corpus.from_hub
+    return read(args.corpus, max_targets=args.max_targets, missing_targets=args.missing_targets, prompt=args.prompt)
 
 
 def open_model(args: argparse.Namespace) -> SentenceTransformer:

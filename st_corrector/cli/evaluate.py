@@ -23,13 +23,23 @@ def add_to(commands: Commands) -> None:
     add_corpus(made)
     made.add_argument("--split", default="dev", help="the queries (default: dev)")
     made.add_argument("--cache", type=Path, help="search the embeddings of this cache instead of encoding the corpus")
+    made.add_argument(
+        "--ignore_identical_ids",
+        action="store_true",
+        help="leave the target that has a query's id out of its ranking, as BEIR does where queries are targets",
+    )
     add_json(made)
 
 
 def _run(args: argparse.Namespace) -> int:
     corpus = open_corpus(args)
     evaluator = CorpusRetrievalEvaluator(
-        corpus, args.split, batch_size=args.batch_size, show_progress_bar=True, write_csv=False
+        corpus,
+        args.split,
+        batch_size=args.batch_size,
+        show_progress_bar=True,
+        write_csv=False,
+        ignore_identical_ids=args.ignore_identical_ids,
     )
     cache = None if args.cache is None else EmbeddingCache.load(args.cache)
     metrics = evaluator.score(evaluator.retrieve(open_model(args), cache))
