@@ -40,12 +40,18 @@ class Guard(TrainerCallback):
     """
 
     def __init__(self, policy: NonFinitePolicy, processes: Processes) -> None:
-        self.policy, self.processes = policy, processes
+        self.processes = processes
+        self._told = False
+        self.begin(policy)
+
+    def begin(self, policy: NonFinitePolicy) -> None:
+        """A run begins, of which nothing has been seen."""
+        self.policy = policy
         self.steps_skipped = 0
         """Optimizer steps that were dropped so far."""
         self.is_stopping = False
         """Whether the processes have agreed to save and exit."""
-        self._told, self._dropped, self._in_a_row = False, False, 0
+        self._dropped, self._in_a_row = False, 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -134,19 +134,21 @@ class CorrectorTrainer(SentenceTransformerTrainer):
                 "and what it has counted: pass loss=lambda model: CorrectedMultipleNegativesLoss(model, …), or "
                 "corpus=… alone."
             )
+        self.guard = Guard(cast(NonFinitePolicy, self.args.non_finite), Processes.current())
+        """What has been skipped, and whether the run was told to stop."""
+        self.add_callback(self.guard)
         self._of_run: list[TrainerCallback] = []
         self._begin_run(self.model)
 
     def _begin_run(self, model: SentenceTransformer) -> None:
-        """Make what belongs to one run: its guard, its record, and what measures or refreshes its losses."""
+        """Make what belongs to one run: its record, and what measures or refreshes its losses."""
         for callback in self._of_run:
             self.remove_callback(callback)
         losses = self._corrected_losses()
-        self.guard = Guard(cast(NonFinitePolicy, self.args.non_finite), Processes.current())
-        """What has been skipped, and whether the run was told to stop."""
+        self.guard.begin(cast(NonFinitePolicy, self.args.non_finite))
         self.recorder = Recorder(model, losses, self.args.example_queries)
         """Keeps the record of the run."""
-        self._of_run = [self.guard, *([self.recorder] if losses else [])]
+        self._of_run = [self.recorder] if losses else []
         if losses and isinstance(model.model_card_data, CorrectorModelCardData):
             model.model_card_data.tell_of(self.recorder.record)
         for loss in losses.values() if self._loss_given is None else ():
@@ -308,7 +310,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         components = self.accum_loss_components["train"]
-        if not components.get("steps"):
+        if not components.get("steps") and self.args.world_size == 1:
             components.clear()  # after steps of other losses alone their mean would be 0 / 0
         if "loss" in logs or "train_loss" in logs:  # the latter at the end, after steps that were not logged yet
             for name, loss in self._corrected_losses().items():

@@ -1,5 +1,7 @@
 """What one run leaves to the next, where a trainer makes its model anew for each: nothing."""
 
+import signal
+
 import pytest
 import torch
 from conftest import make_static_model
@@ -210,6 +212,28 @@ def test_a_loss_that_was_made_before_is_refused_beside_model_init(corpus, tmp_pa
     CorrectorTrainer(
         None, arguments(tmp_path), model_init=model_init, loss=CoSENTLoss(model), train_dataset=corpus.pairs("train")
     )
+
+
+class TellToStop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_run_with_a_new_model_answers_sigterm_with_a_checkpoint_and_goes_on_from_it(corpus, tmp_path):
+    settings = arguments(tmp_path, save_strategy="steps", save_steps=500)
+    trainer = CorrectorTrainer(None, settings, corpus=corpus, model_init=model_init, callbacks=[TellToStop()])
+    with pytest.raises(SystemExit) as stopped:
+        trainer.train()
+    assert stopped.value.code == 128 + signal.SIGTERM and (tmp_path / "out" / "checkpoint-2").is_dir()
+    resumed = CorrectorTrainer(None, settings, corpus=corpus, model_init=model_init)
+    resumed.train(resume_from_checkpoint=True)
+    (loss,) = resumed._corrected_losses().values()
+    assert resumed.state.global_step == 6 and loss.search.steps == 6
+    whole = CorrectorTrainer(None, arguments(tmp_path / "whole"), corpus=corpus, model_init=model_init)
+    whole.train()
+    weights = whole.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.model.state_dict().items())
 
 
 def test_without_model_init_a_second_run_goes_on_with_the_same_loss(corpus, tmp_path):
