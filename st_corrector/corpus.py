@@ -6,8 +6,7 @@ import hashlib
 import logging
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,11 +34,12 @@ from .columns import (
     label_column,
     target_tables,
 )
+from .duplicates import TextDigests
 from .errors import CorpusError, InputError
 from .fingerprint import digest, digest_json, max_lengths, tokenizer_fingerprint
 from .qrels import Qrels
 from .routing import DOCUMENT, modules_for
-from .text import half_character, normalized
+from .text import half_character, join_title
 from .tokens import TextCorpus, TokenizedCorpus, TokenLayout, are_equal, tokenize_texts
 
 logger = logging.getLogger(__name__)
@@ -48,11 +48,6 @@ MissingTargets = Literal["error", "drop"]
 """What becomes of judgements whose target is not in the corpus."""
 _QUERIES = pa.schema([("id", pa.string()), ("text", pa.string()), ("answers", pa.list_(pa.string()))])
 _PAIRS = pa.schema([("anchor", pa.string()), ("positive", pa.string()), ("label", pa.int64())])
-
-
-def join_title(title: str | None, text: str) -> str:
-    """The text that is encoded for a target: ``"{title} {text}"``, or the text alone where there is no title."""
-    return f"{title} {text}".strip() if title else text
 
 
 class Corpus:
@@ -103,6 +98,7 @@ class Corpus:
         self._arrow = targets.with_format("arrow")
         self._qrels = dict(qrels or {})
         self._cache_dir = _folder(cache_dir)
+        self._digests = TextDigests(targets, self._cache_dir)
         columns = targets.data
         if empty := pc.sum(_is_empty(columns.column("text"), columns.column("title"))).as_py():
             rows = np.flatnonzero(_is_empty(columns.column("text"), columns.column("title")).to_numpy())[:3].tolist()
@@ -138,7 +134,7 @@ class Corpus:
             texts: any iterable of strings; it is read once and need not fit in memory.
             ids: as many distinct strings, or integers, which stand for their digits (7 is ``"7"``); by default each
                 target's row number.
-            titles: as many titles or ``None``; see :func:`join_title`.
+            titles: as many titles or ``None``; see :func:`~st_corrector.text.join_title`.
 
         Raises:
             CorpusError: one string is given in place of several, the lengths differ, a text is not a string, or an id
@@ -627,61 +623,20 @@ class Corpus:
 
     # ------------------------------------------------------------------ identity and duplicates
 
-    @cached_property
-    def _row_digests(self) -> np.ndarray:
-        """A 64-bit digest of each target's joined text, shape ``(N,)``."""
-        texts = (text for batch in self._arrow.iter(BATCH) for text in _joined(batch))
-        return np.fromiter(map(_digest, texts), dtype=np.uint64, count=len(self))
-
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A digest of the joined texts in their order: what an embedding cache of this corpus depends on."""
-        return digest(self._row_digests.tobytes())
-
-    def _digests(self, text_of: Callable[[pa.Table], Iterable[str]]) -> np.ndarray:
-        """A 64-bit digest of one text for each target, normalized, ``(N,)``."""
-        texts = (normalized(text) for batch in self._arrow.iter(BATCH) for text in text_of(batch))
-        return np.fromiter(map(_digest, texts), dtype=np.uint64, count=len(self))
-
-    @cached_property
-    def _joined_digests(self) -> np.ndarray:
-        return self._digests(_joined)
-
-    @cached_property
-    def _repeated(self) -> dict[int, np.ndarray]:
-        """Row → all rows with the same text; only rows that have a duplicate are in it."""
-        order = np.argsort(self._joined_digests, kind="stable")
-        digests = self._joined_digests[order]
-        bounds = np.flatnonzero(np.concatenate([[True], digests[1:] != digests[:-1], [True]]))
-        repeated: dict[int, np.ndarray] = {}
-        for group in np.flatnonzero(np.diff(bounds) > 1):
-            rows = np.sort(order[bounds[group] : bounds[group + 1]])
-            repeated.update({int(row): rows for row in rows})
-        return repeated
+        return self._digests.fingerprint
 
     def duplicates_of(self, row: int) -> np.ndarray:
         """All rows whose joined text is the same as ``row``'s, itself included, ascending: case, white space and
         Unicode form do not count (:func:`~st_corrector.text.normalized`)."""
-        return self._repeated.get(int(row), np.array([row], dtype=np.int64))
+        return self._digests.repeated.get(int(row), np.array([row], dtype=np.int64))
 
     def rows_like(self, texts: Sequence[str]) -> list[np.ndarray]:
         """For each of ``texts``, the rows that have the same text, with their title or without, ascending: case, white
-        space and Unicode form do not count. A pass over the corpus, whatever their number.
-        """
-        wanted, position = np.unique(
-            np.fromiter((_digest(normalized(text)) for text in texts), np.uint64, len(texts)), return_inverse=True
-        )
-        digests = [self._joined_digests]
-        if self.targets.data.column("title").null_count < len(self):  # else the joined text is the text
-            digests.append(self._digests(lambda batch: batch.column("text").to_pylist()))
-        # Of all targets few have the text of a query: only these are sorted.
-        found = [np.flatnonzero(np.isin(each, wanted)) for each in digests]
-        rows = np.concatenate(found)
-        keys = np.concatenate([each[here] for each, here in zip(digests, found, strict=True)])
-        order = np.lexsort([rows, keys])
-        keys, rows = keys[order], rows[order]
-        starts, ends = np.searchsorted(keys, wanted), np.searchsorted(keys, wanted, side="right")
-        return [np.unique(rows[starts[n] : ends[n]]) for n in position]
+        space and Unicode form do not count."""
+        return self._digests.rows_like(texts)
 
     # ------------------------------------------------------------------ queries
 
@@ -783,11 +738,6 @@ def _is_empty(text: pa.ChunkedArray, title: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.and_(
         *(pc.equal(pc.binary_length(pc.fill_null(column.cast(pa.string()), "")), 0) for column in (text, title))
     )
-
-
-def _digest(text: str) -> int:
-    """64 bits of ``text``'s hash."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
 
 
 def _joined(table: pa.Table) -> list[str]:

@@ -13,6 +13,11 @@ import regex
 _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 
 
+def join_title(title: str | None, text: str) -> str:
+    """The text that is encoded for a target: ``"{title} {text}"``, or the text alone where there is no title."""
+    return f"{title} {text}".strip() if title else text
+
+
 def normalized(text: str) -> str:
     """``text`` as it is compared with others: texts that differ only in case, white space or Unicode form (NFKC) become
     equal, and no others. Punctuation, operators and the marks of a script belong to a text.

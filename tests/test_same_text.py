@@ -12,7 +12,14 @@ from conftest import make_static_model, make_texts
 from datasets import Dataset
 from support.texts import ANSWERS, DIFFERENT, SAME
 
-from st_corrector import AnswerCheck, Corpus, CorpusRetrievalEvaluator, CorrectedMultipleNegativesLoss, EmbeddingCache
+from st_corrector import (
+    AnswerCheck,
+    Corpus,
+    CorpusRetrievalEvaluator,
+    CorrectedMultipleNegativesLoss,
+    EmbeddingCache,
+    duplicates,
+)
 from st_corrector.filters import known_positives
 from st_corrector.text import contains_answer, normalized
 
@@ -191,6 +198,42 @@ def test_the_same_question_under_several_ids_is_one_query_to_what_is_left_out(tm
     # Of another split nothing is known: its judgements may be what is evaluated.
     corpus.add_split("dev", {"d": queries[0]}, {"d": ["5"]})
     assert known_positives(corpus, corpus.qrels("train"), [0])[0].tolist() == [0, 20]
+
+
+@pytest.mark.parametrize("titled", [False, True])
+def test_a_second_start_reads_no_text(tmp_path, monkeypatch, titled):
+    _, texts = make_texts(300)
+    texts += [texts[3].upper(), f"{texts[7]}  ", texts[3]]
+    lines = [{"_id": str(n), "title": f"word{n}" if titled else "", "text": text} for n, text in enumerate(texts)]
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": texts[5]}) + "\n")
+    (tmp_path / "qrels" / "train.tsv").write_text("q\t9\t1\n")
+
+    def asked(corpus):
+        rows = range(len(corpus))
+        return (
+            corpus.fingerprint,
+            [corpus.duplicates_of(row).tolist() for row in rows],
+            known_positives(corpus, corpus.qrels("train"), [9])[0].tolist(),
+        )
+
+    expected = asked(Corpus.from_beir(tmp_path))
+    assert expected[1][3] == ([3] if titled else [3, 300, 302]) and expected[2] == [5, 9]
+    read = []
+    monkeypatch.setattr(duplicates, "normalized", lambda text: read.append(text) or normalized(text))
+    assert asked(Corpus.from_beir(tmp_path)) == expected
+    assert read == [texts[5]], "the query's own"
+    # By several processes, and where nothing is on disk, it is the same.
+    monkeypatch.setattr(duplicates, "_FEWEST_FOR_A_PROCESS", 100)
+    for folder in (tmp_path / "elsewhere", tmp_path / "again"):
+        assert asked(Corpus.from_beir(tmp_path, cache_dir=folder)) == expected
+        assert not [path for path in folder.iterdir() if path.is_dir()], "nothing partial is left"
+    monkeypatch.setattr(duplicates, "_RULES", (2, "other tables of Unicode"))
+    read.clear()
+    assert asked(Corpus.from_beir(tmp_path, cache_dir=tmp_path / "again")) == expected
+    in_memory = Corpus(Dataset.from_list([{"id": line["_id"], **line} for line in lines]).remove_columns("_id"))
+    assert in_memory.fingerprint == expected[0] and in_memory.duplicates_of(3).tolist() == expected[1][3]
 
 
 def test_rows_like_finds_every_row_of_every_text():
