@@ -7,7 +7,8 @@ import math
 import os
 import shutil
 import signal
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
@@ -65,7 +66,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
 
     Raises:
         InputError: a loss is to be made without a corpus, several data sets are to be trained on by several
-            processes, which may draw different ones in one step, batches of an IterableDataset are to be dispatched,
+            processes, which may draw different ones in one step, batches of a streamed training set are to be dispatched,
             the encoder's weights are to be cut between processes, or one process is to use several GPUs.
     """
 
@@ -191,6 +192,24 @@ class CorrectorTrainer(SentenceTransformerTrainer):
             raise CheckpointError(f"{resume_from_checkpoint} {fault}: go on from another checkpoint.")
         with nullcontext() if self.args.save_strategy == SaveStrategy.NO else self.guard.listening():
             return super().train(resume_from_checkpoint, **kwargs)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_dispatching():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_dispatching():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _without_dispatching(self) -> Iterator[None]:
+        """Have each process make its own batches of streamed data: see what the constructor says of dispatched ones."""
+        config = self.accelerator.dataloader_config
+        dispatches, config.dispatch_batches = config.dispatch_batches, False
+        try:
+            yield
+        finally:
+            config.dispatch_batches = dispatches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The plain trainer takes one step too many where it resumes what was finished already.
