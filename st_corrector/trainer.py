@@ -66,8 +66,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
 
     Raises:
         InputError: a loss is to be made without a corpus, several data sets are to be trained on by several
-            processes, which may draw different ones in one step, batches of a streamed training set are to be dispatched,
-            the encoder's weights are to be cut between processes, or one process is to use several GPUs.
+            processes, which may draw different ones in one step, batches of a streamed training set are to be
+            dispatched, the encoder's weights are to be cut between processes, or one process is to use several GPUs.
     """
 
     training_args_class = CorrectorTrainingArguments
