@@ -151,9 +151,11 @@ class RunningTopK:
         queries = torch.arange(batch_size, device=found.device)
         kept = (queries[:, None].expand_as(found)[found], self._scores[found], self._rows[found])
         query, score, row = (torch.cat(parts) for parts in zip(kept, *self._waiting, strict=True))
-        # By query and row; then one row of a matrix for each query, as wide as the longest, sorted by score: stable, so
-        # that equal scores stay in the order of their rows.
-        order = (query * (1 << 48) + row).argsort()
+        # By query and row, the latter first: one number that held both would be too short for many queries. Then one
+        # row of a matrix for each query, as wide as the longest, sorted by score: stable, so that equal scores stay in
+        # the order of their rows.
+        order = row.argsort()
+        order = order[query[order].argsort(stable=True)]
         query, score, row = query[order], score[order], row[order]
         counts = query.bincount(minlength=batch_size)
         place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]

@@ -7,8 +7,8 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
@@ -73,9 +73,9 @@ class CorrectorTrainer(SentenceTransformerTrainer):
 
     Raises:
         InputError: a loss is to be made without a corpus, a corrected loss is passed ready-made beside ``model_init``,
-            several data sets are to be trained on by several
-            processes, which may draw different ones in one step, batches of an IterableDataset are to be dispatched,
-            the encoder's weights are to be cut between processes, or one process is to use several GPUs.
+            several data sets are to be trained on by several processes, which may draw different ones in one step,
+            batches of a streamed training set are to be dispatched, the encoder's weights are to be cut between
+            processes, or one process is to use several GPUs.
     """
 
     training_args_class = CorrectorTrainingArguments
@@ -254,6 +254,24 @@ class CorrectorTrainer(SentenceTransformerTrainer):
                 require_memory(needs, self.args.device)
                 if self.is_world_process_zero():
                     print(_prefix(name) + describe_memory(needs, self.args.device))
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_dispatching():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_dispatching():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _without_dispatching(self) -> Iterator[None]:
+        """Have each process make its own batches of streamed data: see what the constructor says of dispatched ones."""
+        config = self.accelerator.dataloader_config
+        dispatches, config.dispatch_batches = config.dispatch_batches, False
+        try:
+            yield
+        finally:
+            config.dispatch_batches = dispatches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The plain trainer takes one step too many where it resumes what was finished already.

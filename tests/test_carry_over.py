@@ -227,107 +227,6 @@ def test_caches_know_what_carried_them_over(pair, tmp_path):
     assert not (tmp_path / "never").exists()
 
 
-@pytest.mark.parametrize(
-    ("factory", "own_ids", "least"),
-    [
-        ("Flat", False, 1.0),
-        ("IDMap,Flat", True, 1.0),
-        ("IDMap2,Flat", True, 1.0),
-        ("IVF16,Flat", False, 1.0),
-        ("IVF16,Flat", True, 1.0),
-        ("IDMap,IVF16,Flat", True, 1.0),
-        ("IVF16,SQ8", True, 0.95),
-        ("IVF16,PQ12x4", False, 0.3),
-        ("PCAR24,IVF16,Flat", True, 0.95),
-        ("HNSW16", False, 0.9),
-        ("SQ8", False, 0.95),
-    ],
-)
-@pytest.mark.parametrize("metric", ["METRIC_INNER_PRODUCT", "METRIC_L2"])
-def test_faiss_indices_keep_kind_and_ids(pair, tmp_path, factory, own_ids, least, metric):
-    faiss = pytest.importorskip("faiss")
-    old, fitted, expected = pair
-    ids = np.random.default_rng(0).permutation(30_000)[:3000].astype(np.int64) if own_ids else np.arange(3000)
-    index = faiss.index_factory(24, factory, getattr(faiss, metric))
-    if not index.is_trained:
-        index.train(old.numpy())
-    index.add_with_ids(old.numpy(), ids) if own_ids else index.add(old.numpy())
-    faiss.write_index(index, str(tmp_path / "old.faiss"))
-    open_vectors(tmp_path / "old.faiss").upgrade(fitted, tmp_path / "new.faiss", progress=False)
-    found = faiss.read_index(str(tmp_path / "new.faiss"))
-    assert type(found) is type(faiss.read_index(str(tmp_path / "old.faiss"))) and found.ntotal == 3000
-    assert found.metric_type == index.metric_type
-    if (ivf := faiss.try_extract_index_ivf(found)) is not None:
-        ivf.nprobe = 16
-    exact = ids[(expected[:200] @ expected.T).topk(10).indices.numpy()]
-
-    def kept_by(searched) -> float:
-        rows = searched.search(expected[:200].numpy(), 10)[1]
-        return np.mean([len(set(some) & set(others)) / 10 for some, others in zip(rows, exact, strict=True)])
-
-    assert kept_by(found) >= least
-    assert kept_by(index) < 0.2, "the old index is another one"
-
-
-def spread(axes: slice) -> torch.Tensor:
-    """Vectors that vary along some of 24 axes, and hardly along the others."""
-    width = torch.full((24,), 0.05)
-    width[axes] = 1.0
-    return torch.randn(3000, 24, generator=torch.Generator().manual_seed(0)) * width
-
-
-@pytest.mark.parametrize("factory", ["PCA12,Flat", "PCA12,IVF16,Flat", "IVF16,PQ12x4", "SQ8", "PQ12x4"])
-def test_what_an_index_has_learnt_it_learns_anew(tmp_path, factory):
-    """The new vectors lie where the old ones did not: what was learnt of these would lose them."""
-    faiss = pytest.importorskip("faiss")
-    old = spread(slice(0, 12))
-    swap = AffineMap(24, new_dim=24, normalize=False)
-    swap.weight = torch.eye(24).roll(12, dims=1)
-    index = faiss.index_factory(24, factory)
-    index.train(old.numpy())
-    index.add(old.numpy())
-    if (ivf := faiss.try_extract_index_ivf(index)) is not None:
-        ivf.nprobe = 16
-    faiss.write_index(index, str(tmp_path / "old.faiss"))
-    vectors = open_vectors(tmp_path / "old.faiss")
-    vectors.upgrade(swap, tmp_path / "new.faiss", progress=False)
-    new = upgrade_embeddings(vectors.take(np.arange(3000)), swap)  # of what the old index still knows
-    anew = faiss.index_factory(24, factory)
-    anew.train(new.numpy())
-    anew.add(new.numpy())
-
-    def kept(searched) -> float:
-        if (ivf := faiss.try_extract_index_ivf(searched)) is not None:
-            ivf.nprobe = 16
-        exact = torch.cdist(new[:100], new).topk(10, largest=False).indices
-        found = torch.from_numpy(searched.search(new[:100].numpy(), 10)[1])
-        return float(overlap_at_k(found, exact).mean())
-
-    assert kept(faiss.read_index(str(tmp_path / "new.faiss"))) > kept(anew) - 0.05 > 0.2
-
-
-@pytest.mark.parametrize(
-    ("factory", "message"),
-    [
-        ("IVF16,PQ12x4fs", "cannot give back"),
-        ("PQ12x4fs", "cannot give back"),
-        ("L2norm,Flat", "cannot give back"),
-        ("HNSW16_SQ8", "factory"),
-        ("IVF16,SQ8,RFlat", "factory"),
-        ("RQ4x4", "factory"),
-    ],
-)
-def test_kinds_of_which_that_is_not_known_are_refused(tmp_path, factory, message):
-    faiss = pytest.importorskip("faiss")
-    index = faiss.index_factory(24, factory)
-    old = spread(slice(0, 12))
-    index.train(old.numpy())
-    index.add(old.numpy())
-    faiss.write_index(index, str(tmp_path / "old.faiss"))
-    with pytest.raises(InputError, match=message):
-        open_vectors(tmp_path / "old.faiss")
-
-
 def test_what_does_not_fit_the_files_dtype_is_refused(tmp_path):
     big = AffineMap(4, new_dim=4, normalize=False)
     big.weight = torch.eye(4) * 1e6
@@ -358,23 +257,6 @@ def test_the_regularization_is_chosen_by_what_is_held_out():
     clean = fit_to_pairs(old, old @ (torch.eye(24) + turn), unit=False)
     noise = fit_to_pairs(old, torch.randn(60, 24, generator=generator), unit=False)
     assert clean.regularization <= 0.1 < 10 <= noise.regularization
-
-
-def test_a_faiss_index_of_another_width_needs_to_be_told_how(pair, tmp_path):
-    faiss = pytest.importorskip("faiss")
-    old, _, _ = pair
-    index = faiss.index_factory(24, "IDMap,Flat")
-    index.add_with_ids(old.numpy(), np.arange(3000)[::-1].copy())
-    faiss.write_index(index, str(tmp_path / "old.faiss"))
-    to_half = fit_to_pairs(old[:500], F.normalize(old[:500, :12], dim=-1))
-    with pytest.raises(InputError, match=r"12 dimensions instead of 24.*factory"):
-        open_vectors(tmp_path / "old.faiss").upgrade(to_half, tmp_path / "new.faiss", progress=False)
-    open_vectors(tmp_path / "old.faiss", factory="HNSW16").upgrade(to_half, tmp_path / "new.faiss", progress=False)
-    found = faiss.read_index(str(tmp_path / "new.faiss"))
-    nearest = found.search(upgrade_embeddings(old[:50], to_half).numpy(), 1)[1][:, 0]
-    assert found.d == 12 and (nearest == 2999 - np.arange(50)).mean() > 0.9
-    with pytest.raises(InputError, match="does not understand"):
-        open_vectors(tmp_path / "old.faiss", factory="Nonsense").upgrade(to_half, tmp_path / "x", progress=False)
 
 
 def test_nothing_partial_is_left(pair, tmp_path, small_disk):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from st_corrector import InputError
+from st_corrector import CorpusRetrievalEvaluator, InputError
 from st_corrector.topk import RunningTopK
 
 
@@ -97,3 +97,25 @@ def test_maxima_that_are_rounded_otherwise_than_the_scores_lose_none(error):
             )
         expected = naive(scores.T, 4)
         assert torch.equal(best.best[0].double(), expected[0]) and torch.equal(best.best[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("queries", "first_row"),
+    [(2**15 - 1, 0), (2**15, 0), (2**15 + 1, 0), (70_000, 0), (2**15 + 1, 2**33), (2**15 + 1, 2**47)],
+)
+def test_neither_many_queries_nor_large_rows_are_mixed_up(queries, first_row):
+    scores = torch.randint(0, 40, (66, queries), generator=torch.Generator().manual_seed(0)).float()  # with ties
+    best = RunningTopK(queries, 2)
+    for start, end in ((0, 64), (64, 65), (65, 66)):
+        best.update(scores[start:end], first_row + start)
+    expected = naive(scores.T, 2)
+    assert torch.equal(best.best[0].double(), expected[0]) and torch.equal(best.best[1], first_row + expected[1])
+
+
+def test_the_evaluator_ranks_for_more_queries_than_two_bytes_count(corpus, static_model):
+    queries = corpus.qrels("train").queries["text"][:]
+    ids = [str(n) for n in range(33_000)]
+    corpus.add_split("many", {id: queries[int(id) % 200] for id in ids}, {id: [str(int(id) % 200)] for id in ids})
+    rows = CorpusRetrievalEvaluator(corpus, "many", batch_size=4096).retrieve(static_model)
+    assert torch.equal(rows[:200].repeat(165, 1), rows)
+    assert torch.equal(rows[:200], CorpusRetrievalEvaluator(corpus, "train").retrieve(static_model))

@@ -30,7 +30,7 @@ name) a FAISS index whose vectors can be reconstructed. It is only read.
 
 With --model and --corpus it tells what the new index keeps of a re-embedded one: estimated on a sample that the new
 model really encodes, for the queries of --split, or of a file with one query a line. Rows (FAISS: ids in ascending
-order) must be those of the corpus then.
+order, those that repeat as they were added) must be those of the corpus then.
 """
 
 
@@ -68,6 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     model = corpus = None
     queries: list[str] = []
     if args.model is not None:
+        vectors.require_rows()
         corpus, model = open_corpus(args), open_model(args)
         if vectors.count != len(corpus):
             raise InputError(
