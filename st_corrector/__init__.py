@@ -1,82 +1,8 @@
 """Train dense retrievers with hard negatives chosen at every step, from the whole corpus, by the model as it is now."""
 
-from ._version import __version__
-from .cache import EmbeddingCache
-from .cached_loss import CachedCorrectedMultipleNegativesLoss
-from .callbacks import FidelityCallback, RefreshCallback
-from .carry_over import CarryOverEstimate, estimate_carry_over, upgrade_embeddings
-from .corpus import Corpus
-from .correctors import (
-    AffineCorrector,
-    AffineMap,
-    Corrector,
-    IdentityCorrector,
-    KernelRidgeCorrector,
-    MeanShiftCorrector,
-    MLPCorrector,
-    OrthogonalCorrector,
-    RidgeCorrector,
-    RidgeMLPCorrector,
-)
-from .errors import (
-    CacheError,
-    CheckpointError,
-    CorpusError,
-    InputError,
-    NonFiniteError,
-    ProcessError,
-    StCorrectorError,
-    StorageError,
-)
-from .evaluation import CorpusRetrievalEvaluator
-from .filters import AnswerCheck, Check, CrossEncoderCheck, FalseNegativeFilter
-from .fitting import fit_corrector
-from .index import FaissIndex
-from .loss import CorrectedMultipleNegativesLoss
-from .search import CorrectedSearch
-from .shortlist import Shortlist, ShortlistSearch
-from .trainer import CorrectorTrainer
-from .training_args import CorrectorTrainingArguments
+import lazy_loader
 
-__all__ = [
-    "AffineCorrector",
-    "AffineMap",
-    "AnswerCheck",
-    "CacheError",
-    "CachedCorrectedMultipleNegativesLoss",
-    "CarryOverEstimate",
-    "Check",
-    "CheckpointError",
-    "Corpus",
-    "CorpusError",
-    "CorpusRetrievalEvaluator",
-    "CorrectedMultipleNegativesLoss",
-    "CorrectedSearch",
-    "Corrector",
-    "CorrectorTrainer",
-    "CorrectorTrainingArguments",
-    "CrossEncoderCheck",
-    "EmbeddingCache",
-    "FaissIndex",
-    "FalseNegativeFilter",
-    "FidelityCallback",
-    "IdentityCorrector",
-    "InputError",
-    "KernelRidgeCorrector",
-    "MLPCorrector",
-    "MeanShiftCorrector",
-    "NonFiniteError",
-    "OrthogonalCorrector",
-    "ProcessError",
-    "RefreshCallback",
-    "RidgeCorrector",
-    "RidgeMLPCorrector",
-    "Shortlist",
-    "ShortlistSearch",
-    "StCorrectorError",
-    "StorageError",
-    "__version__",
-    "estimate_carry_over",
-    "fit_corrector",
-    "upgrade_embeddings",
-]
+from ._version import __version__ as __version__
+
+# Each name is imported when it is asked for: what needs no torch, such as `st-corrector --help`, does not wait for it.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

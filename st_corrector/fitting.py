@@ -95,8 +95,7 @@ def fit_to_pairs(stale: Tensor, fresh: Tensor, corrector: str = "ridge", unit: b
         stale, fresh = F.normalize(stale, dim=-1), F.normalize(fresh, dim=-1)
     if dim != new_dim and corrector == "ridge":
         corrector = AffineMap.name
-    if corrector not in FITTED:
-        raise InputError(f"corrector {corrector!r:.80} is not one of {', '.join(FITTED)}.")
+    require_fitted(corrector)
     if dim != new_dim and corrector != AffineMap.name:
         raise InputError(
             f"The embeddings have {dim} and {new_dim} dimensions, between which {corrector!r} cannot map: use "
@@ -121,6 +120,16 @@ def fit_to_pairs(stale: Tensor, fresh: Tensor, corrector: str = "ridge", unit: b
     best = tried[int(np.argmin(errors))]
     logger.info("%s: %s leaves the least on %d held-out targets.", corrector, best, len(held_out))
     return _solve(kind, dim, best, stale, fresh)
+
+
+def require_fitted(corrector: str) -> None:
+    """Refuse the name of a corrector that cannot be fitted.
+
+    Raises:
+        InputError: it is none of :data:`FITTED`.
+    """
+    if corrector not in FITTED:
+        raise InputError(f"corrector {corrector!r:.80} is not one of {', '.join(FITTED)}.")
 
 
 def drawn(size: int, sample: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NQ = ROOT.parent / "shared" / "data" / "nq"
 FORKS = multiprocessing.get_context("forkserver")
 """Starts processes of their own, which can be killed, without importing everything in each."""
-FORKS.set_forkserver_preload(["pytest", "st_corrector"])
+FORKS.set_forkserver_preload(["pytest", "st_corrector.trainer"])
 WORDS = [f"word{n}" for n in range(400)]
 
 

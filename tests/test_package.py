@@ -19,10 +19,19 @@ import st_corrector
 
 def test_importing_needs_neither_faiss_nor_peft():
     # sentence-transformers itself imports peft where it is installed.
-    script = "import sys, sentence_transformers; before = set(sys.modules); import st_corrector; "
+    script = "import sys, sentence_transformers; before = set(sys.modules); from st_corrector import *; "
     script += "print([name for name in ('faiss', 'peft') if name in set(sys.modules) - before])"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[]"
+
+
+def test_help_and_version_are_said_without_what_commands_need():
+    script = "import sys; from st_corrector.cli import main\n"
+    script += "try: main(sys.argv[1:])\nexcept SystemExit as ended: assert not ended.code\n"
+    script += "print([name for name in ('torch', 'transformers', 'datasets', 'numpy') if name in sys.modules])"
+    for asked in (["--help"], ["--version"], ["cache", "build", "--help"], ["upgrade-index", "--help"]):
+        done = subprocess.run([sys.executable, "-c", script, *asked], capture_output=True, text=True, check=True)
+        assert done.stdout.endswith("[]\n") and len(done.stdout) > 10, done.stdout
 
 
 def test_the_package_is_typed_and_versioned():

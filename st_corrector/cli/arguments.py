@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sentence_transformers import SentenceTransformer
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
-from ..corpus import Corpus
+    from ..corpus import Corpus
 
 Commands = Any  # argparse's own type of subparsers is private
 
@@ -53,12 +54,16 @@ def add_model(parser: argparse.ArgumentParser, help: str, required: bool = True)
 
 def open_corpus(args: argparse.Namespace) -> Corpus:
     """The corpus that the arguments name."""
+    from ..corpus import Corpus
+
     read = Corpus.from_beir if Path(args.corpus).is_dir() else Corpus.from_hub
     return read(args.corpus, max_targets=args.max_targets, missing_targets=args.missing_targets, prompt=args.prompt)
 
 
 def open_model(args: argparse.Namespace) -> SentenceTransformer:
     """The model that the arguments name."""
+    from sentence_transformers import SentenceTransformer
+
     return SentenceTransformer(args.model, revision=args.revision)
 
 

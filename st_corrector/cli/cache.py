@@ -6,8 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..cache import EmbeddingCache
-from ..cache_folder import CacheFolder
 from ..errors import CacheError
 from .arguments import Commands, add_command, add_corpus, add_json, add_model, open_corpus, open_model, show
 
@@ -44,11 +42,15 @@ def add_to(commands: Commands) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
+    from ..cache import EmbeddingCache
+
     print(EmbeddingCache.build(open_model(args), open_corpus(args), args.path, args.batch_size, args.dtype))
     return 0
 
 
 def _info(args: argparse.Namespace) -> int:
+    from ..cache_folder import CacheFolder
+
     folder = CacheFolder(args.path)
     found = folder.description()
     missing = [] if folder.is_finished else folder.missing(found)
@@ -74,6 +76,8 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from ..cache_folder import CacheFolder
+
     folder = CacheFolder(args.path)
     damaged = folder.damaged()
     if not damaged and not folder.is_finished:
@@ -88,17 +92,23 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _repair(args: argparse.Namespace) -> int:
+    from ..cache import EmbeddingCache
+
     print(EmbeddingCache.repair(open_model(args), open_corpus(args), args.path, args.batch_size))
     return 0
 
 
 def _push(args: argparse.Namespace) -> int:
+    from ..cache import EmbeddingCache
+
     cache = EmbeddingCache.load(args.path, verify=True)
     print(cache.push_to_hub(args.repository, private=True if args.private else None, revision=args.revision))
     return 0
 
 
 def _pull(args: argparse.Namespace) -> int:
+    from ..cache import EmbeddingCache
+
     cache = EmbeddingCache.from_hub(args.repository, args.path, revision=args.revision)
     print(cache)
     print(f"in {args.path}, undamaged", file=sys.stderr)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..model_card import update_card
-from ..record import RunRecord
 from .arguments import Commands, add_command
 
 
@@ -24,6 +22,9 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from ..model_card import update_card
+    from ..record import RunRecord
+
     record = RunRecord.load(args.run)
     of_the_run = [folder for folder in (args.run, args.run / "final") if (folder / "README.md").is_file()]
     print(update_card(args.model or (of_the_run or [args.run])[0], record))

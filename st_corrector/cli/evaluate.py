@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..cache import EmbeddingCache
-from ..evaluation import CorpusRetrievalEvaluator
 from .arguments import Commands, add_command, add_corpus, add_json, add_model, open_corpus, open_model, show
 
 
@@ -32,6 +30,9 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from ..cache import EmbeddingCache
+    from ..evaluation import CorpusRetrievalEvaluator
+
     corpus = open_corpus(args)
     evaluator = CorpusRetrievalEvaluator(
         corpus,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..record import RunRecord
-from ..report import write_report
 from .arguments import Commands, add_command
 
 
@@ -23,5 +21,8 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from ..record import RunRecord
+    from ..report import write_report
+
     print(write_report(RunRecord.load(args.run), args.output or args.run / "report.html"))
     return 0

@@ -6,17 +6,13 @@ import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ..carry_over import estimate_carry_over, estimated_depths, sample_rows
-from ..corpus import Corpus
-from ..correctors import Corrector, Frames
-from ..encoding import DocumentEncoder
 from ..errors import InputError
-from ..fitting import FITTED, drawn, fit_to_pairs
-from ..vectors import open_vectors
 from .arguments import Commands, add_command, add_corpus, add_json, add_model, open_corpus, open_model, show
+
+if TYPE_CHECKING:
+    from ..corpus import Corpus
 
 _EPILOG = """
 INDEX is a .npy or .safetensors file of shape (targets, dimension), the folder of an embedding cache, or (by any other
@@ -47,7 +43,7 @@ def add_to(commands: Commands) -> None:
     made.add_argument("output", type=Path, help="where the new ones go, in the same form; it must not exist")
     how = made.add_mutually_exclusive_group(required=True)
     how.add_argument("--corrector", help="a trained one: a folder or a Hub id")
-    how.add_argument("--fit", choices=FITTED, help="fit one on targets that --model encodes: ridge, as usual")
+    how.add_argument("--fit", metavar="KIND", help="fit one on targets that --model encodes: ridge, mlp, …")
     made.add_argument("--fit_sample", type=int, default=20_000, metavar="N", help="targets that it is fitted on")
     made.add_argument("--tensor", help="of a safetensors file, which of its tensors")
     made.add_argument("--factory", help="make the new FAISS index from this string, instead of one of the same kind")
@@ -60,6 +56,16 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from ..carry_over import estimate_carry_over, estimated_depths, sample_rows
+    from ..correctors import Corrector, Frames
+    from ..encoding import DocumentEncoder
+    from ..fitting import drawn, fit_to_pairs, require_fitted
+    from ..vectors import open_vectors
+
+    if args.fit is not None:
+        require_fitted(args.fit)
     if (args.model is None) != (args.corpus is None) or (args.fit and args.model is None):
         raise InputError("--model and --corpus go together, and --fit needs both.")
     vectors = open_vectors(args.index, args.tensor, args.factory)
