@@ -4,7 +4,7 @@
     python benchmarks/report.py --results benchmarks/results/gpu/study
 
 writes ``benchmarks/results/README.md`` and the plots beside it (PNG and SVG), and puts the tables that the project's
-README marks into that; with ``--results``, of another folder and without touching the README.
+README and its page of results mark into these; with ``--results``, of another folder and without touching the README.
 """
 
 from __future__ import annotations
@@ -63,6 +63,16 @@ COMPARED = (
     *((f"mlp-verify-{candidates}", DEFAULT) for candidates in (8, 32)),
 )
 COLOURS = dict(zip(SHOWN, plt.get_cmap("tab20").colors, strict=False))
+
+SUMMARY = {"low coverage": "nq-low-coverage", "high coverage": "nq-high-coverage"}
+SUMMARY_ROWS = {
+    "in-batch": "in-batch negatives",
+    "mined-once": "mined once, before training",
+    "stale-write-back": "stale cache, written back, no corrector",
+    DEFAULT: "**corrected, the default**",
+    "exhaustive": "exhaustive: re-embedded at every step",
+}
+"""Of the table that the project's README shows: columns and rows."""
 
 Runs = dict[str, list[dict]]
 
@@ -203,8 +213,20 @@ def table(runs: Runs) -> str:
     return "\n".join(lines)
 
 
+def summary(regimes: dict[str, Runs]) -> str:
+    """MRR@10 of the rows that the project's README shows."""
+    shown = {title: regimes[name] for title, name in SUMMARY.items() if name in regimes}
+    lines = [f"| | {' | '.join(shown)} | re-encoded for the cache |", "|---|" + "---|" * (len(shown) + 1)]
+    for name, words in SUMMARY_ROWS.items():
+        cells = [mean_sd([mrr(run) for run in runs[name]]) if name in runs else "" for runs in shown.values()]
+        encoded = " and ".join(f"{mean(runs[name], reencoded):,.0f}" for runs in shown.values() if name in runs)
+        cells.append("0" if set(encoded) <= set("0 and") else encoded)
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def short_table(runs: Runs) -> str:
-    """The rows and columns that the project's README shows."""
+    """The rows and columns that the documentation's page of results shows."""
     lines = [
         "| strategy | seeds | MRR@10 | to exhaustive | R@20 | answer R@20 | re-encoded for the cache |",
         "|---|---|---|---|---|---|---|",
@@ -468,10 +490,12 @@ def main() -> None:
         parser.error(f"{folder} holds no runs: benchmarks/strategies.py makes them")
     (folder / "README.md").write_text(report(folder, regimes), encoding="utf-8")
     if folder == RESULTS:
-        readme = (ROOT / "README.md").read_text(encoding="utf-8")
-        for name, runs in regimes.items():
-            readme = put_into(readme, name, short_table(runs)) if "exhaustive" in runs else readme
-        (ROOT / "README.md").write_text(readme, encoding="utf-8")
+        tables = {name: short_table(runs) for name, runs in regimes.items() if "exhaustive" in runs}
+        for page in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+            text = page.read_text(encoding="utf-8")
+            for name, table in {"summary": summary(regimes), **tables}.items():
+                text = put_into(text, name, table)
+            page.write_text(text, encoding="utf-8")
     count = sum(len(group) for runs in regimes.values() for group in runs.values())
     print(f"{count} runs in {folder / 'README.md'}")
 
