@@ -31,7 +31,7 @@ from .errors import CacheError, NonFiniteError, StorageError
 from .fingerprint import digest_json
 from .hub import push_folder
 from .memory import require_memory
-from .shard import DTYPES, Shard
+from .shard import DTYPES, Shard, as_embeddings
 
 logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 16_384
@@ -68,23 +68,23 @@ class EmbeddingCache:
     # ------------------------------------------------------------------ constructors
 
     @classmethod
-    def from_tensor(cls, embeddings: Tensor | np.ndarray) -> EmbeddingCache:
+    def from_tensor(cls, embeddings: Tensor | np.ndarray | Sequence[Any]) -> EmbeddingCache:
         """A cache of vectors that are there already (a served index's, say), row ``i`` being target ``i``.
 
-        The tensor is kept, not copied. Where it came from is not known, so only its size can be checked
-        against a corpus.
+        The tensor is kept, not copied, if it is float32, bfloat16 or float16. Other floating-point numbers become
+        float32, and byte orders and layouts that PyTorch does not know are converted. Where the vectors came from is
+        not known, so only their size can be checked against a corpus.
 
         Raises:
             CacheError: it is not a two-dimensional array of floating-point numbers.
             NonFiniteError: an embedding is NaN or infinite.
         """
-        tensor = torch.as_tensor(embeddings)
-        if tensor.ndim != 2 or not tensor.is_floating_point() or 0 in tensor.shape:
+        tensor = as_embeddings(embeddings)
+        if 0 in tensor.shape:
             raise CacheError(
-                f"Expected floating-point embeddings of shape (targets, dimension), got {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)}."
+                f"Expected floating-point embeddings of shape (targets, dimension), got none: {tuple(tensor.shape)}."
             )
-        cache = cls([Shard(tensor.detach())])
+        cache = cls([Shard(tensor)])
         for start, chunk in cache.chunks(_ROWS_AT_ONCE):
             _require_finite(chunk, start)
         return cache

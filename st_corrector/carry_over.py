@@ -21,6 +21,7 @@ from .correctors import Corrector
 from .encoding import DocumentEncoder, evaluating
 from .errors import InputError, NonFiniteError
 from .fitting import drawn
+from .shard import as_embeddings
 from .staleness import overlap_at_k
 
 ROWS_AT_ONCE = 16_384
@@ -41,12 +42,9 @@ def upgrade_embeddings(embeddings: Tensor | np.ndarray[Any, Any], corrector: Cor
         InputError: they are of another dimension than the corrector maps from.
         NonFiniteError: one is NaN or infinite, or becomes so.
     """
-    stale = torch.as_tensor(embeddings)
-    if stale.ndim != 2 or stale.shape[1] != corrector.dim or not stale.is_floating_point():
-        raise InputError(
-            f"The corrector maps from floating-point embeddings of shape (n, {corrector.dim}), got {stale.dtype} of "
-            f"shape {tuple(stale.shape)}."
-        )
+    stale = as_embeddings(embeddings, InputError)
+    if stale.shape[1] != corrector.dim:
+        raise InputError(f"The corrector maps from embeddings of {corrector.dim} dimensions, got {stale.shape[1]}.")
     unit = corrector.normalize if corrector.frames is None else corrector.frames.unit
     # A corrector that comes from training may be on a GPU.
     device = next(iter(corrector.state_dict().values()), stale).device
@@ -99,7 +97,7 @@ class CarryOverEstimate:
 
 @torch.no_grad()
 def estimate_carry_over(
-    old: Tensor,
+    old: Tensor | np.ndarray[Any, Any],
     rows: np.ndarray[Any, Any],
     corrector: Corrector,
     new: SentenceTransformer,
@@ -130,7 +128,7 @@ def estimate_carry_over(
         raise InputError("An estimate needs queries, at least two: a split of the corpus, or a file of them.")
     if len(old) != len(rows):
         raise InputError(f"old has {len(old):,} embeddings for a sample of {len(rows):,} rows: pass those rows' alone.")
-    old = old.cpu()
+    old = as_embeddings(old, InputError).cpu()
     depths = estimated_depths(len(rows), len(corpus))
     unit = new.similarity_fn_name == "cosine"
     fresh = DocumentEncoder(new, corpus).encode(new, rows, batch_size=batch_size).cpu()
