@@ -27,12 +27,13 @@ from torch import Tensor
 from .distributed import Processes
 from .errors import CheckpointError, InputError
 from .files import make_folder, whole
+from .fingerprint import differences
 from .loss import CorrectedMultipleNegativesLoss
 
 FOLDER = "st_corrector"
 _COUNTERS = ("targets_encoded", "targets_verified", "targets_reencoded")
 _GO_ON = "Then resume from the last checkpoint that is complete."
-_DESCRIBED = {"corrector", "cache", "rows", "steps", "refreshed", "diverged", "removed", *_COUNTERS}
+_DESCRIBED = {"corrector", "cache", "rows", "steps", "cache_age", "refreshed", "diverged", "removed", *_COUNTERS}
 _DIGESTS = "digests.json"
 _PART = re.compile(r"(?P<name>.+)-(?P<rank>\d{5})-of-(?P<size>\d{5})\.safetensors")
 
@@ -167,7 +168,8 @@ def _state(loss: CorrectedMultipleNegativesLoss) -> tuple[dict[str, Tensor], dic
         "corrector": repr(search.corrector),
         "cache": search.cache.fingerprint,
         "rows": search.cache.corpus_size,
-        "steps": search.steps,
+        "steps": loss.steps,
+        "cache_age": search.steps,
         "refreshed": loss.refreshed,
         "diverged": loss.diverged,
         "removed": loss.removed,
@@ -188,24 +190,20 @@ def _restore(loss: CorrectedMultipleNegativesLoss, parts: list[tuple[dict[str, T
     }
     refreshed = description["refreshed"] or loss.refreshed
     compared = ("corrector", "rows") if refreshed else expected
-    different = [
-        f"{name}: {description[name]} there, {expected[name]} here"
-        for name in compared
-        if description[name] != expected[name]
-    ]
-    if different:
+    there, here = ({name: each[name] for name in compared} for each in (description, expected))
+    if different := differences(there, here):
         raise InputError(
             "The checkpoint's corrector has learnt from something else:\n  " + "\n  ".join(different) + "\nGo on with "
             "the corrector, corpus and cache that the run was begun with."
         )
     if refreshed:
         loss.refresh()  # with the model as it was saved: the embeddings of the refresh before it are gone
-        search = loss.search
     else:
         search.corrector.load_state_dict(_under("corrector.", parts[0][0]))
         search.overlay.load_state_dicts(_under("overlay.", tensors) for tensors, _ in parts)
         loss.divergence_watch.state = parts[0][0]["divergence"]
-    search.steps = description["steps"]
+        search.steps = description["cache_age"]
+    loss.steps = description["steps"]
     loss.removed = Counter(description["removed"])
     for name in _COUNTERS:
         setattr(loss, name, description[name])

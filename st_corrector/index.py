@@ -15,6 +15,7 @@ from torch import Tensor
 from .cache import EmbeddingCache
 from .errors import CacheError, InputError, StorageError
 from .files import make_folder, whole
+from .fingerprint import differences
 
 _INDEX, _DESCRIPTION = "index.faiss", "index.json"
 _ROWS_AT_ONCE = 65_536
@@ -115,12 +116,7 @@ class FaissIndex:
             raise CacheError(f"{folder} holds no index ({error}): build one with FaissIndex.build.") from error
         if factory is None:
             expected["factory"] = found.get("factory")
-        different = [
-            f"{name}: {found.get(name)!r} there, {value!r} here"
-            for name, value in expected.items()
-            if found.get(name) != value
-        ]
-        if different:
+        if different := differences({name: found.get(name) for name in expected}, expected):
             raise CacheError(f"{folder} holds an index of something else:\n  " + "\n  ".join(different))
         file = str(folder / _INDEX)
         if not os.path.isfile(file) or os.path.getsize(file) != found.get("bytes"):

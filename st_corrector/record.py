@@ -81,7 +81,8 @@ class LossRecord:
     Args:
         settings: :meth:`CorrectedMultipleNegativesLoss.get_config_dict`.
         corpus: ``name`` (may be null), ``targets``, ``fingerprint`` and ``splits``: queries by split.
-        cache: ``dtype``, ``dim``, ``bytes`` and ``fingerprint``; None for a loss without one.
+        cache: ``dtype``, ``dim``, ``bytes`` and ``fingerprint``, of which what is long is a digest; None for a loss
+            without one.
         counts: ``targets_encoded`` for the loss, ``targets_verified`` and ``targets_reencoded`` for the cache alone.
         removed: candidates that each rule on false negatives has removed.
         diverged: whether the corrector has made things worse and was given up.
