@@ -143,7 +143,9 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
     lines = []
     for key in sorted(found.keys() | expected.keys()):
         there, here = found.get(key), expected.get(key)
-        if isinstance(there, Mapping) and isinstance(here, Mapping):
+        if key not in expected or key not in found:
+            lines.append(f"{key}: {'there, and not here' if key in found else 'here, and not there'}")
+        elif isinstance(there, Mapping) and isinstance(here, Mapping):
             lines += [f"{key}, {line}" for line in differences(there, here)]
         elif there != here:
             lines.append(_difference(key, there, here))
@@ -151,8 +153,6 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
 
 
 def _difference(key: str, there: Any, here: Any) -> str:
-    if isinstance(there, Mapping) or isinstance(here, Mapping):
-        return f"{key}: {'there, and not here' if here is None else 'here, and not there'}"
     if all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (there, here)):
         return f"{key}: {_IN_WORDS.get(key, 'not the same')}"
     return f"{key}: {there!r} there, {here!r} here"

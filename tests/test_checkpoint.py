@@ -182,7 +182,7 @@ def test_a_checkpoint_of_something_else_is_refused(corpus, tmp_path):
     loss = CorrectedMultipleNegativesLoss(
         make_static_model(), corpus, EmbeddingCache.from_tensor(torch.randn(200, 24)), num_negatives=4
     )
-    with pytest.raises(InputError, match="cache: "):
+    with pytest.raises(InputError, match="cache, weights: there, and not here"):
         load_losses({"loss": loss}, tmp_path / "checkpoint-6")
     with pytest.raises(CheckpointError, match="holds no state of the corrector"):
         load_losses({"other": loss}, tmp_path / "checkpoint-6")
