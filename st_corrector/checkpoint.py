@@ -32,7 +32,7 @@ from .loss import CorrectedMultipleNegativesLoss
 FOLDER = "st_corrector"
 _COUNTERS = ("targets_encoded", "targets_verified", "targets_reencoded")
 _GO_ON = "Then resume from the last checkpoint that is complete."
-_DESCRIBED = {"corrector", "cache", "rows", "steps", "refreshed", "diverged", "removed", *_COUNTERS}
+_DESCRIBED = {"corrector", "cache", "rows", "steps", "cache_age", "refreshed", "diverged", "removed", *_COUNTERS}
 _DIGESTS = "digests.json"
 _PART = re.compile(r"(?P<name>.+)-(?P<rank>\d{5})-of-(?P<size>\d{5})\.safetensors")
 
@@ -167,7 +167,8 @@ def _state(loss: CorrectedMultipleNegativesLoss) -> tuple[dict[str, Tensor], dic
         "corrector": repr(search.corrector),
         "cache": search.cache.fingerprint,
         "rows": search.cache.corpus_size,
-        "steps": search.steps,
+        "steps": loss.steps,
+        "cache_age": search.steps,
         "refreshed": loss.refreshed,
         "diverged": loss.diverged,
         "removed": loss.removed,
@@ -200,12 +201,12 @@ def _restore(loss: CorrectedMultipleNegativesLoss, parts: list[tuple[dict[str, T
         )
     if refreshed:
         loss.refresh()  # with the model as it was saved: the embeddings of the refresh before it are gone
-        search = loss.search
     else:
         search.corrector.load_state_dict(_under("corrector.", parts[0][0]))
         search.overlay.load_state_dicts(_under("overlay.", tensors) for tensors, _ in parts)
         loss.divergence_watch.state = parts[0][0]["divergence"]
-    search.steps = description["steps"]
+        search.steps = description["cache_age"]
+    loss.steps = description["steps"]
     loss.removed = Counter(description["removed"])
     for name in _COUNTERS:
         setattr(loss, name, description[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -172,7 +173,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 ``write_back``) alone. Counted in :attr:`targets_reencoded`.
             shortlist: score only what an index (or a copy of the cache that is corrected once in a while) suggests,
                 instead of every target: see :class:`Shortlist`. Recall is measured and logged.
-            warmup_steps: for so many of its steps the corrector learns, but does not choose yet.
+            warmup_steps: for so many steps of the run the corrector learns, but does not choose yet. A refresh of the
+                cache does not begin that again.
             warmup_negatives: what is taken until then: ``"stale"``, the hardest by the cache as it is (and what has
                 been written back), or ``"in-batch"``, nothing but the other queries' positives.
             divergence: what to do with a corrector whose error exceeds that of the cache as it is by more than 0.01 (of
@@ -267,6 +269,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         """Those that train together; more than one under ``accelerate launch``."""
         self.metrics = StepMetrics()
         """What the steps have measured since :meth:`pop_metrics` was last called."""
+        self.steps = 0
+        """Steps from which a corrector has learnt so far, whatever has been refreshed or begun anew since."""
         self.targets_encoded = 0
         """Targets encoded for the task loss so far, positives and negatives."""
         self.targets_verified = 0
@@ -358,7 +362,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         require_finite(batch.positives, "positives in this batch", batch.rows)
         self.targets_encoded += len(batch.rows)
         selection, negative_rows = None, batch.rows[:0]
-        if self.num_negatives and not (self._is_warming_up and self.warmup_negatives == "in-batch"):
+        if self.is_choosing:
             with self._timed("select"):
                 selection = self.select(batch.queries, batch.known, batch.positive_scores, batch.rows)
             selected = selection.rows[selection.rows != NO_ROW].unique()
@@ -520,9 +524,10 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             if rules.checks:
                 raise InputError("Checks know a query by its positive's row: pass labels.")
             labels = torch.full((len(queries),), NO_ROW, device=queries.device)
-        selection = self.selector.select(
-            self._choosing_search, queries, exclude, positive_scores.detach(), labels, self._encode_without_gradient
-        )
+        with self.search.choosing_by(self.choosing_corrector) as search:
+            selection = self.selector.select(
+                search, queries, exclude, positive_scores.detach(), labels, self._encode_without_gradient
+            )
         self.targets_verified += len(selection.verified_rows)
         self.removed.update(selection.removed)
         self.metrics.add(**{f"removed_by_{rule}": count for rule, count in selection.removed.items()})
@@ -531,18 +536,18 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         return selection
 
     @property
-    def _is_warming_up(self) -> bool:
-        return self._search is not None and self._search.steps < self.warmup_steps
+    def is_choosing(self) -> bool:
+        """Whether a step takes negatives from the corpus now."""
+        return self.num_negatives > 0 and not (self._is_warming_up and self.warmup_negatives == "in-batch")
 
     @property
-    def _choosing_search(self) -> CorrectedSearch:
-        """The search by which negatives are chosen now."""
-        search = self.search
-        if not self._is_warming_up:
-            return search
-        stale = CorrectedSearch(search.cache, self._identity, normalize=search.normalize, processes=self.processes)
-        stale.overlay = search.overlay
-        return stale
+    def choosing_corrector(self) -> Corrector:
+        """By which negatives are chosen now: none, in effect, while the one that learns warms up."""
+        return self._identity if self._is_warming_up else self.search.corrector
+
+    @property
+    def _is_warming_up(self) -> bool:
+        return self._search is not None and self.steps < self.warmup_steps
 
     def _encode_without_gradient(self, rows: np.ndarray) -> Tensor:
         """``g(y)`` of ``rows`` as the model says now, for the search, ``(n, d)``; each process encodes a share."""
@@ -639,7 +644,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         self._search.steps = steps
         self.divergence_watch = DivergenceWatch(self.processes)
 
-    @property
+    @functools.cached_property
     def _identity(self) -> IdentityCorrector:
         return IdentityCorrector(self.search.cache.dim, normalize=self.search.corrector.normalize)
 
@@ -715,9 +720,10 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             pulled = search.write_back(rows, fresh)
             self.metrics.add(pull_back_residual=pulled.residual.mean(), pull_back_damped=float(pulled.damped))
         search.steps += 1
-        if self.processes.size > 1 and search.steps % _COMPARED_EVERY == 0:
+        self.steps += 1
+        if self.processes.size > 1 and self.steps % _COMPARED_EVERY == 0:
             learnt_so_far = checksum(search.corrector.state_dict()).to(rows.device)
-            self.processes.require_same(learnt_so_far, f"The corrector after {search.steps} steps")
+            self.processes.require_same(learnt_so_far, f"The corrector after {self.steps} steps")
         if found := self.divergence_watch.add(measured["drift"], measured["corrected_error"]):
             logger.warning(
                 "Over the last steps the corrected embeddings' error (1 - cos) was %.3f, while that of the cache as it "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -100,7 +101,18 @@ class CorrectedSearch:
         self.use_kernel = True
         """Whether scores may be left to the Triton kernel, where it runs (:func:`.kernels.usable`)."""
         self.steps = 0
-        """Steps of the loss since the cache was built, as far as this search has seen them."""
+        """Steps of the loss since the cache was built: how old its embeddings are."""
+
+    @contextmanager
+    def choosing_by(self, corrector: Corrector) -> Iterator[CorrectedSearch]:
+        """This search with another corrector while the block runs: what it has found out of the cache, and its memory,
+        serve both.
+        """
+        own, self.corrector = self.corrector, corrector
+        try:
+            yield self
+        finally:
+            self.corrector = own
 
     @property
     def corrects_queries(self) -> bool:

@@ -98,7 +98,8 @@ class ShortlistSearch(CorrectedSearch):
         self.recall: float | None = None
         """Of the ``k`` that an exact search selects, the share that was selected too, when it was last measured."""
         self._searches = 0
-        self._copied_at: int | None = None
+        self._copied_at = 0
+        self._copied_by: Corrector | None = None
         if shortlist.every is None:
             self._source = self._make_source(cache, normalize)
 
@@ -189,9 +190,9 @@ class ShortlistSearch(CorrectedSearch):
     def _candidates(self, queries: Tensor, count: int) -> Tensor:
         """Rows that have not been written back, which the source takes for the best: ``(B, count)``, padded with −1."""
         every = self.shortlist.every
-        if every is not None and (self._copied_at is None or self.steps - self._copied_at >= every):
+        if every is not None and (self._copied_by is not self.corrector or self.steps - self._copied_at >= every):
             self._source = self._make_source(self._corrected_copy(queries.device), normalize=False)
-            self._copied_at = self.steps
+            self._copied_by, self._copied_at = self.corrector, self.steps
         if every is None and self.corrects_queries and (side := self.corrector.on_query_side(queries)) is not None:
             queries = side.probes
         return self._source.candidates(queries, min(count, len(self.cache)))

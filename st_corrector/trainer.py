@@ -287,7 +287,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         None where there is none that has learnt anything; where the corpus was re-embedded during the run, from whose
         embeddings it would map, which nobody has; and where there are several, of several data sets.
         """
-        losses = [loss for loss in self._stateful_losses().values() if loss.search.steps and not loss.refreshed]
+        losses = [loss for loss in self._stateful_losses().values() if loss.steps and not loss.refreshed]
         if len(losses) != 1 or isinstance(losses[0].search.corrector, IdentityCorrector):
             return None
         (loss,) = losses

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_static_model
+from support.runs import arguments, trainer_of
 from test_distributed import launch, results
 from transformers import TrainerCallback
 
@@ -14,7 +15,6 @@ from st_corrector import (
     CheckpointError,
     CorrectedMultipleNegativesLoss,
     CorrectorTrainer,
-    CorrectorTrainingArguments,
     EmbeddingCache,
     InputError,
 )
@@ -99,23 +99,6 @@ def test_one_process_goes_on_where_two_were(tmp_path):
     assert alone["steps"] == reference["steps"] == 20
 
 
-def arguments(folder, **settings):
-    return CorrectorTrainingArguments(
-        output_dir=str(folder),
-        disable_tqdm=True,
-        **{
-            "report_to": "none",
-            "per_device_train_batch_size": 16,
-            "learning_rate": 0.05,
-            "max_steps": 6,
-            "save_strategy": "steps",
-            "save_steps": 2,
-            "num_negatives": 4,
-            **settings,
-        },
-    )
-
-
 class Steps(TrainerCallback):
     """Which steps were taken."""
 
@@ -124,12 +107,6 @@ class Steps(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.taken.append(state.global_step)
-
-
-def trainer_of(corpus, folder, model=None, **settings):
-    model = model or make_static_model()
-    torch.manual_seed(0)
-    return CorrectorTrainer(model, arguments(folder, **settings), corpus=corpus)
 
 
 def test_a_checkpoint_whose_writing_was_cut_short_is_passed_over(corpus, tmp_path, caplog):
