@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,8 @@ from .encoding import unwrap
 from .errors import InputError
 from .loss import CorrectedMultipleNegativesLoss
 from .staleness import selection_fidelity, staleness
+
+logger = logging.getLogger(__name__)
 
 
 class RefreshCallback(TrainerCallback):
@@ -68,7 +71,8 @@ class FidelityCallback(TrainerCallback):
     - ``fidelity_drift``: ``1 − cos(g', g)`` of these targets, the mean;
     - ``seconds_fidelity``: what it took.
 
-    The probe is encoded without gradient and teaches nobody: training is the same with it and without.
+    The probe is encoded without gradient and teaches nobody: training is the same with it and without. Queries and
+    targets whose embeddings are not finite are left out, with a warning; where none are left, nothing is measured.
 
     Args:
         loss: the loss whose selection is measured.
@@ -124,12 +128,12 @@ class FidelityCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step % self.every == 0:
-            self.history.append({"step": state.global_step, **self.measure()})
+        if state.global_step % self.every == 0 and (measured := self.measure()):
+            self.history.append({"step": state.global_step, **measured})
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Measure now, for the next log; returns what goes into it."""
+        """Measure now, for the next log; returns what goes into it, which is nothing where nothing is finite."""
         loss, search = self.loss, self.loss.search
         model = unwrap(loss.model)
         with loss.metrics.timed("fidelity", model.device):
@@ -139,6 +143,17 @@ class FidelityCallback(TrainerCallback):
             search.corrector.to(fresh.device)
             corrected, cached = search.corrector(search.stale(rows)), search.cached(rows)
             self.targets_encoded += len(rows)
+            usable = [torch.isfinite(each).all(-1) for each in (queries, torch.cat([corrected, fresh], dim=1))]
+            if not all(each.all() for each in usable):
+                logger.warning(
+                    "Fidelity is measured without %d of %d queries and %d of %d targets: they are not finite.",
+                    *(int(number) for each in usable for number in ((~each).sum(), len(each))),
+                )
+                queries, corrected, cached, fresh = (
+                    each[usable[number > 0]] for number, each in enumerate((queries, corrected, cached, fresh))
+                )
+            if not len(queries) or not len(fresh):
+                return {}
             measured = {
                 "fidelity": selection_fidelity(queries, corrected, fresh, self.k).item(),
                 "fidelity_stale": selection_fidelity(queries, cached, fresh, self.k).item(),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from .search import CorrectedSearch
 from .text import contains_answer
 from .topk import NO_ROW
 
+logger = logging.getLogger(__name__)
 _BUILT_ON = ("torch", "sentence-transformers", "transformers", "accelerate", "datasets")
 _SHOWN = 1_000  # characters of a text
 _ELSEWHERE = ("_dir", "_path", "_token", "_config", "_id", "_checkpoint")  # of the machine, or of an account
@@ -34,8 +37,9 @@ _NOT_OF_THE_RUN = {"run_name", "local_rank", "deepspeed", "fsdp", "report_to", "
 class Recorder(TrainerCallback):
     """Keeps the :class:`RunRecord` of a run, and writes it with every checkpoint and at the end.
 
-    For a few fixed training queries it looks before and after training at what they take as negatives, with a search of
-    its own: training is the same with it and without.
+    For a few fixed training queries it looks before and after training at what they take as negatives, with an exact
+    search of its own: training is the same with it and without. What it cannot look at, since something is not finite,
+    it leaves out, and says so in the log.
 
     Args:
         model: that is trained.
@@ -91,11 +95,17 @@ class Recorder(TrainerCallback):
     def _look(self, step: int) -> None:
         for name, loss in self.losses.items():
             examples = self.record.losses[name].examples
-            for number, (query, positive, choice) in enumerate(_choices(loss, self._queries[name], step)):
-                if number == len(examples):
-                    examples.append(Example(query, positive))
-                if examples[number].query == query:
-                    examples[number].choices = [c for c in examples[number].choices if c.step != step] + [choice]
+            try:
+                found = _choices(loss, self._queries[name], step)
+            except InputError as error:  # of a corrector that is not finite, say: none of the run's business
+                logger.warning("Step %d: the examples are left out of the record. %s", step, error)
+                continue
+            for query, positive, choice in found:
+                here = [each for each in examples if (each.query, each.positive) == (query, positive)]
+                if not here:
+                    here.append(Example(query, positive))
+                    examples.append(here[0])
+                here[0].choices = [each for each in here[0].choices if each.step != step] + [choice]
 
     def update(self, state: TrainerState) -> RunRecord:
         """The record of the run as far as ``state`` has come."""
@@ -189,33 +199,42 @@ def _choices(loss: CorrectedMultipleNegativesLoss, positions: list[int], step: i
     """What these queries of the loss's split take as negatives now: query, positive, choice."""
     if not positions or loss.split is None:
         return []
-    qrels, corpus = loss.corpus.qrels(loss.split), loss.corpus
+    qrels, corpus, model = loss.corpus.qrels(loss.split), loss.corpus, unwrap(loss.model)
     asked = qrels.queries[positions]
     labels = [int(qrels.rows_of(position)[0]) for position in positions]
     queries = loss.encode_queries(asked["text"])
-    device = queries.device
-    known = pad_rows(known_positives(corpus, qrels, labels)).to(device)
-    model, rows_of_positives = unwrap(loss.model), torch.tensor(labels, device=device)
-    positive_scores = (queries * loss.comparable(loss.encoder.encode(model, labels))).sum(-1)
 
-    def encode(rows: np.ndarray) -> torch.Tensor:
+    def encode(rows: Sequence[int] | np.ndarray) -> torch.Tensor:
         return loss.comparable(loss.encoder.encode(model, rows))
 
+    device = queries.device
+    positive_scores = (queries * encode(labels)).sum(-1)
+    finite = torch.isfinite(positive_scores)
+    if not finite.all():
+        _leave_out(step, [asked["text"][number] for number in (~finite).nonzero().flatten().tolist()])
+        kept = [position for position, is_finite in zip(positions, finite.tolist(), strict=True) if is_finite]
+        return _choices(loss, kept, step)
+    known = pad_rows(known_positives(corpus, qrels, labels)).to(device)
     # One of its own, with the training's overlay: the training's search is not disturbed, nor its random numbers.
-    training = loss.search
-    corrector = loss._identity if loss._is_warming_up else training.corrector
+    training, corrector = loss.search, loss.choosing_corrector
     search = CorrectedSearch(training.cache, corrector, normalize=training.normalize, processes=training.processes)
     search.overlay = training.overlay
-    with torch.random.fork_rng(devices=[]):  # seeds are drawn on the CPU, whatever is searched on
-        selection = loss.selector.select(search, queries, known, positive_scores, rows_of_positives, encode)
+    chosen = torch.full((len(labels), 0), NO_ROW)
+    if loss.is_choosing:
+        with torch.random.fork_rng(devices=[]):  # seeds are drawn on the CPU, whatever is searched on
+            rows_of_positives = torch.tensor(labels, device=device)
+            chosen = loss.selector.select(search, queries, known, positive_scores, rows_of_positives, encode).rows
     found: list[tuple[str, str, Choice]] = []
+    left_out = []
     for number, (query, answers) in enumerate(zip(asked["text"], asked["answers"], strict=True)):
-        chosen = selection.rows[number]
-        rows = chosen[chosen != NO_ROW]
+        rows = chosen[number][chosen[number] != NO_ROW]
         negatives = []
         if len(rows):
             corrected = (corrector.to(device)(search.stale(rows)) @ queries[number]).tolist()
             scores = (encode(rows.cpu().numpy()) @ queries[number]).tolist()
+            if not np.isfinite([*corrected, *scores]).all():
+                left_out.append(query)
+                continue
             texts, passages = corpus.texts(rows.tolist()), corpus.targets[rows.tolist()]["text"]
             for text, passage, id, by_cache, score in zip(
                 texts, passages, corpus.ids(rows.tolist()), corrected, scores, strict=True
@@ -226,4 +245,17 @@ def _choices(loss: CorrectedMultipleNegativesLoss, positions: list[int], step: i
         positive = corpus.texts([labels[number]])[0]
         choice = Choice(step, float(positive_scores[number]), negatives)
         found.append((query[:_SHOWN], positive[:_SHOWN], choice))
+    _leave_out(step, left_out)
     return found
+
+
+def _leave_out(step: int, queries: list[str]) -> None:
+    if not queries:
+        return
+    logger.warning(
+        "Step %d: %d of the record's examples are left out, since they, their positives or negatives have embeddings "
+        "that are not finite, e.g. %.80r.",
+        step,
+        len(queries),
+        queries[0],
+    )
