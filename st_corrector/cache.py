@@ -22,6 +22,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .arrays import Embeddings, as_tensor
 from .arrow import default_cache_dir
 from .cache_folder import FILES, MOST_SHARDS, CacheFolder, Description
 from .corpus import Corpus
@@ -68,23 +69,26 @@ class EmbeddingCache:
     # ------------------------------------------------------------------ constructors
 
     @classmethod
-    def from_tensor(cls, embeddings: Tensor | np.ndarray) -> EmbeddingCache:
+    def from_tensor(cls, embeddings: Embeddings) -> EmbeddingCache:
         """A cache of vectors that are there already (a served index's, say), row ``i`` being target ``i``.
 
-        The tensor is kept, not copied. Where it came from is not known, so only its size can be checked
+        A tensor or array of float32, bfloat16 or float16 is kept, not copied; wider numbers become float32
+        (:func:`~st_corrector.arrays.as_tensor`). Where it came from is not known, so only its size can be checked
         against a corpus.
+
+        Args:
+            embeddings: ``(targets, dimension)``; a list or column of vectors will do.
 
         Raises:
             CacheError: it is not a two-dimensional array of floating-point numbers.
             NonFiniteError: an embedding is NaN or infinite.
         """
-        tensor = torch.as_tensor(embeddings)
-        if tensor.ndim != 2 or not tensor.is_floating_point() or 0 in tensor.shape:
+        tensor = as_tensor(embeddings, CacheError)
+        if not tensor.numel():
             raise CacheError(
-                f"Expected floating-point embeddings of shape (targets, dimension), got {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)}."
+                f"Expected floating-point embeddings of shape (targets, dimension), got none: {tuple(tensor.shape)}."
             )
-        cache = cls([Shard(tensor.detach())])
+        cache = cls([Shard(tensor)])
         for start, chunk in cache.chunks(_ROWS_AT_ONCE):
             _require_finite(chunk, start)
         return cache
@@ -240,7 +244,7 @@ class EmbeddingCache:
             for number in description.shards:
                 rows = description.rows_of(number)
                 parts = [chunk for _, chunk in self.chunks(_ROWS_AT_ONCE, rows.start, rows.stop)]
-                values = torch.cat([part.values for part in parts]).cpu()
+                values = torch.cat([part.values for part in parts]).cpu().contiguous()
                 scales = [part.scales for part in parts if part.scales is not None]
                 folder.write(description, number, Shard(values, torch.cat(scales).cpu() if scales else None))
             folder.finish(description)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import CacheError
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
@@ -24,7 +26,13 @@ class Shard(NamedTuple):
 
     @classmethod
     def store(cls, embeddings: Tensor, dtype: torch.dtype) -> Shard:
-        """Floating-point ``embeddings`` ``(n, d)`` in ``dtype``; int8 by the largest absolute value of each row."""
+        """Floating-point ``embeddings`` ``(n, d)`` in ``dtype``; int8 by the largest absolute value of each row.
+
+        Raises:
+            CacheError: ``dtype`` is none of :data:`DTYPES`.
+        """
+        if dtype not in DTYPES.values():
+            raise CacheError(f"Embeddings are stored in {', '.join(DTYPES)}, not in {dtype}.")
         if dtype != torch.int8:
             return cls(embeddings.to(dtype))
         scales = embeddings.float().abs().amax(1) / 127
