@@ -22,6 +22,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .arrays import Embeddings, as_tensor
 from .arrow import default_cache_dir
 from .cache_folder import FILES, MOST_SHARDS, CacheFolder, Description
 from .corpus import Corpus
@@ -31,7 +32,7 @@ from .errors import CacheError, NonFiniteError, StorageError
 from .fingerprint import digest_json
 from .hub import push_folder
 from .memory import require_memory
-from .shard import DTYPES, Shard, as_embeddings
+from .shard import DTYPES, Shard
 
 logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 16_384
@@ -68,19 +69,22 @@ class EmbeddingCache:
     # ------------------------------------------------------------------ constructors
 
     @classmethod
-    def from_tensor(cls, embeddings: Tensor | np.ndarray | Sequence[Any]) -> EmbeddingCache:
+    def from_tensor(cls, embeddings: Embeddings) -> EmbeddingCache:
         """A cache of vectors that are there already (a served index's, say), row ``i`` being target ``i``.
 
-        The tensor is kept, not copied, if it is float32, bfloat16 or float16. Other floating-point numbers become
-        float32, and byte orders and layouts that PyTorch does not know are converted. Where the vectors came from is
-        not known, so only their size can be checked against a corpus.
+        A tensor or array of float32, bfloat16 or float16 is kept, not copied; wider numbers become float32
+        (:func:`~st_corrector.arrays.as_tensor`). Where it came from is not known, so only its size can be checked
+        against a corpus.
+
+        Args:
+            embeddings: ``(targets, dimension)``; a list or column of vectors will do.
 
         Raises:
             CacheError: it is not a two-dimensional array of floating-point numbers.
             NonFiniteError: an embedding is NaN or infinite.
         """
-        tensor = as_embeddings(embeddings)
-        if 0 in tensor.shape:
+        tensor = as_tensor(embeddings, CacheError)
+        if not tensor.numel():
             raise CacheError(
                 f"Expected floating-point embeddings of shape (targets, dimension), got none: {tuple(tensor.shape)}."
             )
@@ -240,7 +244,7 @@ class EmbeddingCache:
             for number in description.shards:
                 rows = description.rows_of(number)
                 parts = [chunk for _, chunk in self.chunks(_ROWS_AT_ONCE, rows.start, rows.stop)]
-                values = torch.cat([part.values for part in parts]).cpu()
+                values = torch.cat([part.values for part in parts]).cpu().contiguous()
                 scales = [part.scales for part in parts if part.scales is not None]
                 folder.write(description, number, Shard(values, torch.cat(scales).cpu() if scales else None))
             folder.finish(description)

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from .arrays import Embeddings, as_tensor
 from .corpus import Corpus
 from .correctors import Corrector
 from .encoding import DocumentEncoder, evaluating
 from .errors import InputError, NonFiniteError
 from .fitting import drawn
-from .shard import as_embeddings
 from .staleness import overlap_at_k
 
 ROWS_AT_ONCE = 16_384
@@ -29,22 +29,25 @@ ROWS_AT_ONCE = 16_384
 _DEPTHS = (10, 100, 1000)
 
 
-def upgrade_embeddings(embeddings: Tensor | np.ndarray[Any, Any], corrector: Corrector) -> Tensor:
+def upgrade_embeddings(embeddings: Embeddings, corrector: Corrector) -> Tensor:
     """Embeddings of an earlier model as ``corrector`` maps them to a newer one's: float32, ``(n, d) → (n, d')``.
 
     Files and indices of any size: :func:`~st_corrector.vectors.upgrade_file`, or ``st-corrector upgrade-index``.
 
     Args:
-        embeddings: of the model that the corrector maps from, floating-point, ``(n, d)``.
+        embeddings: of the model that the corrector maps from, floating-point, ``(n, d)``; a list of vectors will do.
         corrector: of a training run (:meth:`Corrector.from_pretrained`), or of :func:`fit_corrector`.
 
     Raises:
-        InputError: they are of another dimension than the corrector maps from.
+        InputError: they are not floating-point, or of another dimension than the corrector maps from.
         NonFiniteError: one is NaN or infinite, or becomes so.
     """
-    stale = as_embeddings(embeddings, InputError)
+    stale = as_tensor(embeddings, InputError)
     if stale.shape[1] != corrector.dim:
-        raise InputError(f"The corrector maps from embeddings of {corrector.dim} dimensions, got {stale.shape[1]}.")
+        raise InputError(
+            f"The corrector maps from floating-point embeddings of shape (n, {corrector.dim}), got {stale.dtype} of "
+            f"shape {tuple(stale.shape)}."
+        )
     unit = corrector.normalize if corrector.frames is None else corrector.frames.unit
     # A corrector that comes from training may be on a GPU.
     device = next(iter(corrector.state_dict().values()), stale).device
@@ -97,7 +100,7 @@ class CarryOverEstimate:
 
 @torch.no_grad()
 def estimate_carry_over(
-    old: Tensor | np.ndarray[Any, Any],
+    old: Embeddings,
     rows: np.ndarray[Any, Any],
     corrector: Corrector,
     new: SentenceTransformer,
@@ -128,7 +131,7 @@ def estimate_carry_over(
         raise InputError("An estimate needs queries, at least two: a split of the corpus, or a file of them.")
     if len(old) != len(rows):
         raise InputError(f"old has {len(old):,} embeddings for a sample of {len(rows):,} rows: pass those rows' alone.")
-    old = as_embeddings(old, InputError).cpu()
+    old = as_tensor(old, InputError).cpu()
     depths = estimated_depths(len(rows), len(corpus))
     unit = new.similarity_fn_name == "cosine"
     fresh = DocumentEncoder(new, corpus).encode(new, rows, batch_size=batch_size).cpu()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from .arrays import Embeddings, as_tensor
 from .cache import EmbeddingCache
 from .corpus import Corpus
 from .correctors import LOADABLE, AffineMap, Corrector, Frames, IdentityCorrector, MLPCorrector, configured
@@ -79,7 +80,9 @@ def fit_corrector(
     return fitted
 
 
-def fit_to_pairs(stale: Tensor, fresh: Tensor, corrector: str = "ridge", unit: bool = True, seed: int = 0) -> Corrector:
+def fit_to_pairs(
+    stale: Embeddings, fresh: Embeddings, corrector: str = "ridge", unit: bool = True, seed: int = 0
+) -> Corrector:
     """A corrector fitted on pairs of embeddings; see :func:`fit_corrector`.
 
     Args:
@@ -89,8 +92,8 @@ def fit_to_pairs(stale: Tensor, fresh: Tensor, corrector: str = "ridge", unit: b
         unit: whether embeddings are compared by cosine: all are brought to unit length then.
         seed: of what is held out, and of a network's start.
     """
+    stale, fresh = (as_tensor(each, InputError).float() for each in (stale, fresh))
     dim, new_dim = stale.shape[1], fresh.shape[1]
-    stale, fresh = stale.float(), fresh.float()
     if unit:
         stale, fresh = F.normalize(stale, dim=-1), F.normalize(fresh, dim=-1)
     if dim != new_dim and corrector == "ridge":

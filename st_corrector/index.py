@@ -59,7 +59,8 @@ class FaissIndex:
             parameters: what it is searched with, such as ``"nprobe=32"`` or ``"efSearch=128"``.
 
         Raises:
-            InputError: FAISS is not installed, or does not understand ``factory`` or ``parameters``.
+            InputError: FAISS is not installed, does not understand ``factory`` or ``parameters``, or cannot make such
+                an index of this cache.
             CacheError: ``path`` holds something else.
         """
         faiss = faiss_module()
@@ -73,12 +74,15 @@ class FaissIndex:
         except RuntimeError as error:
             raise InputError(f"FAISS does not understand the index factory string {factory!r}: {error}") from error
         prepare = (lambda x: F.normalize(x, dim=-1)) if normalize else (lambda x: x)
-        if not index.is_trained:
-            generator = np.random.default_rng(0)
-            rows = cache.first_row + np.sort(generator.permutation(len(cache))[:_TRAINED_ON])
-            index.train(prepare(cache[rows].cpu()).numpy())
-        for _, chunk in cache.chunks(_ROWS_AT_ONCE):
-            index.add(prepare(chunk.float().cpu()).numpy())
+        try:
+            if not index.is_trained:
+                generator = np.random.default_rng(0)
+                rows = cache.first_row + np.sort(generator.permutation(len(cache))[:_TRAINED_ON])
+                index.train(prepare(cache[rows].cpu()).numpy())
+            for _, chunk in cache.chunks(_ROWS_AT_ONCE):
+                index.add(prepare(chunk.float().cpu()).numpy())
+        except RuntimeError as error:
+            raise InputError(f"FAISS cannot make an index {factory!r} of {cache!r}: {error}") from error
         built = cls(index, factory, normalize, parameters)
         if folder is not None:
             built._save(folder, cache)

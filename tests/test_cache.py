@@ -5,22 +5,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_bert_model, make_static_model
-from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from support.arrays import REFUSED, TAKEN
 
-from st_corrector import (
-    CacheError,
-    Corpus,
-    CorrectedMultipleNegativesLoss,
-    EmbeddingCache,
-    InputError,
-    NonFiniteError,
-    RidgeCorrector,
-    upgrade_embeddings,
-)
+from st_corrector import CacheError, Corpus, EmbeddingCache, InputError, NonFiniteError
 from st_corrector.encoding import DocumentEncoder
-from st_corrector.vectors import open_vectors
 
 
 def test_the_cache_is_what_the_model_says(bert_model, corpus, tmp_path):
@@ -242,61 +230,3 @@ def test_each_component_of_the_fingerprint_is_told_apart(corpus, tmp_path):
     assert components(lambda model: setattr(model[1], "pooling_mode", "cls")) == {"modules"}
     assert components(lambda model: setattr(model, "max_seq_length", 9)) >= {"max_seq_length"}
     assert components(lambda model: model.prompts.update(document="passage : ")) >= {"prompt"}
-
-
-@pytest.mark.parametrize("kind", TAKEN)
-@pytest.mark.filterwarnings("error")
-def test_vectors_in_every_form_are_the_same_cache(corpus, static_model, tmp_path, kind):
-    make, dtype = TAKEN[kind]
-    vectors = static_model.encode_document(corpus.texts(range(200)))
-    given = make(vectors, tmp_path)
-    cache = EmbeddingCache.from_tensor(given)
-    tolerance = 0.1 if "float8" in kind else 5e-3 if dtype != torch.float32 else 1e-7
-    assert cache.dtype == dtype and (cache[range(200)] - torch.tensor(vectors)).abs().max() <= tolerance
-    saved = cache.save(tmp_path / "saved")
-    assert saved.dtype == dtype and torch.equal(saved[range(200)], cache[range(200)])
-    loss = CorrectedMultipleNegativesLoss(static_model, corpus, saved, num_negatives=3)
-    pairs = corpus.pairs("train")[:8]
-    features = [static_model.preprocess(pairs[column]) for column in ("anchor", "positive")]
-    assert torch.isfinite(loss(features, torch.tensor(pairs["label"]))["task_loss"])
-    if isinstance(given, torch.Tensor) and given.dtype == dtype:
-        assert cache._shards[0].values.data_ptr() == given.data_ptr(), "kept, not copied"
-    # Whoever else takes vectors takes these.
-    corrector = RidgeCorrector(24)
-    expected = upgrade_embeddings(cache[range(200)], corrector)
-    torch.testing.assert_close(upgrade_embeddings(given, corrector), expected, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_what_holds_no_vectors_is_refused_in_words(corpus, static_model, tmp_path, kind):
-    make, message = REFUSED[kind]
-    given = make(static_model.encode_document(corpus.texts(range(200))), tmp_path)
-    with pytest.raises(CacheError, match=message):
-        EmbeddingCache.from_tensor(given)
-    with pytest.raises(InputError, match=message):
-        upgrade_embeddings(given, RidgeCorrector(24))
-
-
-@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f2", ">f4", ">f8"])
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_files_of_vectors_in_every_form_are_carried_over(tmp_path, dtype, order):
-    vectors = np.random.default_rng(0).standard_normal((50, 8)).astype("f4")
-    np.save(tmp_path / "old.npy", np.asarray(vectors, dtype=dtype, order=order))
-    corrector = RidgeCorrector(8, normalize=False)
-    corrector.learn(torch.tensor(vectors), torch.tensor(2 * vectors), torch.tensor(vectors[:4]), 1.0)
-    open_vectors(tmp_path / "old.npy").upgrade(corrector, tmp_path / "new.npy", progress=False)
-    found = np.load(tmp_path / "new.npy")
-    expected = upgrade_embeddings(np.load(tmp_path / "old.npy").astype("f4"), corrector)
-    assert found.dtype == np.dtype(dtype) and np.abs(found - expected.numpy()).max() < (5e-3 if "2" in dtype else 1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn])
-def test_safetensors_in_every_dtype_are_carried_over(tmp_path, dtype):
-    vectors = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    save_file({"embeddings": vectors.to(dtype)}, tmp_path / "old.safetensors")
-    corrector = RidgeCorrector(8, normalize=False)
-    corrector.learn(vectors, 2 * vectors, vectors[:4], 1.0)
-    open_vectors(tmp_path / "old.safetensors").upgrade(corrector, tmp_path / "new.safetensors", progress=False)
-    found = load_file(tmp_path / "new.safetensors")["embeddings"]
-    expected = upgrade_embeddings(vectors.to(dtype), corrector)
-    assert found.dtype == dtype and torch.equal(found, expected.to(dtype))

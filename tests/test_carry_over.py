@@ -146,7 +146,7 @@ def test_the_estimate_is_near_what_it_estimates(large):
         assert recall > estimate.recall_unchanged[depth] + (0.1 if depth < 1000 else 0.02)
         assert 0 < estimate.standard_error[depth] < 0.03
     assert list(estimate.recall) == [10, 100, 1000] and "recall@100" in str(estimate)
-    perfect = estimate_carry_over(new[rows], rows, _identity(), model, large, queries)
+    perfect = estimate_carry_over(new[rows].double().numpy(), rows, _identity(), model, large, queries)
     assert perfect.recall == {10: 1.0, 100: 1.0, 1000: 1.0} and perfect.cosine == pytest.approx(1.0, abs=1e-5)
     with pytest.raises(InputError, match="too small"):
         estimate_carry_over(old[:1], np.arange(1), fitted, model, large, queries)

@@ -61,9 +61,12 @@ def run(corpus, folder, step, everything=False, **settings):
     trainer.train()
     assert trainer.state.global_step == STEPS
     json.loads((folder / FILE).read_text(), parse_constant=lambda name: pytest.fail(f"{name} in the record"))
-    return trainer, {
-        each.query: [choice.step for choice in each.choices] for each in RunRecord.load(folder).losses[""].examples
-    }
+    return trainer, seen_in(folder)
+
+
+def seen_in(folder) -> dict[str, list[int]]:
+    """The record's queries, and at which steps it has looked at them."""
+    return {each.query: [one.step for one in each.choices] for each in RunRecord.load(folder).losses[""].examples}
 
 
 @pytest.mark.parametrize("step", [0, 2, STEPS])
@@ -84,7 +87,7 @@ def test_an_example_that_cannot_be_embedded_is_left_out_of_the_record(texts, tmp
 
 def test_an_example_whose_negative_cannot_be_embedded_is_left_out_of_the_record(texts, tmp_path):
     queries, targets = texts
-    _, seen = run(corpus_of(queries, targets), tmp_path / "whole", None)
+    run(corpus_of(queries, targets), tmp_path / "whole", None)
     example = RunRecord.load(tmp_path / "whole").losses[""].examples[0]
     targets[int(example.choices[-1].negatives[0].id)] += f" {BROKEN}"
     _, seen = run(corpus_of(queries, targets), tmp_path / "broken", STEPS)
@@ -110,7 +113,7 @@ def test_weights_that_are_not_finite_after_the_last_step_leave_the_record_of_the
 
         trainer.callback_handler.callbacks.insert(0, BreakCorrector(None, STEPS))
         trainer.train()
-        seen = {e.query: [c.step for c in e.choices] for e in RunRecord.load(tmp_path).losses[""].examples}
+        seen = seen_in(tmp_path)
     assert len(seen) == 8 and set(map(tuple, seen.values())) == {(0,)}
     assert "left out" in caplog.text
 
@@ -133,7 +136,7 @@ def test_a_queries_own_example_comes_back_to_its_place(texts, tmp_path):
 
     trainer.callback_handler.callbacks.insert(0, Mend(model, 0))
     trainer.train()
-    seen = {e.query: [c.step for c in e.choices] for e in RunRecord.load(tmp_path).losses[""].examples}
+    seen = seen_in(tmp_path)
     assert seen == {queries[n]: [STEPS] if n == broken else [0, STEPS] for n in examples()}
 
 

@@ -163,6 +163,9 @@ def test_indices_are_kept_and_told_apart(cache, tmp_path):
 def test_bad_shortlists_are_refused(cache):
     with pytest.raises(InputError, match="does not understand the index factory string 'Nonsense'"):
         ShortlistSearch(cache, affine(), Shortlist("Nonsense"))
+    for factory in ("IDMap,Flat", "IVF4096,Flat"):  # ids of its own; more centroids than vectors
+        with pytest.raises(InputError, match=f"cannot make an index '{factory}'"):
+            ShortlistSearch(cache, affine(), Shortlist(factory))
     with pytest.raises(InputError, match="cannot set 'nprobes=3'"):
         ShortlistSearch(cache, affine(), Shortlist("Flat", parameters="nprobes=3"))
     with pytest.raises(InputError, match="at least 1"):
