@@ -110,7 +110,7 @@ def test_more_pairs_fit_better(large):
         (lambda old, new: fit_to_pairs(old, new, "identity"), "is not one of"),
         (lambda old, new: fit_to_pairs(old, new[:, :8], "mlp"), "cannot map"),
         (lambda old, new: fit_to_pairs(old[:9], new[:9]), "At least 20 pairs"),
-        (lambda old, new: upgrade_embeddings(old[:, :8], RidgeCorrector(24)), "of 24 dimensions, got 8"),
+        (lambda old, new: upgrade_embeddings(old[:, :8], RidgeCorrector(24)), r"shape \(n, 24\)"),
         (lambda old, new: upgrade_embeddings(old.int(), RidgeCorrector(24)), "floating-point"),
     ],
 )

@@ -177,7 +177,8 @@ def spread(axes: slice) -> torch.Tensor:
     "factory",
     [
         *("PCA12,Flat", "PCA12,IVF16,Flat", "IVF16,PQ12x4", "SQ8", "PQ12x4"),
-        *("OPQ4_12,Flat", "OPQ4,PQ4x4", "OPQ4_12,IVF16,PQ4x4"),
+        "OPQ4,PQ4x4",
+        *(pytest.param(each, marks=pytest.mark.long) for each in ("OPQ4_12,Flat", "OPQ4_12,IVF16,PQ4x4")),
     ],
 )
 def test_what_an_index_has_learnt_it_learns_anew(tmp_path, factory):

@@ -71,7 +71,10 @@ def seen_in(folder) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("step", [0, 2, STEPS])
 @pytest.mark.parametrize("what", ["query", "positive"])
-@pytest.mark.parametrize("settings", [{}, {"candidates": 8}, {"sampler": "gumbel"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, *(pytest.param(each, marks=pytest.mark.long) for each in ({"candidates": 8}, {"sampler": "gumbel"}))],
+)
 def test_an_example_that_cannot_be_embedded_is_left_out_of_the_record(texts, tmp_path, caplog, step, what, settings):
     queries, targets = texts
     broken = examples()[2]

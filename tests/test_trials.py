@@ -64,6 +64,9 @@ def arguments(tmp_path, **settings):
     )
 
 
+FUNCTIONS = ("a function", "a function of a wrapper", "functions by data set")
+
+
 def model_init(trial=None):
     return make_static_model()
 
@@ -84,7 +87,10 @@ def own_loss(corpus, folder, **settings):
     return make
 
 
-@pytest.mark.parametrize("kind", ["arguments", "a function", "a function of a wrapper", "functions by data set"])
+@pytest.mark.parametrize(
+    "kind",
+    ["arguments", *(pytest.param(kind, marks=pytest.mark.long) for kind in FUNCTIONS)],
+)
 def test_a_run_with_a_new_model_is_as_if_it_were_the_first(corpus, tmp_path, kind):
     settings = {"refresh_every": 4, "probe_every": 3} if kind == "arguments" else {}
     make = own_loss(corpus, tmp_path / "cache")

@@ -50,12 +50,18 @@ def cache(corpus, tmp_path):
     return EmbeddingCache.build(make_static_model(), corpus, tmp_path / "cache", progress=False)
 
 
-@pytest.mark.parametrize("shortlist", SHORTLISTS)
+CASES = [
+    *((0, "stale", None), (0, "stale", 3), (WARMUP, "stale", None), (WARMUP, "stale", 3), (WARMUP, "stale", 2)),
+    *((WARMUP, "in-batch", None), (WARMUP, "in-batch", 3), (WARMUP, "in-batch", 2)),
+]
+
+
 @pytest.mark.parametrize(
-    ("warmup", "negatives", "refresh_every"),
+    ("shortlist", "warmup", "negatives", "refresh_every"),
     [
-        *((0, "stale", None), (0, "stale", 3), (WARMUP, "stale", None), (WARMUP, "stale", 3), (WARMUP, "stale", 2)),
-        *((WARMUP, "in-batch", None), (WARMUP, "in-batch", 3), (WARMUP, "in-batch", 2)),
+        pytest.param(shortlist, *case, marks=pytest.mark.long if shortlist != "none" and case[2] != 3 else ())
+        for shortlist in SHORTLISTS
+        for case in CASES
     ],
 )
 def test_warming_up_ends_once_whatever_is_refreshed_or_resumed(
