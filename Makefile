@@ -8,7 +8,8 @@ BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 # The lower bounds of pyproject.toml, on which `make test-oldest` runs the suite.
 OLDEST := torch==2.11.0 sentence-transformers==6.0.1 transformers==5.17.0 accelerate==1.10.0 datasets==4.0.0 \
-          huggingface-hub==1.5.0 safetensors==0.8.0 tqdm==4.66.3 numpy==1.26.4 pyarrow==21.0.0 jinja2==3.1.0 regex==2025.10.22
+          huggingface-hub==1.5.0 safetensors==0.8.0 tqdm==4.66.3 numpy==1.26.4 pyarrow==21.0.0 jinja2==3.1.0 regex==2025.10.22 \
+          lazy-loader==0.4
 # Many tests start processes of their own: with several threads each, they slow one another down.
 ONE    := OMP_NUM_THREADS=1
 NQ     ?= ../shared/data/nq
