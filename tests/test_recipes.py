@@ -75,6 +75,7 @@ def check_results(path, strategy, steps, metrics=METRICS):
     return results
 
 
+@pytest.mark.long
 def test_train_nq_with_a_real_transformer(small_nq, minilm_path, tmp_path):
     options = ["--max_steps", 4, "--per_device_train_batch_size", 8, "--num_negatives", 2, "--max_seq_length", 32]
     options += ["--caches", tmp_path / "caches", "--output_dir", tmp_path]
@@ -357,6 +358,7 @@ def ms_marco(beir, folder):
     return write_repository(folder, configs)
 
 
+@pytest.mark.long
 def test_train_msmarco_trains_on_ids_of_triplets_from_the_hub(small_nq, hub, minilm_path, tmp_path):
     upload(ms_marco(small_nq, tmp_path / "msmarco"), "tester/msmarco")
     options = ["--max_steps", 5, "--per_device_train_batch_size", 8, "--num_negatives", 2, "--encoder", "static"]
