@@ -29,6 +29,8 @@ _NOT_ARCHITECTURE = re.compile(
     r"\w+_token_id"
 )
 _DIGEST = re.compile("[0-9a-f]{32}")
+LONGEST = 20_000
+"""Words of a text that is longer than what any encoder takes."""
 
 
 def digest(*parts: bytes | str) -> str:
@@ -78,7 +80,7 @@ def tokenizer_fingerprint(model: SentenceTransformer, modules: Sequence[nn.Modul
     for module in modules:
         if (tokenizer := getattr(module, "tokenizer", None)) is not None:
             described.append(_tokenizer_rules(tokenizer))
-    for text in ("Dense retrieval, 1st probe.", " ".join(map(str, range(20_000)))):
+    for text in ("Dense retrieval, 1st probe.", " ".join(map(str, range(LONGEST)))):
         features = model.preprocess([text], prompt=prompt, task="document")
         described.append({key: value.tolist() for key, value in features.items() if isinstance(value, torch.Tensor)})
     return digest_json(described)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import st_corrector
-from st_corrector import Corpus
+from st_corrector import Corpus, fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 NQ = ROOT.parent / "shared" / "data" / "nq"
@@ -35,6 +36,7 @@ FORKS = multiprocessing.get_context("forkserver")
 """Starts processes of their own, which can be killed, without importing everything in each."""
 FORKS.set_forkserver_preload(["pytest", "st_corrector.trainer"])
 WORDS = [f"word{n}" for n in range(400)]
+fingerprint.LONGEST = 1_000  # no encoder of the tests takes more, and some thousand fingerprints cut such a text
 
 
 def word_tokenizer() -> Tokenizer:
@@ -115,6 +117,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if (path := config.getoption("--results")) is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Results(path, [str(each) for each in config.invocation_params.args]))
+
+
+def pytest_collection_finish() -> None:
+    # Each training run collects garbage, which would look at all that the imported libraries have made: a third of a
+    # second, and of a short run.
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -161,6 +161,7 @@ def test_every_run_of_the_study_for_a_gpu_works_at_smoke_size(beir, minilm_path,
     run(BENCHMARKS / "report.py", "--results", tmp_path / "results")
 
 
+@pytest.mark.long
 def test_the_study_gives_up_where_nothing_works_and_takes_its_runs_with_it_when_it_is_told_to_stop(tmp_path):
     study = [sys.executable, str(BENCHMARKS / "strategies.py"), "--preset", "smoke"]
     study += ["--results", str(tmp_path / "results"), "--outputs", str(tmp_path / "outputs"), "--dataset"]
@@ -307,6 +308,7 @@ def test_a_search_that_cannot_be_measured_costs_no_other(beir, tmp_path, monkeyp
     assert len(json.loads((tmp_path / "cpu.json").read_text())["settings"]) == len(asked) - 1 == len(kept) + 1
 
 
+@pytest.mark.long
 def test_measuring_for_a_gpu_mixes_no_devices(tmp_path):
     """On a device that is not the CPU, where tensors of both in one operation are an error."""
     path = os.pathsep.join(map(str, (BENCHMARKS, ROOT / "recipes", ROOT / "tests")))

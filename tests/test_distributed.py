@@ -76,7 +76,7 @@ def one(tmp_path_factory):
     return results_of
 
 
-SOME = ("mlp", "ridge, gumbel, int8", "the batch's budget, in-batch warm-up", "shortlist", "two towers")
+SOME = ("mlp", "ridge, gumbel, int8", "two towers")
 
 
 def assert_same_training(runs, reference, case):

@@ -422,6 +422,7 @@ def test_the_drawings_are_what_their_script_draws(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("mkdocs"), reason="the site needs pip install '.[docs]'")
+@pytest.mark.long
 def test_the_site_builds_without_a_warning_and_asks_nobody_for_anything(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(

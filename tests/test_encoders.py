@@ -179,6 +179,7 @@ def test_data_that_comes_in_other_ways(corpus, tmp_path, kind):
             CorrectorTrainer(model, arguments, train_dataset=data, loss=loss)
 
 
+@pytest.mark.long
 def test_a_compiled_encoder_is_trained_as_a_plain_one(corpus, tmp_path):
     trained = []
     for compiled in (False, True):

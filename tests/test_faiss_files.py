@@ -71,7 +71,7 @@ def furthest(ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.n
     return max(np.linalg.norm(theirs[1][theirs[0] == id] - row, axis=1).min() for id, row in zip(*ours, strict=True))
 
 
-@pytest.mark.parametrize("ids_of", [repeated, odd])
+@pytest.mark.parametrize("ids_of", [repeated, pytest.param(odd, marks=pytest.mark.long)])
 @pytest.mark.parametrize("factory", WITH_IDS)
 def test_every_vector_is_carried_over_under_its_id(tmp_path, factory, ids_of):
     vectors = vectors_of()
@@ -129,7 +129,9 @@ def test_an_idmap_whose_ids_went_astray_is_refused(tmp_path):
         open_vectors(on_disk(index, tmp_path / "old.faiss"))
 
 
-@pytest.mark.parametrize(("metric", "own_ids"), zip(METRICS, [True, False], strict=True))
+@pytest.mark.parametrize(
+    ("metric", "own_ids"), [(METRICS[0], True), pytest.param(METRICS[1], False, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("factory", CARRIED_OVER)
 def test_indices_keep_kind_metric_and_ids(pair, tmp_path, factory, own_ids, metric):
     old, fitted, expected = pair

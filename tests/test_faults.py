@@ -209,6 +209,7 @@ def test_a_run_that_is_told_to_stop_and_saves_nothing_stops(tmp_path):
     assert process.exitcode == -signal.SIGTERM
 
 
+@pytest.mark.long
 def test_a_process_that_dies_ends_the_others_and_is_named(tmp_path):
     case = ["--cases", json.dumps(["mlp"]), "--kill_at", "5", "--kill_rank", "1"]
     began = time.monotonic()

@@ -77,7 +77,7 @@ def assert_no_token(hub, repo_id: str, **where) -> None:
         assert hub.token.encode() not in content and b"hf_" not in content.replace(b"hf_hub", b""), path
 
 
-@pytest.mark.parametrize("kind", ["static", "transformer"])
+@pytest.mark.parametrize("kind", [pytest.param("static", marks=pytest.mark.long), "transformer"])
 def test_a_run_is_pushed_and_loaded_back(hub, dev_corpus, tmp_path, kind):
     model = make_static_model() if kind == "static" else make_bert_model(tmp_path)
     evaluator = CorpusRetrievalEvaluator(dev_corpus, "dev")
@@ -174,8 +174,8 @@ def test_what_was_loaded_once_is_there_offline(hub, tmp_path):
         "print(Corrector.from_pretrained('tester/corrector').dim)\n"
         f"print(len(EmbeddingCache.from_hub('tester/cache', {str(tmp_path / 'cache')!r})))\n"
     )
-    online = subprocess.run([sys.executable, "-c", code], env=hub.environment(), capture_output=True, text=True)
-    assert online.stdout == "4\n9\n", online.stderr[-2000:]
+    assert Corrector.from_pretrained("tester/corrector").dim == 4
+    assert len(EmbeddingCache.from_hub("tester/cache", tmp_path / "cache")) == 9
     asked = len(hub.requests)
     environment = {**hub.environment(), "HF_HUB_OFFLINE": "1"}
     offline = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -68,6 +68,7 @@ def push_data(api, folder, ending, **options):
     api.upload_folder(repo_id="tester/data", repo_type="dataset", folder_path=folder)
 
 
+@pytest.mark.long
 def test_a_pushed_model_is_the_same_in_a_fresh_process(hub, tmp_path):
     model = make_bert_model(tmp_path)
     address = model.push_to_hub("model")

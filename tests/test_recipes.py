@@ -446,6 +446,7 @@ def test_functions_are_read_without_their_docstrings(recipe_module, tmp_path):
     assert recipe_module("quickstart").functions_of(tmp_path / "broken.py", "m") == []
 
 
+@pytest.mark.long
 def test_quickstart_trains_compares_and_answers():
     arguments = ["--packages", "huggingface_hub", "datasets", "--steps", 12, "--dev", 100, "--num_negatives", 4]
     out = run("quickstart.py", "download a file from the hub", *arguments)

@@ -329,7 +329,13 @@ def _search_of_known_peak(make, sender):
     sender.send(search(1_000_000))
 
 
-@pytest.mark.parametrize("make", [RidgeCorrector, functools.partial(MLPCorrector, hidden=128), IdentityCorrector])
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(MLPCorrector, hidden=128),
+        *(pytest.param(make, marks=pytest.mark.long) for make in (RidgeCorrector, IdentityCorrector)),
+    ],
+)
 def test_memory_stays_with_the_chunk_and_within_the_plan(make):
     """Peak memory of a search is far below N × B scores, and was foretold."""
     receiver, sender = FORKS.Pipe(duplex=False)
