@@ -41,10 +41,10 @@ from st_corrector import (
     CorrectorTrainingArguments,
     EmbeddingCache,
 )
-from st_corrector.carry_over import estimate_carry_over, sample_rows, upgrade_embeddings
-from st_corrector.encoding import DocumentEncoder
-from st_corrector.fitting import FITTED, drawn, fit_to_pairs
-from st_corrector.staleness import overlap_at_k
+from st_corrector.carry_over.estimate import estimate_carry_over, sample_rows, upgrade_embeddings
+from st_corrector.carry_over.fitting import FITTED, drawn, fit_to_pairs
+from st_corrector.data.encoding import DocumentEncoder
+from st_corrector.search.fidelity import overlap_at_k
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))

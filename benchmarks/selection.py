@@ -61,11 +61,11 @@ from st_corrector import (
     Shortlist,
     ShortlistSearch,
 )
-from st_corrector.files import whole
-from st_corrector.kernels import Tiles, block_maxima, triton, usable
-from st_corrector.scoring import Scorer
-from st_corrector.shard import DTYPES
-from st_corrector.topk import BLOCK
+from st_corrector.cache.shard import DTYPES
+from st_corrector.search.kernels import Tiles, block_maxima, triton, usable
+from st_corrector.search.scoring import Scorer
+from st_corrector.search.topk import BLOCK
+from st_corrector.storage.files import whole
 
 sys.path.insert(0, str(ROOT / "recipes"))
 from common import commit, versions

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from st_corrector import CorrectedSearch, EmbeddingCache, IdentityCorrector, MLPCorrector, RidgeCorrector
+from st_corrector.cache.shard import Shard
 from st_corrector.correctors import Corrector
-from st_corrector.search import Found
-from st_corrector.shard import Shard
+from st_corrector.search.exact import Found
 
 Way = Callable[[], Any]
 _AT_ONCE = 65_536  # rows of the naive ways

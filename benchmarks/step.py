@@ -62,11 +62,11 @@ from st_corrector import (
     EmbeddingCache,
     MLPCorrector,
 )
-from st_corrector.encoding import DocumentEncoder
-from st_corrector.files import whole
-from st_corrector.fingerprint import digest_json
-from st_corrector.shard import DTYPES, Shard
-from st_corrector.staleness import StepMetrics
+from st_corrector.cache.shard import DTYPES, Shard
+from st_corrector.data.encoding import DocumentEncoder
+from st_corrector.losses.step_metrics import StepMetrics
+from st_corrector.storage.files import whole
+from st_corrector.storage.fingerprint import digest_json
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))

@@ -10,8 +10,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from st_corrector import Corpus
-from st_corrector.fingerprint import digest
-from st_corrector.tokens import TokenizedCorpus
+from st_corrector.data.tokens import TokenizedCorpus
+from st_corrector.storage.fingerprint import digest
 
 
 class TiledCorpus(Corpus):

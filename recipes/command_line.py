@@ -25,7 +25,7 @@ from st_corrector import (
     InputError,
     StCorrectorError,
 )
-from st_corrector.files import whole
+from st_corrector.storage.files import whole
 
 METRICS = ("mrr@10", "ndcg@10", "recall@1", "recall@5", "recall@20", "recall@100", "answer_recall@20")
 # What suits each kind of encoder; everything can be given on the command line.

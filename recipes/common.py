@@ -41,12 +41,12 @@ from st_corrector import (
     RefreshCallback,
     __version__,
 )
-from st_corrector.checks import compares_unit_vectors, default_scale, similarity_of
 from st_corrector.correctors import Corrector, make_corrector
-from st_corrector.encoding import DocumentEncoder
-from st_corrector.files import whole
-from st_corrector.fingerprint import digest_json
-from st_corrector.tokens import TokenizedCorpus
+from st_corrector.data.encoding import DocumentEncoder
+from st_corrector.data.tokens import TokenizedCorpus
+from st_corrector.losses.checks import compares_unit_vectors, default_scale, similarity_of
+from st_corrector.storage.files import whole
+from st_corrector.storage.fingerprint import digest_json
 
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 STRATEGIES = "in-batch, mined-once, stale, corrected, exhaustive, refresh:<steps> or refresh:<epochs>-epochs"

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset, get_dataset_config_names, load_da
 from datasets.exceptions import DatasetsError
 
 from st_corrector import Corpus, CorpusError, InputError, StCorrectorError
-from st_corrector.columns import column_names
+from st_corrector.data.columns import column_names
 
 DEV = ("dev", "validation")
 # What data sets call their columns where they have more than two.

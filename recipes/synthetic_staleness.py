@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from st_corrector import Corrector, MLPCorrector, RidgeCorrector
-from st_corrector.staleness import selection_fidelity
+from st_corrector.search.fidelity import selection_fidelity
 
 TARGETS, DIM, CLUSTERS, QUERIES = 6_000, 48, 20, 300
 MAPS = ("linear", "smooth", "clusters", "noise")

@@ -1,9 +1,7 @@
 from ._version import __version__
-from .cache import EmbeddingCache
-from .cached_loss import CachedCorrectedMultipleNegativesLoss
-from .callbacks import FidelityCallback, RefreshCallback
-from .carry_over import CarryOverEstimate, estimate_carry_over, upgrade_embeddings
-from .corpus import Corpus
+from .cache.embedding_cache import EmbeddingCache
+from .carry_over.estimate import CarryOverEstimate, estimate_carry_over, upgrade_embeddings
+from .carry_over.fitting import fit_corrector
 from .correctors import (
     AffineCorrector,
     AffineMap,
@@ -16,6 +14,7 @@ from .correctors import (
     RidgeCorrector,
     RidgeMLPCorrector,
 )
+from .data.corpus import Corpus
 from .errors import (
     CacheError,
     CheckpointError,
@@ -27,14 +26,15 @@ from .errors import (
     StorageError,
 )
 from .evaluation import CorpusRetrievalEvaluator
-from .filters import AnswerCheck, Check, CrossEncoderCheck, FalseNegativeFilter
-from .fitting import fit_corrector
-from .index import FaissIndex
-from .loss import CorrectedMultipleNegativesLoss
-from .search import CorrectedSearch
-from .shortlist import Shortlist, ShortlistSearch
-from .trainer import CorrectorTrainer
-from .training_args import CorrectorTrainingArguments
+from .losses.cached import CachedCorrectedMultipleNegativesLoss
+from .losses.corrected import CorrectedMultipleNegativesLoss
+from .negatives.filters import AnswerCheck, Check, CrossEncoderCheck, FalseNegativeFilter
+from .search.exact import CorrectedSearch
+from .search.faiss_index import FaissIndex
+from .search.shortlist import Shortlist, ShortlistSearch
+from .training.arguments import CorrectorTrainingArguments
+from .training.callbacks import FidelityCallback, RefreshCallback
+from .training.trainer import CorrectorTrainer
 
 __all__ = [
     "AffineCorrector",

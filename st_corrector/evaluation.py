@@ -17,13 +17,13 @@ from sentence_transformers.sentence_transformer.evaluation import SentenceEvalua
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .cache import EmbeddingCache
-from .corpus import Corpus
-from .encoding import DocumentEncoder, evaluating
+from .cache.embedding_cache import EmbeddingCache
+from .data.corpus import Corpus
+from .data.encoding import DocumentEncoder, evaluating
+from .data.routing import QUERY, modules_for
+from .data.text import contains_answer
 from .errors import InputError
-from .routing import QUERY, modules_for
-from .text import contains_answer
-from .topk import RunningTopK
+from .search.topk import RunningTopK
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
     Metrics (all in ``[0, 1]``): ``recall@{1,5,20,100}`` (the share of a query's relevant targets found), ``mrr@10``,
     ``ndcg@10``, ``map@100``, as :func:`ranking_metrics` defines them; and, where the queries have answers,
     ``answer_recall@{1,5,20,100}``: whether one of the first k targets' texts (titles left out) contains one of the
-    answers as open-domain question answering scores it (:func:`~st_corrector.text.contains_answer`).
+    answers as open-domain question answering scores it (:func:`~st_corrector.data.text.contains_answer`).
 
     Works on the corpus's token ids, in chunks: the embeddings of the corpus are never held at once. Titles,
     prompts and truncation are those of training. Nothing that training depends on is changed.

@@ -28,15 +28,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import st_corrector
-from st_corrector import Corpus, fingerprint
+from st_corrector import Corpus
+from st_corrector.data import model_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 NQ = ROOT.parent / "shared" / "data" / "nq"
 FORKS = multiprocessing.get_context("forkserver")
 """Starts processes of their own, which can be killed, without importing everything in each."""
-FORKS.set_forkserver_preload(["pytest", "st_corrector.trainer"])
+FORKS.set_forkserver_preload(["pytest", "st_corrector.training.trainer"])
 WORDS = [f"word{n}" for n in range(400)]
-fingerprint.LONGEST = 1_000  # no encoder of the tests takes more, and some thousand fingerprints cut such a text
+model_fingerprint.LONGEST = 1_000  # no encoder of the tests takes more, and some thousand fingerprints cut such a text
 
 
 def word_tokenizer() -> Tokenizer:

@@ -92,8 +92,8 @@ def _machine() -> dict[str, Any]:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
     from common import commit
 
-    from st_corrector.kernels import triton
-    from st_corrector.recorder import versions
+    from st_corrector.search.kernels import triton
+    from st_corrector.training.recorder import versions
 
     found = {**versions(), **commit(), "cuda": torch.version.cuda, "triton": getattr(triton, "__version__", None)}
     device: dict[str, Any] = {"name": platform.processor() or platform.machine()}

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from support.arrays import CONVERTED, KEPT, REFUSED
 
 from st_corrector import AffineMap, CacheError, EmbeddingCache, InputError, NonFiniteError, upgrade_embeddings
-from st_corrector.arrays import as_tensor
+from st_corrector.cache.arrays import as_tensor
+from st_corrector.carry_over.fitting import fit_to_pairs
+from st_corrector.carry_over.vectors import open_vectors
 from st_corrector.correctors import Corrector
-from st_corrector.fitting import fit_to_pairs
-from st_corrector.vectors import open_vectors
 
 ROWS, DIM = 60, 8
 FORMS = {**KEPT, **CONVERTED}

@@ -25,7 +25,7 @@ from st_corrector import (
     RidgeCorrector,
 )
 from st_corrector.correctors import CORRECTORS
-from st_corrector.selection import NegativeSelector
+from st_corrector.negatives.selector import NegativeSelector
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -266,7 +266,7 @@ import torch
 import torch.nn.functional as F
 import selection, selection_report
 from st_corrector import EmbeddingCache
-from st_corrector.shard import DTYPES
+from st_corrector.cache.shard import DTYPES
 
 folder = Path(sys.argv[1])
 vectors = F.normalize(torch.randn(700, 64, generator=torch.Generator().manual_seed(0)), dim=-1)

@@ -8,7 +8,7 @@ from conftest import make_bert_model, make_static_model
 from sentence_transformers import SentenceTransformer
 
 from st_corrector import CacheError, Corpus, EmbeddingCache, InputError, NonFiniteError
-from st_corrector.encoding import DocumentEncoder
+from st_corrector.data.encoding import DocumentEncoder
 
 
 def test_the_cache_is_what_the_model_says(bert_model, corpus, tmp_path):
@@ -87,7 +87,7 @@ def test_a_cache_changes_its_dtype_in_memory(static_model, corpus, tmp_path, mon
     assert torch.equal(exact.to("cpu")[range(200)], exact[range(200)])
     with pytest.raises(NonFiniteError, match=r"row 1 is NaN or infinite in torch\.float16"):
         EmbeddingCache.from_tensor(torch.tensor([[1.0], [1e6]])).to(dtype=torch.float16)
-    monkeypatch.setattr("st_corrector.memory.available_memory", lambda device: 1_000)
+    monkeypatch.setattr("st_corrector.runtime.memory.available_memory", lambda device: 1_000)
     with pytest.raises(InputError, match=r"(?s)does not fit.*embedding cache, 200 × .* in torch.int8.*MB") as error:
         exact.to("cpu", torch.int8)
     assert "dtype=torch.int8" in str(error.value), "what could be done"

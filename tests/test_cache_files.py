@@ -18,11 +18,11 @@ from conftest import FORKS, make_static_model, make_texts
 
 import st_corrector
 from st_corrector import CacheError, Corpus, EmbeddingCache, NonFiniteError, ProcessError, StorageError
-from st_corrector.cache_folder import CacheFolder, Description
+from st_corrector.cache.folder import CacheFolder, Description
+from st_corrector.cache.shard import Shard
 from st_corrector.cli import main
-from st_corrector.distributed import Processes
-from st_corrector.fingerprint import weights_fingerprint
-from st_corrector.shard import Shard
+from st_corrector.data.model_fingerprint import weights_fingerprint
+from st_corrector.runtime.distributed import Processes
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_only_what_is_damaged_is_encoded_anew(static_model, corpus, built, monke
     shard = built / "embeddings-000003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     encoded = []
-    from st_corrector.encoding import DocumentEncoder
+    from st_corrector.data.encoding import DocumentEncoder
 
     encode = DocumentEncoder.encode
 
@@ -250,7 +250,7 @@ def test_a_folder_that_vanishes_is_an_error_and_not_half_a_cache(static_model, c
 HOLD = """
 import sys, time
 from pathlib import Path
-from st_corrector.cache_folder import CacheFolder
+from st_corrector.cache.folder import CacheFolder
 with CacheFolder(Path(sys.argv[1])).locked():
     print("held", flush=True)
     time.sleep(600)
@@ -283,7 +283,7 @@ def _fail_on_one(rank, folder):
     datasets.config.HF_DATASETS_CACHE = f"{folder}/derived"
     model, corpus = make_static_model(), Corpus.from_texts(make_texts(200)[1])
     fingerprint = weights_fingerprint(model)
-    st_corrector.encoding.weights_fingerprint = lambda model: fingerprint
+    st_corrector.data.encoding.weights_fingerprint = lambda model: fingerprint
     if rank == 1:
         model[0].embedding.weight.data.fill_(torch.nan)
     ours = (

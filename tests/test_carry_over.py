@@ -27,13 +27,13 @@ from st_corrector import (
     fit_corrector,
     upgrade_embeddings,
 )
-from st_corrector.carry_over import sample_rows
+from st_corrector.carry_over.estimate import sample_rows
+from st_corrector.carry_over.fitting import FITTED, fit_to_pairs
+from st_corrector.carry_over.vectors import open_vectors
 from st_corrector.cli import main
 from st_corrector.correctors import Frames
-from st_corrector.encoding import DocumentEncoder
-from st_corrector.fitting import FITTED, fit_to_pairs
-from st_corrector.staleness import overlap_at_k
-from st_corrector.vectors import open_vectors
+from st_corrector.data.encoding import DocumentEncoder
+from st_corrector.search.fidelity import overlap_at_k
 
 
 @pytest.fixture(scope="module")

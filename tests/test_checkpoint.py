@@ -18,7 +18,7 @@ from st_corrector import (
     EmbeddingCache,
     InputError,
 )
-from st_corrector.checkpoint import FOLDER, fault_of, load_losses
+from st_corrector.training.checkpoint import FOLDER, fault_of, load_losses
 
 # What has something to lose: learnt by moments or by normal equations, drawn by chance, written back, re-embedded.
 RESUMED = [

@@ -15,8 +15,8 @@ from support.layouts import FORMATS, QUERIES, TARGETS, columns_of, mined, shoute
 from tokenizers import Tokenizer, normalizers
 
 from st_corrector import Corpus, CorpusError, InputError
-from st_corrector.qrels import Qrels
-from st_corrector.tokens import TextCorpus, TokenizedCorpus
+from st_corrector.data.qrels import Qrels
+from st_corrector.data.tokens import TextCorpus, TokenizedCorpus
 
 
 @pytest.mark.parametrize("compress", [False, True])

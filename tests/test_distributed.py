@@ -19,7 +19,7 @@ from sentence_transformers.base.losses import gradcache
 from training import CASES
 
 from st_corrector import EmbeddingCache, ProcessError
-from st_corrector.distributed import Processes, checksum
+from st_corrector.runtime.distributed import Processes, checksum
 
 HERE = Path(__file__).parent
 
@@ -202,7 +202,11 @@ def test_two_hosts_train_what_one_does(one, tmp_path, hosts):
 @pytest.mark.long
 def test_processes_that_do_not_know_of_one_another_are_refused(tmp_path):
     script = tmp_path / "script.py"
-    lines = ["import sys", "from accelerate import Accelerator", "from st_corrector.distributed import Processes"]
+    lines = [
+        "import sys",
+        "from accelerate import Accelerator",
+        "from st_corrector.runtime.distributed import Processes",
+    ]
     lines += ["Accelerator(cpu=True) if sys.argv[1:] else Accelerator()", "print(Processes.current().size)"]
     script.write_text("\n".join(lines))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]

@@ -16,9 +16,9 @@ from st_corrector import (
     EmbeddingCache,
     InputError,
 )
+from st_corrector.data.text import contains_answer
 from st_corrector.evaluation import ranking_metrics
-from st_corrector.text import contains_answer
-from st_corrector.topk import RunningTopK
+from st_corrector.search.topk import RunningTopK
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from conftest import make_static_model, make_texts
 from support.indices import CARRIED_OVER, REFUSED, as_kept, faiss_index, odd, on_disk, repeated, shuffled
 
 from st_corrector import AffineMap, Corpus, Corrector, EmbeddingCache, InputError, upgrade_embeddings
+from st_corrector.carry_over.fitting import fit_to_pairs
+from st_corrector.carry_over.vectors import open_vectors
 from st_corrector.cli import main
-from st_corrector.fitting import fit_to_pairs
-from st_corrector.staleness import overlap_at_k
-from st_corrector.vectors import open_vectors
+from st_corrector.search.fidelity import overlap_at_k
 
 faiss = pytest.importorskip("faiss", reason="FAISS is optional: pip install 'st-corrector[faiss-cpu]'")
 COUNT = 300
@@ -239,7 +239,7 @@ def test_an_index_of_too_few_vectors_to_learn_from_is_refused_before_anything_is
     index.reset()
     index.add(many[:15])
     file = on_disk(index, tmp_path / "old.faiss")
-    monkeypatch.setattr("st_corrector.vectors.upgrade_embeddings", never)
+    monkeypatch.setattr("st_corrector.carry_over.vectors.upgrade_embeddings", never)
     with pytest.raises(InputError, match=r"learns from at least (16|256) vectors, and there are 15.*factory"):
         open_vectors(file).upgrade(unchanged(), tmp_path / "new.faiss", progress=False)
     with pytest.raises(InputError, match="learns from at least 64 vectors"):

@@ -24,7 +24,7 @@ from test_distributed import HERE, environment, launch, results
 from transformers import TrainerCallback
 
 from st_corrector import CheckpointError, Corpus, StorageError
-from st_corrector.checkpoint import fault_of
+from st_corrector.training.checkpoint import fault_of
 
 
 def train(folder, case, save_every, name, resume, derived, ready):

@@ -34,13 +34,13 @@ from st_corrector import (
     Shortlist,
     ShortlistSearch,
 )
+from st_corrector.cache.shard import DTYPES, Shard
+from st_corrector.cache.streaming import on_device
 from st_corrector.correctors import CORRECTORS, make_corrector
 from st_corrector.correctors.state import TensorState
-from st_corrector.gumbel import _splitmix64, gumbel_noise
-from st_corrector.kernels import block_maxima, usable
-from st_corrector.memory import available_memory, describe_memory, require_memory
-from st_corrector.shard import DTYPES, Shard
-from st_corrector.streaming import on_device
+from st_corrector.runtime.memory import available_memory, describe_memory, require_memory
+from st_corrector.search.gumbel import _splitmix64, gumbel_noise
+from st_corrector.search.kernels import block_maxima, usable
 
 EPSILON = torch.finfo(torch.float32).eps
 WIDTHS = {"mlp": {"hidden": 20}, "ridge-mlp": {"hidden": 20}, "kernel-ridge": {"num_features": 30}}
@@ -54,7 +54,7 @@ NO_KERNEL = "the kernel runs on GPUs with tensor cores, and elsewhere only with 
 def path(request, device, monkeypatch):
     """By which of its two ways a search finds the largest scores."""
     if request.param == "torch":
-        monkeypatch.setattr("st_corrector.search.usable", lambda device: False)
+        monkeypatch.setattr("st_corrector.search.exact.usable", lambda device: False)
     elif not usable(device):
         pytest.skip(NO_KERNEL)
     return request.param

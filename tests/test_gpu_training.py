@@ -42,8 +42,8 @@ from st_corrector import (
     fit_corrector,
     upgrade_embeddings,
 )
-from st_corrector.carry_over import sample_rows
-from st_corrector.encoding import DocumentEncoder
+from st_corrector.carry_over.estimate import sample_rows
+from st_corrector.data.encoding import DocumentEncoder
 
 KINDS = {
     "plain": (CorrectedMultipleNegativesLoss, {}),

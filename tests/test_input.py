@@ -25,10 +25,10 @@ from st_corrector import (
     StCorrectorError,
     StorageError,
 )
-from st_corrector.beir import LONGEST_LINE, read_jsonl, read_qrels
-from st_corrector.checkpoint import load_losses
-from st_corrector.distributed import Processes
-from st_corrector.files import whole
+from st_corrector.data.beir import LONGEST_LINE, read_jsonl, read_qrels
+from st_corrector.runtime.distributed import Processes
+from st_corrector.storage.files import whole
+from st_corrector.training.checkpoint import load_losses
 
 QRELS = {"train": [("q1", "a", 1), ("q2", "b", 1)]}
 

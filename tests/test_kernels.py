@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from st_corrector import CorrectedSearch, EmbeddingCache, IdentityCorrector, kernels
+from st_corrector import CorrectedSearch, EmbeddingCache, IdentityCorrector
+from st_corrector.search import kernels
 
 SCRIPT = """
 import itertools, torch, torch.nn.functional as F
-import st_corrector.search as searching
+import st_corrector.search.exact as searching
 from st_corrector import CorrectedSearch, EmbeddingCache, IdentityCorrector, InputError, MLPCorrector, RidgeCorrector
 from st_corrector import Shortlist, ShortlistSearch
-from st_corrector.kernels import block_maxima
+from st_corrector.search.kernels import block_maxima
 from test_search import trained
 
 torch.manual_seed(0)

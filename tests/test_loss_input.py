@@ -28,7 +28,7 @@ from st_corrector import (
     EmbeddingCache,
     InputError,
 )
-from st_corrector.filters import known_positives, pad_rows
+from st_corrector.negatives.filters import known_positives, pad_rows
 
 
 def arguments(tmp_path, **settings):

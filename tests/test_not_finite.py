@@ -11,7 +11,7 @@ from support.runs import trainer_of
 from transformers import TrainerCallback
 
 from st_corrector import Corpus, FidelityCallback, NonFiniteError
-from st_corrector.record import FILE, RunRecord
+from st_corrector.reporting.record import FILE, RunRecord
 
 BROKEN = "passage"  # a token of the models' vocabulary that no text of make_texts has
 STEPS = 4

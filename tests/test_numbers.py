@@ -25,8 +25,8 @@ from st_corrector import (
     RidgeMLPCorrector,
     Shortlist,
 )
-from st_corrector.checkpoint import load_losses, save_losses
-from st_corrector.guard import MOST_SKIPPED_IN_A_ROW
+from st_corrector.training.checkpoint import load_losses, save_losses
+from st_corrector.training.guard import MOST_SKIPPED_IN_A_ROW
 
 
 def loss_of(trainer):

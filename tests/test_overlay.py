@@ -1,6 +1,6 @@
 import torch
 
-from st_corrector.overlay import Overlay
+from st_corrector.search.overlay import Overlay
 
 
 def test_written_rows_replace_the_caches_and_others_stay():

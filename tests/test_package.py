@@ -220,7 +220,7 @@ def files_in(folder: Path) -> set[str]:
 def test_the_wheel_is_the_package_and_nothing_else(distributions):
     names = {name for name in ZipFile(distributions[1]).namelist() if ".dist-info/" not in name}
     assert names == files_in(ROOT / "st_corrector")
-    assert {"st_corrector/py.typed", "st_corrector/templates/negatives.md"} <= names
+    assert {"st_corrector/py.typed", "st_corrector/reporting/templates/negatives.md"} <= names
 
 
 def test_the_sdist_is_the_repository(distributions):

@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from support.layouts import upload, write_repository
 
 from st_corrector import CorpusError, CorpusRetrievalEvaluator, InputError
-from st_corrector.qrels import Qrels
+from st_corrector.data.qrels import Qrels
 
 RECIPES = ROOT / "recipes"
 

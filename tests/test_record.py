@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 
 from st_corrector import Corpus, CorpusRetrievalEvaluator, CorrectorTrainer, InputError, RidgeCorrector
 from st_corrector.cli import main
-from st_corrector.model_card import negatives_section, update_card
-from st_corrector.record import FILE, RunRecord
+from st_corrector.reporting.model_card import negatives_section, update_card
+from st_corrector.reporting.record import FILE, RunRecord
 
 
 @pytest.fixture

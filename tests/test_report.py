@@ -19,9 +19,9 @@ from st_corrector import (
     InputError,
     StorageError,
 )
-from st_corrector.plots import loss_charts, run_charts, staleness_figure, staleness_png
-from st_corrector.record import Choice, Chosen, Example, LossRecord, RunRecord
-from st_corrector.report import write_report
+from st_corrector.reporting.charts import loss_charts, run_charts, staleness_figure, staleness_png
+from st_corrector.reporting.record import Choice, Chosen, Example, LossRecord, RunRecord
+from st_corrector.reporting.report import write_report
 
 VOID = {"meta", "col", "br"}
 HOSTILE = (

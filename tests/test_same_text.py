@@ -18,10 +18,10 @@ from st_corrector import (
     CorpusRetrievalEvaluator,
     CorrectedMultipleNegativesLoss,
     EmbeddingCache,
-    duplicates,
 )
-from st_corrector.filters import known_positives
-from st_corrector.text import contains_answer, normalized
+from st_corrector.data import duplicates
+from st_corrector.data.text import contains_answer, normalized
+from st_corrector.negatives.filters import known_positives
 
 
 @pytest.mark.parametrize("texts", DIFFERENT.values(), ids=DIFFERENT)

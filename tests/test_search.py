@@ -21,8 +21,8 @@ from st_corrector import (
     RidgeCorrector,
     RidgeMLPCorrector,
 )
-from st_corrector.gumbel import gumbel_noise
-from st_corrector.shard import Shard
+from st_corrector.cache.shard import Shard
+from st_corrector.search.gumbel import gumbel_noise
 
 
 def trained(corrector, dim):

@@ -15,7 +15,7 @@ from st_corrector import (
     IdentityCorrector,
     InputError,
 )
-from st_corrector.selection import NegativeSelector
+from st_corrector.negatives.selector import NegativeSelector
 
 ROWS = 40
 NONE = torch.full((3, 1), -1)

@@ -18,7 +18,8 @@ from st_corrector import (
     InputError,
     RefreshCallback,
 )
-from st_corrector.staleness import StepMetrics, overlap_at_k, selection_fidelity, staleness
+from st_corrector.losses.step_metrics import StepMetrics
+from st_corrector.search.fidelity import overlap_at_k, selection_fidelity, staleness
 
 
 def test_staleness_of_vectors_with_known_angles():
@@ -202,7 +203,7 @@ def test_what_does_not_fit_is_refused_before_training(corpus, static_model, tmp_
         model=static_model, args=arguments(tmp_path), train_dataset=corpus.pairs("train"), loss=loss
     )
     with monkeypatch.context() as patch:
-        patch.setattr("st_corrector.memory.available_memory", lambda device: 100_000)
+        patch.setattr("st_corrector.runtime.memory.available_memory", lambda device: 100_000)
         with pytest.raises(
             InputError, match=r"(?s)does not fit.*scores of 200 rows.*top 4 of .*available .*dtype='int8'"
         ):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from st_corrector import CorpusRetrievalEvaluator, InputError
-from st_corrector.topk import RunningTopK
+from st_corrector.search.topk import RunningTopK
 
 
 def naive(scores, k):

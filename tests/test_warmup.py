@@ -6,10 +6,10 @@ from conftest import make_static_model
 from support.runs import trainer_of
 
 from st_corrector import CorrectedMultipleNegativesLoss, EmbeddingCache, Shortlist, ShortlistSearch
-from st_corrector.checkpoint import load_losses, save_losses
-from st_corrector.record import RunRecord
-from st_corrector.search import CorrectedSearch
-from st_corrector.topk import NO_ROW
+from st_corrector.reporting.record import RunRecord
+from st_corrector.search.exact import CorrectedSearch
+from st_corrector.search.topk import NO_ROW
+from st_corrector.training.checkpoint import load_losses, save_losses
 
 STEPS, BATCH, WARMUP = 9, 8, 4
 SHORTLISTS = {"none": None, "exact": Shortlist(size=40), "copied": Shortlist(size=40, every=2)}

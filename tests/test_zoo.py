@@ -26,9 +26,9 @@ from st_corrector import (
     EmbeddingCache,
     InputError,
 )
-from st_corrector.encoding import DocumentEncoder
-from st_corrector.fingerprint import differences
-from st_corrector.routing import modules_for
+from st_corrector.data.encoding import DocumentEncoder
+from st_corrector.data.routing import modules_for
+from st_corrector.storage.fingerprint import differences
 
 EVERY = pytest.mark.parametrize("name", ENCODERS)
 TARGETS = 60
@@ -294,8 +294,8 @@ def test_a_sentence_transformers_without_our_gradient_caching_breaks_nothing_els
         monkeypatch.setitem(sys.modules, gradcache.__name__, None)
     else:
         monkeypatch.delattr(gradcache, missing)
-    path = Path(st_corrector.cached_loss.__file__)
-    spec = importlib.util.spec_from_file_location("st_corrector.cached_loss_anew", path)
+    path = Path(st_corrector.losses.__file__).with_name("cached.py")
+    spec = importlib.util.spec_from_file_location("st_corrector.losses.cached_anew", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     named = "CachedLossMixin" if missing == "the module" else missing

@@ -30,7 +30,7 @@ from st_corrector import (
     RidgeCorrector,
     Shortlist,
 )
-from st_corrector.distributed import Processes
+from st_corrector.runtime.distributed import Processes
 
 CASES: dict[str, dict] = {
     "mlp": {"corrector_settings": {"hidden": 16}},

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from ..corpus import Corpus
+    from ..data.corpus import Corpus
 
 Commands = Any  # argparse's own type of subparsers is private
 
@@ -54,7 +54,7 @@ def add_model(parser: argparse.ArgumentParser, help: str, required: bool = True)
 
 def open_corpus(args: argparse.Namespace) -> Corpus:
     """The corpus that the arguments name."""
-    from ..corpus import Corpus
+    from ..data.corpus import Corpus
 
     read = Corpus.from_beir if Path(args.corpus).is_dir() else Corpus.from_hub
     return read(args.corpus, max_targets=args.max_targets, missing_targets=args.missing_targets, prompt=args.prompt)

@@ -42,14 +42,14 @@ def add_to(commands: Commands) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from ..cache import EmbeddingCache
+    from ..cache.embedding_cache import EmbeddingCache
 
     print(EmbeddingCache.build(open_model(args), open_corpus(args), args.path, args.batch_size, args.dtype))
     return 0
 
 
 def _info(args: argparse.Namespace) -> int:
-    from ..cache_folder import CacheFolder
+    from ..cache.folder import CacheFolder
 
     folder = CacheFolder(args.path)
     found = folder.description()
@@ -76,7 +76,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ..cache_folder import CacheFolder
+    from ..cache.folder import CacheFolder
 
     folder = CacheFolder(args.path)
     damaged = folder.damaged()
@@ -92,14 +92,14 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _repair(args: argparse.Namespace) -> int:
-    from ..cache import EmbeddingCache
+    from ..cache.embedding_cache import EmbeddingCache
 
     print(EmbeddingCache.repair(open_model(args), open_corpus(args), args.path, args.batch_size))
     return 0
 
 
 def _push(args: argparse.Namespace) -> int:
-    from ..cache import EmbeddingCache
+    from ..cache.embedding_cache import EmbeddingCache
 
     cache = EmbeddingCache.load(args.path, verify=True)
     print(cache.push_to_hub(args.repository, private=True if args.private else None, revision=args.revision))
@@ -107,7 +107,7 @@ def _push(args: argparse.Namespace) -> int:
 
 
 def _pull(args: argparse.Namespace) -> int:
-    from ..cache import EmbeddingCache
+    from ..cache.embedding_cache import EmbeddingCache
 
     cache = EmbeddingCache.from_hub(args.repository, args.path, revision=args.revision)
     print(cache)

@@ -22,8 +22,8 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..model_card import update_card
-    from ..record import RunRecord
+    from ..reporting.model_card import update_card
+    from ..reporting.record import RunRecord
 
     record = RunRecord.load(args.run)
     of_the_run = [folder for folder in (args.run, args.run / "final") if (folder / "README.md").is_file()]

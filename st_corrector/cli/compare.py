@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..record import LossRecord, RunRecord
+from ..reporting.record import LossRecord, RunRecord
 from .arguments import Commands, add_command, add_json, show, table
 
 

@@ -30,7 +30,7 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..cache import EmbeddingCache
+    from ..cache.embedding_cache import EmbeddingCache
     from ..evaluation import CorpusRetrievalEvaluator
 
     corpus = open_corpus(args)

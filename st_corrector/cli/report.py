@@ -21,8 +21,8 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..record import RunRecord
-    from ..report import write_report
+    from ..reporting.record import RunRecord
+    from ..reporting.report import write_report
 
     print(write_report(RunRecord.load(args.run), args.output or args.run / "report.html"))
     return 0

@@ -12,7 +12,7 @@ from ..errors import InputError
 from .arguments import Commands, add_command, add_corpus, add_json, add_model, open_corpus, open_model, show
 
 if TYPE_CHECKING:
-    from ..corpus import Corpus
+    from ..data.corpus import Corpus
 
 _EPILOG = """
 INDEX is a .npy or .safetensors file of shape (targets, dimension), the folder of an embedding cache, or (by any other
@@ -58,11 +58,11 @@ def add_to(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from ..carry_over import estimate_carry_over, estimated_depths, sample_rows
+    from ..carry_over.estimate import estimate_carry_over, estimated_depths, sample_rows
+    from ..carry_over.fitting import drawn, fit_to_pairs, require_fitted
+    from ..carry_over.vectors import open_vectors
     from ..correctors import Corrector, Frames
-    from ..encoding import DocumentEncoder
-    from ..fitting import drawn, fit_to_pairs, require_fitted
-    from ..vectors import open_vectors
+    from ..data.encoding import DocumentEncoder
 
     if args.fit is not None:
         require_fitted(args.fit)

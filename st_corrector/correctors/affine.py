@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Corrector, PullBack, QuerySide
+from .base import Corrector
 from .state import TensorState
+from .types import PullBack, QuerySide
 
 
 class AffineCorrector(TensorState, Corrector):

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .base import Corrector, PullBack
+from .base import Corrector
 from .regression import StreamingRidge
 from .state import TensorState
+from .types import PullBack
 
 
 class AffineMap(TensorState, Corrector):

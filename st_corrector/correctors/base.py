@@ -6,60 +6,19 @@ import inspect
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError, NonFiniteError
-from ..precision import in_float32
+from ..runtime.precision import in_float32
+from . import saving
+from .types import Frames, PullBack, QuerySide
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class Frames(NamedTuple):
-    """Between which embeddings a trained corrector maps.
-
-    Args:
-        stale: what those that it maps from depend on, by component (:attr:`EmbeddingCache.fingerprint`); empty where
-            that is not known.
-        fresh: the same of those that it maps to.
-        unit: whether stale embeddings are brought to unit length before they are corrected.
-    """
-
-    stale: dict[str, Any]
-    fresh: dict[str, Any]
-    unit: bool
-
-
-class PullBack(NamedTuple):
-    """What :meth:`Corrector.pull_back` found.
-
-    Args:
-        stale: ``z'``, ``(n, d)``, with ``h(z') ≈ g(y)`` for the present corrector.
-        residual: what is missing, ``‖z' + c(z') − g(y)‖ / ‖g(y)‖``, ``(n,)``.
-        damped: whether an exact solution was given up because it would have been unstable.
-    """
-
-    stale: Tensor
-    residual: Tensor
-    damped: bool
-
-
-class QuerySide(NamedTuple):
-    """Queries that score stale embeddings as they are: ``⟨f(x), z + c(z)⟩ = ⟨q', z⟩ + ⟨q'', φ(z)⟩ + a`` for all ``z``.
-
-    Args:
-        probes: ``q'``, ``(B, d)``.
-        offset: ``a``, ``(B,)``.
-        of_features: ``q''``, ``(B, m)``, where ``c`` has features ``φ`` (:meth:`Corrector.features`); else None.
-    """
-
-    probes: Tensor
-    offset: Tensor
-    of_features: Tensor | None = None
 
 
 class Corrector(ABC):
@@ -232,9 +191,7 @@ class Corrector(ABC):
         Raises:
             StorageError: it cannot be written.
         """
-        from .saving import write
-
-        write(self, Path(folder))
+        saving.write(self, Path(folder))
 
     @classmethod
     def from_pretrained(
@@ -259,10 +216,8 @@ class Corrector(ABC):
             InputError: there is none, it is damaged, or another kind's.
             OSError: the repository cannot be reached, found or read (huggingface_hub's own exceptions).
         """
-        from .saving import load
-
         options = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        corrector = load(name, cls, **options, cache_dir=None if cache_dir is None else str(cache_dir))
+        corrector = saving.load(name, cls, _kinds(), **options, cache_dir=None if cache_dir is None else str(cache_dir))
         assert isinstance(corrector, cls)
         return corrector
 
@@ -287,9 +242,9 @@ class Corrector(ABC):
         Raises:
             OSError: the Hub cannot be reached or refuses (huggingface_hub's own exceptions).
         """
-        from .saving import send
-
-        return send(self, repo_id, commit_message=commit_message, private=private, token=token, revision=revision)
+        return saving.send(
+            self, repo_id, commit_message=commit_message, private=private, token=token, revision=revision
+        )
 
     @property
     def config(self) -> dict[str, Any]:
@@ -298,6 +253,17 @@ class Corrector(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
+
+
+def _kinds() -> dict[str, type[Corrector]]:
+    """The correctors of this package, by name; one of somebody else's is loaded by its class."""
+    kinds, waiting = {}, [Corrector]
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        if isinstance(getattr(kind, "name", None), str) and kind.__module__.startswith(f"{__package__}."):
+            kinds[kind.name] = kind
+    return dict(sorted(kinds.items()))
 
 
 _MAX_ITERATIONS = 50

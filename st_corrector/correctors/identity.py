@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Corrector, PullBack, QuerySide
+from .base import Corrector
+from .types import PullBack, QuerySide
 
 
 class IdentityCorrector(Corrector):

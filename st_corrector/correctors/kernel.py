@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .base import Corrector, QuerySide
+from .base import Corrector
 from .regression import StreamingRidge
 from .state import TensorState
+from .types import QuerySide
 
 
 class KernelRidgeCorrector(TensorState, Corrector):

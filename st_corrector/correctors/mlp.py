@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..errors import InputError
-from .base import Corrector, QuerySide
+from .base import Corrector
+from .types import QuerySide
 
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import QuerySide
 from .mlp import MLPCorrector
 from .ridge import RidgeCorrector
+from .types import QuerySide
 
 
 class RidgeMLPCorrector(MLPCorrector):

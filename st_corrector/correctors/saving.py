@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
@@ -17,10 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..errors import InputError
-from ..files import make_folder, whole
-from ..hub import push
-from . import LOADABLE, configured
-from .base import Corrector, Frames
+from ..storage.files import make_folder, whole
+from ..storage.hub import push
+from .settings import configured
+from .types import Frames
+
+if TYPE_CHECKING:
+    from .base import Corrector
 
 FOLDER, CONFIG, STATE = "corrector", "config.json", "corrector.safetensors"
 _SCHEMA = 1
@@ -52,8 +55,12 @@ def write(corrector: Corrector, folder: Path) -> None:
         partial.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def load(name: str | os.PathLike[str], kind: type[Corrector], **options: Any) -> Corrector:
-    """The corrector in a folder, or in a repository on the Hub; see :meth:`Corrector.from_pretrained`."""
+def load(
+    name: str | os.PathLike[str], kind: type[Corrector], kinds: dict[str, type[Corrector]], **options: Any
+) -> Corrector:
+    """The corrector in a folder, or in a repository on the Hub, of one of the ``kinds`` by name or of ``kind``; see
+    :meth:`Corrector.from_pretrained`.
+    """
     folder = Path(name)
     if folder.is_dir():
         config, state = folder / FOLDER / CONFIG, folder / FOLDER / STATE
@@ -61,14 +68,14 @@ def load(name: str | os.PathLike[str], kind: type[Corrector], **options: Any) ->
             inner = [str(path.parent.parent) for path in folder.glob(f"*/{FOLDER}/{CONFIG}")]
             meant = f" Did you mean {inner[0]}?" if inner else ""
             raise InputError(f"{name} holds no corrector (no {FOLDER}/{CONFIG} and {FOLDER}/{STATE}).{meant}")
-        return read(config, state, kind)
+        return read(config, state, kind, kinds)
     try:
         config, state = (Path(hf_hub_download(str(name), f"{FOLDER}/{file}", **options)) for file in (CONFIG, STATE))
     except HFValidationError as error:
         raise InputError(f"{name} is neither a folder that is there nor the id of a repository ({error}).") from error
     except RemoteEntryNotFoundError as error:
         raise InputError(f"The repository {name} holds no corrector: {error}") from error
-    return read(config, state, kind)
+    return read(config, state, kind, kinds)
 
 
 def send(corrector: Corrector, repo_id: str, **options: Any) -> str:
@@ -77,12 +84,13 @@ def send(corrector: Corrector, repo_id: str, **options: Any) -> str:
     return push(lambda folder: write(corrector, folder), repo_id, repo_type="model", card=card, **options)
 
 
-def read(config: Path, state: Path, kind: type[Corrector]) -> Corrector:
+def read(config: Path, state: Path, kind: type[Corrector], kinds: dict[str, type[Corrector]]) -> Corrector:
     """What :func:`write` has written.
 
     Args:
         config, state: the two files; whatever is in them, the outcome is a corrector or an error.
         kind: what it has to be; a class of one's own is known by it.
+        kinds: those that are known by name.
 
     Raises:
         InputError: they are not a corrector's, damaged, or another kind's.
@@ -90,7 +98,7 @@ def read(config: Path, state: Path, kind: type[Corrector]) -> Corrector:
     found = _parse(config)
     name, dim, settings, maps = (found.get(key) for key in ("corrector", "dim", "settings", "maps"))
     own = getattr(kind, "name", None)
-    known = {**LOADABLE, **({own: kind} if isinstance(own, str) else {})}
+    known = {**kinds, **({own: kind} if isinstance(own, str) else {})}
     if found.get("schema") != _SCHEMA or not isinstance(settings, dict):
         raise InputError(f"{config} is not that of a corrector of schema {_SCHEMA}: another version may have saved it.")
     if not isinstance(name, str) or name not in known:
@@ -101,8 +109,8 @@ def read(config: Path, state: Path, kind: type[Corrector]) -> Corrector:
         raise InputError(f"{config} is that of a {known[name].__name__}, not of a {kind.__name__}.")
     if type(dim) is not int or not 0 < dim <= _LARGEST_DIM:
         raise InputError(f"{config}: dim must be an integer from 1 to {_LARGEST_DIM}, got {dim!r:.80}.")
-    if name in LOADABLE:
-        corrector = configured(LOADABLE[name], dim, settings)
+    if name in kinds:
+        corrector = configured(kinds[name], dim, settings)
     else:
         try:
             corrector = kind(dim, **settings)

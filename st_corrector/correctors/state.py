@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..fingerprint import differences
+from ..storage.fingerprint import differences
 from .regression import StreamingRidge
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from st_corrector import EmbeddingCache, StCorrectorError
-from st_corrector.beir import read_jsonl, read_qrels
-from st_corrector.cache_folder import CacheFolder
+from st_corrector.cache.folder import CacheFolder
 from st_corrector.correctors import make_corrector, read_settings
-from st_corrector.record import FILE, RunRecord
+from st_corrector.data.beir import read_jsonl, read_qrels
+from st_corrector.reporting.record import FILE, RunRecord
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
 

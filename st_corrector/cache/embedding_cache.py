@@ -1,0 +1,520 @@
+"""The stale buffer: for every target, what the encoder said when the cache was built.
+
+Nothing writes to it once it is built (:mod:`.cache_folder` has its files); training reads it memory-mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data.corpus import Corpus
+from ..data.encoding import DocumentEncoder
+from ..errors import CacheError, NonFiniteError, StorageError
+from ..runtime.distributed import Processes
+from ..runtime.memory import require_memory
+from ..storage.arrow import default_cache_dir
+from ..storage.fingerprint import digest_json
+from ..storage.hub import push_folder
+from .arrays import Embeddings, as_tensor
+from .folder import FILES, MOST_SHARDS, CacheFolder, Description
+from .shard import DTYPES, Shard
+
+logger = logging.getLogger(__name__)
+_ROWS_AT_ONCE = 16_384
+
+
+class EmbeddingCache:
+    """The stale embeddings ``g'(y)`` of all targets, shape ``(N, d)``. Build, load or wrap them:
+    :meth:`build`, :meth:`load`, :meth:`from_tensor`.
+
+    Args:
+        shards: of consecutive rows, all of one dtype.
+        fingerprint: what the embeddings depend on, by component; empty where that is not known.
+        first_row: the corpus row of the first embedding, where it is a :meth:`part` of a cache.
+        corpus_size: rows of the whole cache, of which it is a part.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        fingerprint: Mapping[str, Any] | None = None,
+        first_row: int = 0,
+        corpus_size: int | None = None,
+    ) -> None:
+        self._shards = list(shards)
+        self._starts = first_row + np.cumsum([0] + [len(shard.values) for shard in self._shards])
+        self.fingerprint = dict(fingerprint or {})
+        self.first_row = first_row
+        """The first corpus row that it holds; rows are always counted in the corpus, in a part too."""
+        self.corpus_size = len(self) if corpus_size is None else corpus_size
+        """Rows of the whole corpus."""
+        self.path: Path | None = None
+        """The folder that it is memory-mapped from, if it is that of one whole cache."""
+
+    # ------------------------------------------------------------------ constructors
+
+    @classmethod
+    def from_tensor(cls, embeddings: Embeddings) -> EmbeddingCache:
+        """A cache of vectors that are there already (a served index's, say), row ``i`` being target ``i``.
+
+        A tensor or array of float32, bfloat16 or float16 is kept, not copied; wider numbers become float32
+        (:func:`~st_corrector.cache.arrays.as_tensor`). Where it came from is not known, so only its size can be checked
+        against a corpus.
+
+        Args:
+            embeddings: ``(targets, dimension)``; a list or column of vectors will do.
+
+        Raises:
+            CacheError: it is not a two-dimensional array of floating-point numbers.
+            NonFiniteError: an embedding is NaN or infinite.
+        """
+        tensor = as_tensor(embeddings, CacheError)
+        if not tensor.numel():
+            raise CacheError(
+                f"Expected floating-point embeddings of shape (targets, dimension), got none: {tuple(tensor.shape)}."
+            )
+        cache = cls([Shard(tensor)])
+        for start, chunk in cache.chunks(_ROWS_AT_ONCE):
+            _require_finite(chunk, start)
+        return cache
+
+    @classmethod
+    def from_blocks(
+        cls,
+        blocks: Iterable[Tensor],
+        dtype: torch.dtype,
+        first_row: int = 0,
+        corpus_size: int | None = None,
+        rows: int | None = None,
+    ) -> EmbeddingCache:
+        """A cache in memory of floating-point blocks of consecutive rows, ``(n, d)`` each, stored in ``dtype``.
+
+        Args:
+            blocks: ``(n, d)`` each, on the device that is to hold it.
+            dtype: one of :data:`DTYPES`.
+            first_row, corpus_size: of a part; see :class:`EmbeddingCache`.
+            rows: of all blocks together, where that is known: the cache is then one piece from the start, which a GPU
+                searches faster than many, and which never takes memory twice.
+
+        Raises:
+            CacheError: the blocks have not so many rows.
+            NonFiniteError: an embedding is not finite in that dtype.
+        """
+        stored = _finite((Shard.store(block.detach(), dtype) for block in blocks), first_row)
+        shards = list(stored) if rows is None else [_in_one_piece(stored, rows)]
+        return cls(shards, first_row=first_row, corpus_size=corpus_size)
+
+    @classmethod
+    def build(
+        cls,
+        model: SentenceTransformer,
+        corpus: Corpus,
+        path: str | os.PathLike[str],
+        batch_size: int = 64,
+        dtype: str = "float32",
+        shard_size: int = 16_384,
+        progress: bool = True,
+    ) -> EmbeddingCache:
+        """Encode every target of ``corpus`` with ``model`` into the folder ``path``.
+
+        Killed half-way, the same call goes on behind the last finished shard; called on a finished cache, it
+        loads it. Where several processes train together, all call it and each encodes its share of the shards; the
+        folder must be one that all of them see.
+
+        Args:
+            path: a new folder, or one that an earlier call with the same model and corpus began.
+            batch_size: targets in one forward pass; they are sorted by length within a shard.
+            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"int8"`` with one float32 scale a row.
+            shard_size: rows in one file, which is also what a kill loses at most.
+            progress: show a progress bar.
+
+        Raises:
+            CacheError: ``path`` holds a cache of another model, corpus, prompt or dtype (it says which) or is being
+                built in by somebody else, or an unknown dtype is asked for.
+            NonFiniteError: an embedding is NaN or infinite in that dtype.
+            StorageError: the disk has no room for it, or cannot be written to.
+            ProcessError: another of several processes has failed, or does not see the same folder.
+        """
+        if dtype not in DTYPES:
+            raise CacheError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+        if batch_size < 1 or shard_size < 1:
+            raise CacheError(f"batch_size and shard_size must be at least 1, got {batch_size} and {shard_size}.")
+        if len(corpus) > shard_size * MOST_SHARDS:
+            raise CacheError(f"{len(corpus):,} targets in shards of {shard_size} are too many files: raise shard_size.")
+        processes = Processes.current()
+        encoder = DocumentEncoder(model, corpus, progress=progress)
+        folder = CacheFolder(Path(path))
+        dim = encoder.encode(model, [0]).shape[1]
+        description = Description(len(corpus), dim, dtype, shard_size, encoder.fingerprint(model))
+        # The first process answers for the folder; what stops one of them stops all.
+        with ExitStack() as held:
+            with processes.together("Beginning the cache"):
+                if processes.rank == 0 and folder.is_finished:
+                    folder.require(description)
+                elif processes.rank == 0:
+                    held.enter_context(folder.locked())
+                    folder.begin(description)
+            with processes.together("Looking for the cache that process 0 has begun, on a file system that all share,"):
+                description = folder.description()
+                missing = [] if folder.is_finished else folder.missing(description)
+            progress = progress and processes.rank == 0
+            with tqdm(total=len(corpus), desc="Building the cache", unit=" targets", disable=not progress) as bar:
+                bar.update(len(corpus) - sum(len(description.rows_of(number)) for number in missing))
+                with processes.together("Building the cache"):
+                    for number in missing[processes.rank :: processes.size]:
+                        rows = np.asarray(description.rows_of(number))
+                        # Checked in the stored dtype: float16 overflows at 65,504.
+                        embeddings = encoder.encode(model, rows, batch_size=batch_size, bar=bar)
+                        stored = Shard.store(embeddings.cpu(), DTYPES[dtype])
+                        if len(bad := rows[stored.not_finite().numpy()]):
+                            raise NonFiniteError(
+                                f"The embeddings of {len(bad)} targets are NaN or infinite, e.g. rows "
+                                f"{bad[:3].tolist()} (ids {corpus.ids(bad[:3])}), in {dtype}: check the model's "
+                                "weights, or choose another dtype."
+                            )
+                        folder.write(description, number, stored)
+                bar.update(len(corpus) - bar.n)  # what the others have done
+            with processes.together("Finishing the cache"):
+                if processes.rank == 0 and not folder.is_finished:
+                    folder.finish(description)
+        return cls.load(path)
+
+    @classmethod
+    def repair(
+        cls, model: SentenceTransformer, corpus: Corpus, path: str | os.PathLike[str], batch_size: int = 64
+    ) -> EmbeddingCache:
+        """Encode anew what is damaged or missing in the cache of ``model`` and ``corpus`` in ``path``.
+
+        All of it is read, and compared with what was written.
+
+        Raises:
+            CacheError: it is a cache of something else, or what :meth:`build` refuses.
+        """
+        folder, processes = CacheFolder(Path(path)), Processes.current()
+        with processes.together("Looking for damage"):
+            found = folder.description()
+            if processes.rank == 0:
+                encoder = DocumentEncoder(model, corpus)
+                folder.require(replace(found, rows=len(corpus), fingerprint=encoder.fingerprint(model)))
+                with folder.locked():
+                    if damaged := folder.damaged():
+                        logger.warning("Encoding anew:\n  %s", "\n  ".join(damaged.values()))
+                        folder.reopen(list(damaged))
+        return cls.build(model, corpus, path, batch_size, found.dtype)
+
+    def save(self, path: str | os.PathLike[str]) -> EmbeddingCache:
+        """Write it into the new folder ``path``, as :meth:`build` would have; returns it memory-mapped from there.
+
+        Raises:
+            CacheError: there is something in ``path``, or this is only a part of a cache.
+            StorageError: the disk has no room for it, or cannot be written to.
+        """
+        if len(self) != self.corpus_size:
+            raise CacheError(f"{self!r} is a part of a cache: save the whole one.")
+        folder = CacheFolder(Path(path), "Nothing of it is left: then call the same again.")
+        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+            raise CacheError(f"{path} is not empty: choose a new folder to save the cache in.")
+        try:
+            self._save(folder)
+        except StorageError:
+            shutil.rmtree(path, ignore_errors=True)  # it was ours alone
+            raise
+        return self.load(path)
+
+    def _save(self, folder: CacheFolder) -> None:
+        dtype = str(self.dtype).removeprefix("torch.")
+        description = Description(len(self), self.dim, dtype, _ROWS_AT_ONCE, self.fingerprint)
+        with folder.locked():
+            folder.begin(description)
+            for number in description.shards:
+                rows = description.rows_of(number)
+                parts = [chunk for _, chunk in self.chunks(_ROWS_AT_ONCE, rows.start, rows.stop)]
+                values = torch.cat([part.values for part in parts]).cpu().contiguous()
+                scales = [part.scales for part in parts if part.scales is not None]
+                folder.write(description, number, Shard(values, torch.cat(scales).cpu() if scales else None))
+            folder.finish(description)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], verify: bool = False) -> EmbeddingCache:
+        """The finished cache in the folder ``path``, memory-mapped: nothing is read until it is used.
+
+        Args:
+            verify: read all of it and compare it with what was written, as ``st-corrector cache verify`` does; right
+                where it has been copied or downloaded.
+
+        Raises:
+            CacheError: there is no cache, its build was not finished, or a shard is missing, cut short, another's or,
+                with ``verify``, damaged.
+        """
+        folder = CacheFolder(Path(path))
+        if verify and (damaged := folder.damaged()):
+            raise CacheError("\n".join(list(damaged.values())[:5]) + f"\n{len(damaged)} shards in all.")
+        description, shards = folder.read()
+        cache = cls(shards, description.fingerprint)
+        cache.path = folder.path
+        return cache
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        verify: bool = True,
+    ) -> EmbeddingCache:
+        """The cache that :meth:`push_to_hub` has put into a dataset repository, memory-mapped from a local copy.
+
+        Interrupted, the same call goes on behind the files that are there; once they are, it only asks whether there is
+        anything newer, and offline (``HF_HUB_OFFLINE=1``) not even that.
+
+        Args:
+            path: where the local copy is, or is made; by default among this package's derived files.
+            revision: branch, tag or commit.
+            token: by default the one of ``hf auth login`` or ``HF_TOKEN``.
+            verify: read all of it and compare it with what was written.
+
+        Raises:
+            CacheError: what the repository holds is no finished cache, what has come is not what was written, or
+                ``path`` holds another cache.
+            OSError: the Hub cannot be reached, or has no such repository (huggingface_hub's own exceptions).
+        """
+        from huggingface_hub import snapshot_download
+
+        if path is None:
+            name = f"{repo_id.replace('/', '--')}-{digest_json([repo_id, revision])[:12]}"
+            path = default_cache_dir() / "from-hub" / name
+        folder = CacheFolder(Path(path))
+        if (folder.is_finished or folder.is_begun) and not (folder.path / ".cache" / "huggingface").is_dir():
+            raise CacheError(
+                f"{path} holds a cache that has not come from the Hub: choose another folder for the copy."
+            )
+        # Into a folder of its own: the Hub's shared one holds links, which a cache's folder must not.
+        snapshot_download(
+            repo_id,
+            repo_type="dataset",
+            revision=revision,
+            token=token,
+            local_dir=str(path),
+            allow_patterns=list(FILES),
+        )
+        return cls.load(path, verify=verify)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Add an embedding cache",
+    ) -> str:
+        """Upload it into a dataset repository on the Hub, shard by shard; returns the commit's address.
+
+        Called again after it was cut short, it sends only the shards that the Hub has not received. What the repository
+        has of another cache is replaced. Embeddings tell about the texts that they are of: think before you publish
+        those of a private corpus.
+
+        Args:
+            repo_id: made if it is not there.
+            private: of a repository that is made here.
+            token: by default the one of ``hf auth login`` or ``HF_TOKEN``.
+            revision: a branch, made if it is not there.
+
+        Raises:
+            CacheError: it is only a part of a cache.
+            OSError: the Hub cannot be reached or refuses (huggingface_hub's own exceptions).
+        """
+        if self.path is None:
+            with tempfile.TemporaryDirectory() as folder:
+                return self.save(Path(folder) / "cache").push_to_hub(
+                    repo_id, private=private, token=token, revision=revision, commit_message=commit_message
+                )
+        return push_folder(
+            self.path,
+            repo_id,
+            repo_type="dataset",
+            card=_CARD.format(repo_id=repo_id, cache=self, fingerprint=json.dumps(self.fingerprint, indent=2)),
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+            instead_of=FILES,
+        )
+
+    # ------------------------------------------------------------------ reading
+
+    def __len__(self) -> int:
+        """How many rows it holds."""
+        return self.end - self.first_row
+
+    @property
+    def end(self) -> int:
+        """One beyond the last corpus row that it holds."""
+        return int(self._starts[-1])
+
+    @property
+    def dim(self) -> int:
+        """The embeddings' dimension ``d``."""
+        return self._shards[0].values.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the embeddings are stored."""
+        return self._shards[0].values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are held; memory-mapped ones count as on the CPU."""
+        return self._shards[0].values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the embeddings take as they are stored."""
+        return sum(each.nbytes for shard in self._shards for each in shard if each is not None)
+
+    def __repr__(self) -> str:
+        part = "" if len(self) == self.corpus_size else f" of {self.corpus_size:,}, from row {self.first_row:,}"
+        return f"EmbeddingCache({len(self):,} × {self.dim}, {str(self.dtype).removeprefix('torch.')}{part})"
+
+    def part(self, rows: slice) -> EmbeddingCache:
+        """Its rows ``rows.start … rows.stop − 1`` alone, on the same memory, as one of several processes holds them.
+
+        Raises:
+            CacheError: it does not hold all of these rows, or there are none.
+        """
+        if not self.first_row <= rows.start < rows.stop <= self.end:
+            raise CacheError(
+                f"Rows {rows.start} … {rows.stop - 1} are no part of {self!r}: there must be at least one, and it must "
+                "hold them all. A corpus needs as many targets as there are processes."
+            )
+        shards = []
+        for start, shard in zip(self._starts.tolist(), self._shards, strict=False):
+            first, end = max(rows.start, start), min(rows.stop, start + len(shard.values))
+            if first < end:
+                shards.append(shard.at(slice(first - start, end - start)))
+        return EmbeddingCache(shards, self.fingerprint, rows.start, self.corpus_size)
+
+    def share(self, device: torch.device | str) -> EmbeddingCache:
+        """The part of it that this process searches where several train together, in ``device``'s memory.
+
+        Raises:
+            CacheError: there are fewer rows than processes.
+            InputError: the device has no room for it.
+        """
+        return self.part(Processes.current().share(len(self))).to(device)
+
+    def __getitem__(self, rows: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """The stale embeddings of ``rows``: float32, shape ``(len(rows), d)``, on the device that holds the cache.
+
+        Raises:
+            IndexError: it does not hold one of these rows.
+        """
+        rows = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
+        rows = rows.astype(np.int64)
+        if rows.size and (rows.min() < self.first_row or rows.max() >= self.end):
+            raise IndexError(f"Rows must lie in {self.first_row} … {self.end - 1}, got {rows.min()} … {rows.max()}.")
+        result = torch.empty(len(rows), self.dim, device=self.device)
+        shard_of_row = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(shard_of_row):
+            here = np.flatnonzero(shard_of_row == number)
+            local = torch.from_numpy(rows[here] - self._starts[number]).to(self.device)
+            result[torch.from_numpy(here).to(self.device)] = self._shards[number].at(local).float()
+        return result
+
+    def chunks(self, size: int, first: int = 0, end: int | None = None) -> Iterator[tuple[int, Shard]]:
+        """``(first row, chunk)`` over rows ``first … end − 1`` in order, as stored, each of at most ``size`` rows."""
+        end = self.end if end is None else min(end, self.end)
+        for start, shard in zip(self._starts.tolist(), self._shards, strict=False):
+            stop = min(start + len(shard.values), end)
+            for row in range(max(start, first), stop, size):
+                yield row, shard.at(slice(row - start, min(row + size, stop) - start))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> EmbeddingCache:
+        """The same cache in memory on ``device`` (a GPU that has room for it searches much faster), or in ``dtype``.
+
+        Raises:
+            NonFiniteError: an embedding is not finite in that dtype.
+            InputError: the device has no room for it.
+        """
+        device, dtype = torch.device(device or self.device), dtype or self.dtype
+        scaled = dtype == torch.int8
+        size = len(self) * (self.dim * dtype.itemsize + 4 * scaled)
+        require_memory({f"embedding cache, {len(self):,} × {self.dim} in {dtype}": size}, device)
+        # In one piece: small shards are good for files, not for a GPU.
+        chunks = (chunk for _, chunk in self.chunks(_ROWS_AT_ONCE))
+        stored = (chunk if dtype == self.dtype else Shard.store(chunk.float(), dtype) for chunk in chunks)
+        whole = _in_one_piece(_finite(stored, self.first_row), len(self), device)
+        return EmbeddingCache([whole], self.fingerprint, self.first_row, self.corpus_size)
+
+
+_CARD = """---
+tags:
+- sentence-transformers
+- st_corrector
+- embeddings
+---
+
+# An embedding cache
+
+{cache}, row by row the targets of a corpus. The embeddings depend on:
+
+```json
+{fingerprint}
+```
+
+```python
+from st_corrector import EmbeddingCache
+
+cache = EmbeddingCache.from_hub("{repo_id}")
+```
+"""
+
+
+def _in_one_piece(shards: Iterable[Shard], rows: int, device: torch.device | None = None) -> Shard:
+    """Shards of ``rows`` consecutive rows together, on ``device`` or where the first of them is."""
+    whole: Shard | None = None
+    filled = 0
+    for shard in shards:
+        if whole is None:
+            whole = shard.map(lambda each: each.new_empty((rows, *each.shape[1:]), device=device))
+        start, filled = filled, filled + len(shard.values)
+        if filled > rows:
+            break
+        whole.at(slice(start, filled)).copy_(shard)
+    if whole is None or filled != rows:
+        raise CacheError(f"Expected embeddings of {rows:,} rows, got {'more' if filled > rows else f'{filled:,}'}.")
+    return whole
+
+
+def _finite(shards: Iterable[Shard], first_row: int) -> Iterator[Shard]:
+    """``shards`` of consecutive rows, each as soon as it has been looked through."""
+    for shard in shards:
+        _require_finite(shard, first_row)
+        first_row += len(shard.values)
+        yield shard
+
+
+def _require_finite(shard: Shard, first_row: int) -> None:
+    bad = shard.not_finite()
+    if len(bad):
+        raise NonFiniteError(
+            f"The embedding of row {first_row + int(bad[0])} is NaN or infinite in {shard.values.dtype}; each target "
+            "needs a finite one."
+        )

@@ -1,0 +1,365 @@
+"""The files of an embedding cache::
+
+    build.json       while it is being built: what it will be
+    manifest.json    written last: the same, and every shard's size and digest
+    embeddings-000000.safetensors, embeddings-000001.safetensors, …    "embeddings", and "scales" where they are int8
+
+A folder without ``manifest.json`` is no cache yet, and nothing writes to one that has it. No file's name is read from
+another file, so that a folder from a stranger points to nothing outside of itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ..errors import CacheError
+from ..storage.files import make_folder, require_space, storing, whole
+from ..storage.fingerprint import differences, digest_json
+from .shard import DTYPES, Shard
+
+SCHEMA = 2
+FILES = ("manifest.json", "embeddings-*.safetensors")
+"""What a finished cache consists of, as patterns."""
+_MANIFEST, _BUILD, _LOCK = "manifest.json", "build.json", ".lock"
+_KEY, _SCALES, _DIGEST = "embeddings", "scales", "sha256"
+# Of a shard's file: which it is of which cache, and its digest. One entry: safetensors orders several at random.
+_SHARD = "shard"
+_LARGEST_JSON = 64 << 20  # of a manifest with billions of targets
+MOST_SHARDS = 1 << 20  # nothing that a file says makes us count further
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a cache is.
+
+    Args:
+        rows: targets ``N``.
+        dim: of their embeddings, ``d``.
+        dtype: one of :data:`DTYPES`.
+        shard_size: rows in one file.
+        fingerprint: what the embeddings depend on, by component.
+    """
+
+    rows: int
+    dim: int
+    dtype: str
+    shard_size: int
+    fingerprint: dict[str, Any]
+
+    @property
+    def shards(self) -> range:
+        """The shards' numbers."""
+        return range(-(-self.rows // self.shard_size))
+
+    def rows_of(self, shard: int) -> range:
+        """The corpus rows of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.rows))
+
+    def bytes_of(self, shard: int) -> int:
+        """What a shard's embeddings take, without its file's header."""
+        return len(self.rows_of(shard)) * (self.dim * DTYPES[self.dtype].itemsize + 4 * (self.dtype == "int8"))
+
+    def flat(self) -> dict[str, Any]:
+        """All components on one level, to be compared."""
+        return {**{name: value for name, value in vars(self).items() if name != "fingerprint"}, **self.fingerprint}
+
+
+class CacheFolder:
+    """The folder of one cache.
+
+    Args:
+        path: it.
+        advice: what to do when what kept it from being written is mended.
+    """
+
+    def __init__(self, path: Path, advice: str = "The same call goes on behind what is finished.") -> None:
+        self.path, self._advice = path, advice
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it holds a whole cache."""
+        return (self.path / _MANIFEST).is_file()
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a cache is, or was, being built in it."""
+        return (self.path / _BUILD).is_file()
+
+    def description(self) -> Description:
+        """Of the cache that is there or is being built.
+
+        Raises:
+            CacheError: there is none, or its description is damaged.
+        """
+        return self._read_json()[0]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other builders out; a lock whose holder has died is free.
+
+        Raises:
+            CacheError: another process is building in it.
+        """
+        make_folder(self.path)
+        lock = FileLock(self.path / _LOCK, timeout=0)
+        with storing(self.path, self._advice):
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise CacheError(
+                    f"Another process is building a cache in {self.path}: wait for it, or build in another folder."
+                ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def require(self, description: Description) -> Description:
+        """What is there, where it is what is described, but for the shards' size.
+
+        Raises:
+            CacheError: it is something else; it says in what.
+        """
+        found = self.description()
+        if different := differences(found.flat(), {**description.flat(), "shard_size": found.shard_size}):
+            raise CacheError(
+                f"{self.path} holds a cache of something else:\n  " + "\n  ".join(different) + "\nBuild into "
+                "another folder, or delete this one if it is no longer needed."
+            )
+        return found
+
+    def begin(self, description: Description) -> Description:
+        """Begin a cache, or go on with one; the description of what is there then, whose shard size may be another.
+
+        Raises:
+            CacheError: there is something else in the folder.
+            StorageError: its disk has not enough room, or cannot be written to.
+        """
+        if self.is_finished or self.is_begun:
+            description = self.require(description)
+        elif any(file.suffix != ".partial" and file.name != _LOCK for file in self.path.iterdir()):
+            raise CacheError(f"{self.path} is not empty and holds no embedding cache: choose an empty or new folder.")
+        for leftover in self.path.glob("*.partial"):
+            leftover.unlink(missing_ok=True)
+        missing = self.missing(description)
+        require_space(self.path, sum(map(description.bytes_of, missing)), f"What is missing of {len(missing)} shards")
+        if not self.is_finished and not self.is_begun:
+            self._write_json(_BUILD, vars(description))
+        return description
+
+    def missing(self, description: Description) -> list[int]:
+        """The shards that are not there."""
+        present = {file.name for file in self.path.glob("embeddings-*.safetensors")}
+        return [number for number in description.shards if self._shard(number).name not in present]
+
+    def write(self, description: Description, number: int, shard: Shard) -> None:
+        """Write a shard of the cache that is described.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        tensors = {_KEY: shard.values.contiguous()}
+        if shard.scales is not None:
+            tensors[_SCALES] = shard.scales.contiguous()
+        with whole(self._shard(number), self._advice) as path:
+            path.write_bytes(save(tensors, {_SHARD: f"{_place(description, number)} {_digest(shard)}"}))
+
+    def finish(self, description: Description) -> None:
+        """Say that all shards are there.
+
+        Raises:
+            CacheError: one is not, or is damaged.
+        """
+        shards = []
+        for number in description.shards:
+            _, digest = self._open(number, description)
+            shards.append({"bytes": self._shard(number).stat().st_size, _DIGEST: digest})
+        self._write_json(_MANIFEST, {**vars(description), "shards": shards})
+        (self.path / _BUILD).unlink(missing_ok=True)
+
+    def read(self) -> tuple[Description, list[Shard]]:
+        """A finished cache, memory-mapped; sizes and shapes are compared, contents are not read.
+
+        Raises:
+            CacheError: there is none, or a shard is missing or damaged.
+        """
+        description, recorded = self._read_json()
+        if recorded is None:
+            missing = self.missing(description)
+            raise CacheError(
+                f"The cache in {self.path} is not finished: {len(missing)} of {len(description.shards)} shards are "
+                f"missing{f', e.g. {self._shard(missing[0]).name}' if missing else ''}. Call EmbeddingCache.build with "
+                "the same model and corpus to complete it."
+            )
+        return description, [self._checked(number, description, recorded) for number in description.shards]
+
+    def damaged(self) -> dict[int, str]:
+        """Every shard that is not what was written, and why: all that is there is read. A cache that is not finished
+        may lack some, a finished one none.
+
+        Raises:
+            CacheError: there is no cache.
+        """
+        description, recorded = self._read_json()
+        missing = set(self.missing(description)) if recorded is None else set()
+        found = {}
+        for number in description.shards:
+            if number in missing:
+                continue
+            try:
+                if recorded is None:
+                    shard, digest = self._open(number, description)
+                else:
+                    shard, digest = self._checked(number, description, recorded), recorded[number][_DIGEST]
+                if _digest(shard) != digest:
+                    found[number] = f"{self._shard(number)} is damaged: its contents are not what was written."
+            except CacheError as error:
+                found[number] = str(error)
+        return found
+
+    def reopen(self, shards: list[int]) -> None:
+        """Make the cache one that lacks ``shards``, so that building completes it."""
+        description, _ = self._read_json()
+        self._write_json(_BUILD, vars(description))
+        for number in shards:
+            self._shard(number).unlink(missing_ok=True)
+        # Last: killed before, it is a finished cache that lacks shards, and not one whose damaged shards look new.
+        (self.path / _MANIFEST).unlink(missing_ok=True)
+
+    def _shard(self, number: int) -> Path:
+        return self.path / f"embeddings-{number:06d}.safetensors"
+
+    def _checked(self, number: int, description: Description, recorded: list[dict[str, Any]]) -> Shard:
+        path = self._shard(number)
+        if not path.is_file():
+            raise CacheError(f"{path} is missing: {_REPAIR}")
+        if path.stat().st_size != recorded[number]["bytes"]:
+            raise CacheError(
+                f"{path} is damaged: it has {path.stat().st_size:,} bytes, {recorded[number]['bytes']:,} were written. "
+                + _REPAIR
+            )
+        shard, digest = self._open(number, description)
+        if digest != recorded[number][_DIGEST]:
+            raise CacheError(f"{path} is another than the one that was written. {_REPAIR}")
+        return shard
+
+    def _open(self, number: int, description: Description) -> tuple[Shard, str]:
+        """A shard, memory-mapped, and the digest that it had when it was written."""
+        path = self._shard(number)
+        _require_own(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                place, _, digest = (file.metadata() or {}).get(_SHARD, "").partition(" ")
+                values = file.get_tensor(_KEY)
+                scales = file.get_tensor(_SCALES) if description.dtype == "int8" else None
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise CacheError(f"{path} is damaged ({error}). {_REPAIR}") from error
+        expected = (len(description.rows_of(number)), description.dim)
+        found = (tuple(values.shape), values.dtype, None if scales is None else (tuple(scales.shape), scales.dtype))
+        if found != (
+            expected,
+            DTYPES[description.dtype],
+            None if scales is None else (expected[:1], torch.float32),
+        ):
+            raise CacheError(
+                f"{path} holds {values.dtype} of shape {tuple(values.shape)}, expected {description.dtype} of shape "
+                f"{expected}. {_REPAIR}"
+            )
+        if place != _place(description, number):
+            raise CacheError(f"{path} is another than the one that was written: it is of another cache. {_REPAIR}")
+        return Shard(values, scales), digest
+
+    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        with whole(self.path / name, self._advice) as path:
+            path.write_text(json.dumps({"schema": SCHEMA, **value}, indent=2), encoding="utf-8")
+
+    def _read_json(self) -> tuple[Description, list[dict[str, Any]] | None]:
+        """The description, and what is recorded of each shard if the cache is finished."""
+        path = self.path / (_MANIFEST if self.is_finished else _BUILD)
+        if not path.is_file():
+            raise CacheError(f"{self.path} holds no embedding cache: build one with EmbeddingCache.build.")
+        _require_own(path)
+        found = _parse(path)
+        names = {field.name for field in fields(Description)}
+        if found.get("schema") != SCHEMA or not names <= found.keys():
+            raise CacheError(
+                f"{path} does not describe a cache of schema {SCHEMA}: it was written by another version of "
+                "st_corrector, or is damaged. Build the cache again in another folder."
+            )
+        description = Description(**{name: found[name] for name in names})
+        counts = (description.rows, description.dim, description.shard_size)
+        shards = found.get("shards")
+        if (
+            not all(type(count) is int and count > 0 for count in counts)
+            or -(-description.rows // description.shard_size) > MOST_SHARDS
+            or description.dtype not in list(DTYPES)  # which need not be hashable
+            or not isinstance(description.fingerprint, dict)
+            or not _is_shallow(description.fingerprint)
+            or (path.name == _MANIFEST and not _fit(shards, len(description.shards)))
+        ):
+            raise CacheError(f"{path} is damaged: it contradicts itself. Build the cache again in another folder.")
+        return description, shards if path.name == _MANIFEST else None
+
+
+_REPAIR = "EmbeddingCache.repair (or `st-corrector cache repair`) encodes its targets anew."
+
+
+def _fit(shards: Any, count: int) -> bool:
+    """Whether what a manifest says of its shards has the form that it should have."""
+    return (
+        isinstance(shards, list)
+        and len(shards) == count
+        and all(
+            isinstance(each, dict) and type(each.get("bytes")) is int and isinstance(each.get(_DIGEST), str)
+            for each in shards
+        )
+    )
+
+
+def _is_shallow(value: Any, depth: int = 16) -> bool:
+    """Whether nothing is nested so deeply that Python cannot compare or print it."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return depth > 0 and all(_is_shallow(each, depth - 1) for each in inner)
+
+
+def _place(description: Description, number: int) -> str:
+    """Which shard of which cache a file is."""
+    return digest_json([description.flat(), number])
+
+
+def _require_own(path: Path) -> None:
+    """Refuse to read what lies elsewhere, to which a folder from a stranger may link."""
+    if path.resolve().parent != path.parent.resolve():
+        raise CacheError(f"{path} is a link to {path.resolve()}, outside of the cache: put the file itself there.")
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"{path.stat().st_size:,} bytes")
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CacheError(f"{path} is not readable ({error}): delete the folder and build the cache again.") from error
+    return found
+
+
+def _digest(shard: Shard) -> str:
+    """SHA-256 of a shard's embeddings."""
+    total = hashlib.sha256()
+    for tensor in (shard.values, shard.scales):
+        if tensor is not None:
+            total.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()

@@ -1,0 +1,553 @@
+"""Files of served embeddings, read in blocks and written anew: NumPy, safetensors, FAISS, and embedding caches."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..cache.embedding_cache import EmbeddingCache
+from ..cache.folder import CacheFolder, Description
+from ..cache.shard import DTYPES, Shard
+from ..correctors import AffineMap, Corrector
+from ..errors import InputError, NonFiniteError, StorageError
+from ..search.faiss_index import faiss_module
+from ..storage.files import make_folder, whole
+from ..storage.fingerprint import differences, digest
+from .estimate import ROWS_AT_ONCE as _ROWS_AT_ONCE
+from .estimate import upgrade_embeddings
+
+_TRAINED_ON = 262_144  # rows, at most, of an index that has to be trained anew
+Ids = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Vectors(ABC):
+    """Embeddings in a file or folder, row by row those of a corpus: open them with :func:`open_vectors`.
+
+    Args:
+        path: where they are.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    count: int
+    dim: int
+
+    @abstractmethod
+    def take(self, rows: Ids) -> Tensor:
+        """The embeddings of these rows: float32, ``(len(rows), d)``."""
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What they depend on, by component; empty where that is not known."""
+        return {}
+
+    def require_rows(self) -> None:  # noqa: B027
+        """Refuse where it is not known which row is which target of the corpus.
+
+        Raises:
+            InputError: it is not.
+        """
+
+    @abstractmethod
+    def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
+        """Write into ``path``, in the form that these have, what ``corrector`` has made of them."""
+
+    def check(self, corrector: Corrector) -> None:
+        """Refuse a corrector that maps from something else.
+
+        Raises:
+            InputError: its dimension is another, or as far as is known, what it maps from.
+        """
+        if corrector.dim != self.dim:
+            raise InputError(
+                f"{self.path} holds embeddings of {self.dim} dimensions, the corrector maps from {corrector.dim}."
+            )
+
+    def upgrade(self, corrector: Corrector, path: Path, progress: bool = True) -> None:
+        """Write into ``path`` what the corrector makes of them, block by block; they stay as they are.
+
+        Raises:
+            InputError: the corrector does not fit, or there is something in ``path``.
+            NonFiniteError: an embedding is NaN or infinite, or becomes so.
+            StorageError: ``path`` cannot be written; nothing of it is left.
+        """
+        self.check(corrector)
+        if path.exists():
+            raise InputError(f"{path} is there already: choose another name, or move it away.")
+        make_folder(path.parent)
+        with tqdm(total=self.count, desc="Carrying over", unit=" targets", disable=not progress) as bar:
+
+            def blocks() -> Iterator[Tensor]:
+                for start in range(0, self.count, _ROWS_AT_ONCE):
+                    rows = np.arange(start, min(start + _ROWS_AT_ONCE, self.count))
+                    yield upgrade_embeddings(self.take(rows), corrector)
+                    bar.update(len(rows))
+
+            self.write(path, corrector, blocks())
+
+
+def open_vectors(path: str | os.PathLike[str], tensor: str | None = None, factory: str | None = None) -> Vectors:
+    """What is in ``path``: a ``.npy`` or ``.safetensors`` file, the folder of an :class:`EmbeddingCache`, or, by any
+    other name, a FAISS index whose vectors can be reconstructed.
+
+    Args:
+        tensor: of a safetensors file, which of its tensors; by default the only one of two dimensions.
+        factory: of a FAISS index, the string by which the new one is made; by default it is of the same kind.
+
+    Raises:
+        InputError: there is nothing, or nothing that holds floating-point embeddings, one a row.
+        CacheError: the cache is damaged or not finished.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise InputError(f"{file} does not exist: expected a .npy or .safetensors file, a FAISS index or a cache.")
+    if tensor is not None and file.suffix != ".safetensors":
+        raise InputError(f"tensor={tensor!r} is for .safetensors files, and {file} is none.")
+    if file.is_dir():
+        found: Vectors = CacheVectors(file)
+    elif file.suffix == ".npy":
+        found = NumpyVectors(file)
+    elif file.suffix == ".safetensors":
+        found = SafetensorsVectors(file, tensor)
+    else:
+        return FaissVectors(file, factory)
+    if factory is not None:
+        raise InputError(f"factory={factory!r} is for FAISS indices, and {file} is none.")
+    return found
+
+
+class NumpyVectors(Vectors):
+    """A ``.npy`` file, memory-mapped."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            self._array = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{path} is not readable as a NumPy array ({error}).") from error
+        if self._array.ndim != 2 or self._array.dtype.kind != "f" or 0 in self._array.shape:
+            raise InputError(
+                f"{path} holds {self._array.dtype} of shape {self._array.shape}, expected floating-point embeddings, "
+                "(n, d)."
+            )
+        self.count, self.dim = self._array.shape
+
+    def take(self, rows: Ids) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self._array[rows], dtype=np.float32))
+
+    def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
+        with whole(path) as partial:
+            form = {"descr": np.lib.format.dtype_to_descr(self._array.dtype), "fortran_order": False}
+            # Written, not mapped: on a full disk a mapped file ends the process instead of raising anything.
+            with partial.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, {**form, "shape": (self.count, width_after(corrector))})
+                for block in blocks:
+                    file.write(_stored(block.numpy().astype(self._array.dtype)).tobytes())
+
+
+class SafetensorsVectors(Vectors):
+    """A tensor of a ``.safetensors`` file, memory-mapped; the others of the file are kept as they are."""
+
+    def __init__(self, path: Path, tensor: str | None) -> None:
+        super().__init__(path)
+        try:
+            self._file = safe_open(path, framework="pt")
+            names = list(self._file.keys())
+            shapes = {name: self._file.get_slice(name).get_shape() for name in names}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{path} is not readable as safetensors ({error}).") from error
+        fitting = [name for name in names if len(shapes[name]) == 2 and (tensor is None or name == tensor)]
+        if len(fitting) != 1:
+            raise InputError(
+                f"{path} holds the tensors {shapes}: which are the embeddings? Expected one of two dimensions"
+                f"{'' if tensor is None else f', named {tensor!r}'}. Name it with tensor=…, or --tensor."
+            )
+        (self.name,) = fitting
+        self._slice = self._file.get_slice(self.name)
+        self.count, self.dim = shapes[self.name]
+        self._dtype = self._slice[:1].dtype
+        if not self._dtype.is_floating_point or not self.count:
+            raise InputError(f"{path}: {self.name} is {self._dtype} of shape {shapes[self.name]}, not embeddings.")
+
+    def take(self, rows: Ids) -> Tensor:
+        if len(rows) and rows[-1] - rows[0] == len(rows) - 1:  # a block
+            block: Tensor = self._slice[int(rows[0]) : int(rows[-1]) + 1]
+            return block.float()
+        mapped: Tensor = self._file.get_tensor(self.name)  # of which only these rows are read
+        return mapped[torch.from_numpy(rows)].float()
+
+    def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
+        with whole(path) as partial:
+            scratch = partial.with_suffix(".scratch")
+            try:
+                # On disk, since safetensors writes whole tensors, and these need not fit into memory.
+                with scratch.open("wb") as file:
+                    for block in blocks:
+                        stored = block.to(self._dtype).contiguous()
+                        _stored(stored.float().numpy())
+                        file.write(stored.view(torch.uint8).numpy().tobytes())
+                dim = width_after(corrector)
+                size = self.count * dim
+                out = torch.from_file(str(scratch), shared=False, size=size, dtype=self._dtype).view(self.count, dim)
+                others = {name: self._file.get_tensor(name) for name in self._file.keys() if name != self.name}  # noqa: SIM118
+                save_file({**others, self.name: out}, partial, self._file.metadata())
+            finally:
+                scratch.unlink(missing_ok=True)
+
+
+class CacheVectors(Vectors):
+    """An :class:`EmbeddingCache`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.cache = EmbeddingCache.load(path)
+        self.count, self.dim = len(self.cache), self.cache.dim
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return self.cache.fingerprint
+
+    def check(self, corrector: Corrector) -> None:
+        super().check(corrector)
+        known, expected = self.fingerprint, corrector.frames.stale if corrector.frames else {}
+        if known and expected and (different := differences(known, expected)):
+            raise InputError(
+                f"The corrector maps from other embeddings than those of {self.path}:\n  " + "\n  ".join(different)
+            )
+
+    def take(self, rows: Ids) -> Tensor:
+        return self.cache[rows].cpu()
+
+    def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
+        fresh = dict(corrector.frames.fresh) if corrector.frames else {}
+        # They are not what the new model says, only near to it.
+        fresh["carried_over_by"] = digest(*(each.numpy().tobytes() for each in _state(corrector)))
+        dtype = str(self.cache.dtype).removeprefix("torch.")
+        description = Description(self.count, width_after(corrector), dtype, _ROWS_AT_ONCE, fresh)
+        folder = CacheFolder(path, "Nothing of it is left: then call the same again.")
+        with folder.locked():
+            try:
+                folder.begin(description)
+                for number, block in enumerate(blocks):
+                    shard = Shard.store(block, DTYPES[dtype])
+                    if len(shard.not_finite()):
+                        raise NonFiniteError(f"An embedding of shard {number} is not finite in {dtype}.")
+                    folder.write(description, number, shard)
+                folder.finish(description)
+            except BaseException:
+                shutil.rmtree(path, ignore_errors=True)  # it was ours alone
+                raise
+
+
+def width_after(corrector: Corrector) -> int:
+    """The dimension of what a corrector makes."""
+    return corrector.new_dim if isinstance(corrector, AffineMap) else corrector.dim
+
+
+def _stored(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A block as it is stored, if that is finite."""
+    if not np.isfinite(block).all():
+        raise NonFiniteError(f"An embedding is not finite in {block.dtype}: store the old ones in a wider dtype first.")
+    return block
+
+
+def _state(corrector: Corrector) -> list[Tensor]:
+    return [value.detach().cpu().contiguous() for _, value in sorted(corrector.state_dict().items())]
+
+
+class FaissVectors(Vectors):
+    """A FAISS index whose vectors can be reconstructed; those that are compressed only as well as it keeps them.
+
+    The new index has the same kind, metric, parameters and ids. What it has learnt about where vectors lie
+    (rotations, centroids, codebooks) it learns anew from the new ones: so the kinds are those of which that is known,
+    Flat, SQ, PQ, HNSW over Flat, IVF over Flat, SQ or PQ (with centroids in Flat or HNSW), these behind PCA, OPQ or a
+    random rotation, and IDMap of them. Others need ``factory``.
+
+    Its rows are in the order of their ids; ids may repeat. Those that do are in the order in which they were added, but
+    for an IVF index without IDMap, which does not know that order: see :meth:`require_rows`.
+
+    Args:
+        path: the index's file.
+        factory: makes the new index from this string instead, as it must where the width changes.
+
+    Raises:
+        InputError: it is no FAISS index, its vectors cannot be reconstructed, or no new one of its kind can be made.
+    """
+
+    def __init__(self, path: Path, factory: str | None = None) -> None:
+        super().__init__(path)
+        self._faiss, self._factory = faiss_module(), factory
+        try:
+            self._index = self._faiss.read_index(str(path))
+        except RuntimeError as error:
+            raise InputError(f"{path} is not readable as a FAISS index: {str(error).splitlines()[-1]}") from error
+        self.count, self.dim = self._index.ntotal, self._index.d
+        if not self.count:
+            raise InputError(f"{path} is an index without vectors.")
+        self._layers = _layers(self._index)
+        self._require_known()
+        keys, ids = self._stored()
+        order = np.argsort(ids, kind="stable")
+        self._ids, self._keys = ids[order], keys[order]
+        try:
+            self.take(np.arange(1))
+        except RuntimeError as error:
+            raise InputError(
+                f"{path} is an {type(self._layers.base).__name__}, from which FAISS cannot reconstruct vectors: carry "
+                "over the vectors that it was made of, and build it again."
+            ) from error
+
+    def _require_known(self) -> None:
+        faiss, base = self._faiss, self._layers.base
+        kind = type(base).__name__
+        # Whose vectors cannot be asked for at all: it would end the process.
+        if isinstance(base, (faiss.IndexIVFFastScan, faiss.IndexFastScan)):
+            raise InputError(
+                f"{self.path} is an {kind}, whose vectors FAISS cannot give back: carry over the vectors that it was "
+                "made of, and build it again."
+            )
+        for transform in self._layers.transforms:
+            if not _is_reversible(transform):
+                raise InputError(
+                    f"{self.path} is an {kind} behind a transform ({type(transform).__name__}) that is not a rotation, "
+                    "so that FAISS cannot give back the vectors before it: carry over the vectors that the index was "
+                    "made of, and build it again."
+                )
+        if self._factory is not None:
+            return
+        centroids = type(faiss.downcast_index(base.quantizer)).__name__ if isinstance(base, faiss.IndexIVF) else None
+        if centroids not in (None, *_FLAT, "IndexHNSWFlat"):
+            kind += f" with centroids in a {centroids}"
+        elif kind in _KINDS:
+            return
+        raise InputError(
+            f"{self.path} is an {kind}: a new one of this kind cannot be made from it. Say how it is to be made, with "
+            "factory=…, or --factory."
+        )
+
+    def _stored(self) -> tuple[Ids, Ids]:
+        """The keys by which the innermost index reconstructs its vectors, and the ids of these vectors."""
+        faiss, base = self._faiss, self._layers.base
+        keys = ids = np.arange(self.count)
+        self._direct_map = faiss.DirectMap.NoMap
+        if isinstance(base, faiss.IndexIVF):
+            lists = base.invlists
+            sizes = [lists.list_size(number) for number in range(base.nlist)]
+            if sum(sizes) != self.count:
+                raise InputError(
+                    f"{self.path} is an {type(base).__name__} that keeps {sum(sizes):,} of {self.count:,} vectors: "
+                    "carry over the vectors that it was made of, and build it again."
+                )
+            # FAISS's own map from ids to places keeps one place of each id. So a key is a number of ours instead, and
+            # what it is mapped to is a list's number and a place in that list.
+            places = np.concatenate([(number << 32) + np.arange(size) for number, size in enumerate(sizes)])
+            ids = np.concatenate([self._in_list(lists, number, size) for number, size in enumerate(sizes)])
+            self._direct_map = base.direct_map.type
+            base.set_direct_map_type(faiss.DirectMap.NoMap)
+            base.direct_map.type = faiss.DirectMap.Array
+            faiss.copy_array_to_vector(places, base.direct_map.array)
+        for id_map in reversed(self._layers.id_maps):
+            # Inside of an IDMap, an id is the position of the one outside.
+            keys, ids = keys[order := np.argsort(ids)], ids[order]
+            if not np.array_equal(ids, np.arange(len(id_map))):
+                raise InputError(
+                    f"{self.path}: the ids of its IDMap do not belong to what is inside any more, as where vectors "
+                    "were removed from an IDMap over an IVF index: searches give wrong ids too. Build it again."
+                )
+            ids = id_map
+        return keys, ids
+
+    def _in_list(self, lists: Any, number: int, size: int) -> Ids:
+        if not size:
+            return np.empty(0, dtype=np.int64)
+        ids: Ids = self._faiss.rev_swig_ptr(lists.get_ids(number), size)
+        return ids.astype(np.int64)  # a copy: the list's own memory goes with it
+
+    def require_rows(self) -> None:
+        has_order = self._layers.id_maps or not isinstance(self._layers.base, self._faiss.IndexIVF)
+        if not has_order and (self._ids[1:] == self._ids[:-1]).any():
+            raise InputError(
+                f"In {self.path} ids repeat, and an IVF index does not know in which order vectors of one id were "
+                "added: which of them is which target cannot be told. Without a corpus they can be carried over."
+            )
+
+    def take(self, rows: Ids) -> Tensor:
+        vectors = self._layers.base.reconstruct_batch(self._keys[rows])
+        for transform in reversed(self._layers.transforms):
+            vectors = transform.reverse_transform(vectors)
+        return torch.from_numpy(vectors)
+
+    def check(self, corrector: Corrector) -> None:
+        super().check(corrector)
+        if isinstance(corrector, AffineMap) and corrector.new_dim != self.dim and self._factory is None:
+            raise InputError(
+                f"The new embeddings have {corrector.new_dim} dimensions instead of {self.dim}: say how the new index "
+                "is to be made, with factory=…, or --factory."
+            )
+        index = self._index if self._factory is None else self._made(width_after(corrector))
+        if (needed := _needed(_layers(index))) > self.count:
+            raise InputError(
+                f"An index of this kind learns from at least {needed:,} vectors, and there are {self.count:,}: say how "
+                "the new one is to be made otherwise, with factory=…, or --factory."
+            )
+
+    def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
+        faiss, ids = self._faiss, self._ids
+        index = self._empty() if self._factory is None else self._made(width_after(corrector))
+        numbered = np.array_equal(ids, np.arange(self.count))
+        layers = _layers(index)
+        if not numbered and not layers.id_maps and not isinstance(layers.base, faiss.IndexIVF):
+            index = faiss.IndexIDMap2(index)
+        named = not numbered or bool(layers.id_maps)
+        trained_on = min(self.count, max(_TRAINED_ON, _needed(layers)))
+        waiting: list[np.ndarray[Any, Any]] = []
+        start = 0
+        for block in blocks:
+            waiting.append(block.numpy())
+            start += len(block)
+            if not index.is_trained and start < trained_on:
+                continue
+            vectors = np.concatenate(waiting)
+            here = slice(start - len(vectors), start)
+            try:
+                if not index.is_trained:
+                    index.train(vectors)
+                index.add_with_ids(vectors, ids[here]) if named else index.add(vectors)
+            except RuntimeError as error:
+                raise InputError(
+                    f"FAISS cannot make the new index ({error}): say how it is to be made, with factory=…, or "
+                    "--factory."
+                ) from error
+            waiting = []
+        if self._factory is None and self._direct_map != faiss.DirectMap.NoMap:
+            layers.base.set_direct_map_type(self._direct_map)
+        with whole(path) as partial:
+            try:
+                faiss.write_index(index, str(partial))
+            except RuntimeError as error:  # how FAISS tells that a file cannot be written
+                raise StorageError(f"{path} cannot be written ({error}): is the disk full?") from error
+
+    def _made(self, dim: int) -> Any:
+        """An index without vectors, as the factory string says."""
+        try:
+            return self._faiss.index_factory(dim, self._factory, self._index.metric_type)
+        except RuntimeError as error:
+            raise InputError(f"FAISS does not understand the string {self._factory!r}: {error}") from error
+
+    def _empty(self) -> Any:
+        """An index without vectors of the same kind, which has to be trained, if it is of a kind that is."""
+        index = self._faiss.clone_index(self._index)
+        index.reset()
+        self._forget(index)
+        return index
+
+    def _forget(self, index: Any) -> bool:
+        """Let an empty index forget what it has learnt; returns whether there is nothing that it has to learn."""
+        faiss = self._faiss
+        index = faiss.downcast_index(index)
+        if isinstance(index, faiss.IndexIDMap):
+            index.is_trained = self._forget(index.index)
+        elif isinstance(index, faiss.IndexPreTransform):
+            layers, size = _layers(index), index.chain.size()
+            index.chain.clear()
+            for transform in layers.transforms[:size]:
+                index.chain.push_back(_untrained(transform, layers.base))
+            self._forget(index.index)
+            index.is_trained = False
+        elif isinstance(index, faiss.IndexIVF):
+            index.set_direct_map_type(faiss.DirectMap.NoMap)
+            index.quantizer.reset()
+            index.is_trained = False
+        elif isinstance(index, (faiss.IndexPQ, faiss.IndexScalarQuantizer)):
+            index.is_trained = False
+        return bool(index.is_trained)
+
+
+class _Layers(NamedTuple):
+    """What a FAISS index consists of.
+
+    Args:
+        id_maps: the ids of its IDMaps, the outermost first.
+        transforms: what vectors go through, in this order.
+        base: what holds them.
+    """
+
+    id_maps: list[Ids]
+    transforms: list[Any]
+    base: Any
+
+
+def _layers(index: Any) -> _Layers:
+    faiss = faiss_module()
+    id_maps: list[Ids] = []
+    transforms: list[Any] = []
+    while isinstance(index := faiss.downcast_index(index), (faiss.IndexIDMap, faiss.IndexPreTransform)):
+        if isinstance(index, faiss.IndexIDMap):
+            id_maps.append(np.asarray(faiss.vector_to_array(index.id_map), dtype=np.int64))
+        else:
+            chain = index.chain
+            transforms += [faiss.downcast_VectorTransform(chain.at(number)) for number in range(chain.size())]
+        index = index.index
+    return _Layers(id_maps, transforms, index)
+
+
+def _is_reversible(transform: Any) -> bool:
+    """Whether a transform keeps lengths and angles, but for coordinates that it drops. FAISS's own flag says so of
+    whitening too, where an index is read from a file.
+    """
+    faiss = faiss_module()
+    if not isinstance(transform, faiss.LinearTransform):
+        return False
+    rows = faiss.vector_to_array(transform.A).reshape(transform.d_out, transform.d_in)
+    return bool(np.abs(rows @ rows.T - np.eye(len(rows))).max() < 1e-3)
+
+
+def _untrained(transform: Any, base: Any) -> Any:
+    """A transform that learns anew what ``transform``, in front of the index ``base``, has learnt."""
+    faiss = faiss_module()
+    if type(transform) is not faiss.LinearTransform:
+        transform.is_trained = False
+    elif _is_learnt(transform, base):
+        # FAISS reads an OPQMatrix as what it is to a search, a LinearTransform, which learns nothing. For how many
+        # codes it was made is not known then: for those of the PQ behind it, or else one for each coordinate that it
+        # keeps, by which these are the ones that vary most.
+        old, pq = transform, getattr(base, "pq", None)
+        transform = faiss.OPQMatrix(old.d_in, old.d_out if pq is None else pq.M, old.d_out)
+        old.this.own(True)
+        transform.this.own(False)  # but the index's
+    return transform
+
+
+def _is_learnt(transform: Any, base: Any) -> bool:
+    """Whether it matters to the index ``base`` what a transform by OPQ is: to others any rotation is the same."""
+    faiss = faiss_module()
+    return type(transform) in (faiss.LinearTransform, faiss.OPQMatrix) and (
+        hasattr(base, "pq") or transform.d_out < transform.d_in
+    )
+
+
+def _needed(layers: _Layers) -> int:
+    """From how many vectors, at least, an index can be trained."""
+    base = layers.base
+    of_opq = 256 if any(_is_learnt(each, base) for each in layers.transforms) else 0
+    return max(of_opq, base.pq.ksub if hasattr(base, "pq") else 0, getattr(base, "nlist", 0))
+
+
+_FLAT = ("IndexFlat", "IndexFlatIP", "IndexFlatL2")
+# Those of which _forget knows what they have learnt.
+_KINDS = (
+    *(*_FLAT, "IndexScalarQuantizer", "IndexPQ", "IndexHNSWFlat"),
+    *("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ"),
+)

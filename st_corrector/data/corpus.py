@@ -1,0 +1,788 @@
+"""The corpus: every target that could be retrieved, in a fixed order, on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
+
+from ..errors import CorpusError, InputError
+from ..storage.arrow import batched_tables, default_cache_dir, half_character, read_or_write_arrow, write_arrow
+from ..storage.fingerprint import digest, digest_json
+from .beir import RetrievalData, open_folder
+from .beir_hub import open_repository
+from .columns import (
+    BATCH,
+    TARGETS,
+    as_id,
+    as_list,
+    as_number,
+    as_texts,
+    batches,
+    by_label,
+    column_names,
+    is_transformed,
+    label_column,
+    target_tables,
+)
+from .duplicates import TextDigests
+from .model_fingerprint import max_lengths, tokenizer_fingerprint
+from .qrels import Qrels
+from .routing import DOCUMENT, modules_for
+from .text import join_title
+from .tokens import TextCorpus, TokenizedCorpus, TokenLayout, are_equal, tokenize_texts
+
+logger = logging.getLogger(__name__)
+
+MissingTargets = Literal["error", "drop"]
+"""What becomes of judgements whose target is not in the corpus."""
+_QUERIES = pa.schema([("id", pa.string()), ("text", pa.string()), ("answers", pa.list_(pa.string()))])
+_PAIRS = pa.schema([("anchor", pa.string()), ("positive", pa.string()), ("label", pa.int64())])
+
+
+class Corpus:
+    """The ordered targets, by row ``0 … len(corpus) - 1``, and the judged queries of each split.
+
+    Texts, ids and token ids are Arrow files, memory-mapped: a corpus of tens of millions of passages
+    costs no memory to hold. Use one of the constructors :meth:`from_texts`, :meth:`from_pairs`,
+    :meth:`from_dataset`, :meth:`from_beir` and :meth:`from_hub`.
+
+    Args:
+        targets: columns ``id``, ``title`` (may be null) and ``text``, all strings.
+        qrels: judged queries by split name.
+        prompt: what precedes each target's text when it is encoded. ``None`` takes the model's own
+            document prompt, as ``model.encode_document`` does; ``""`` means none.
+        cache_dir: folder for the Arrow files that are derived from the corpus.
+
+    Raises:
+        CorpusError: there are no targets, two of them share an id, or the columns are others.
+    """
+
+    def __init__(
+        self,
+        targets: Dataset,
+        qrels: Mapping[str, Qrels] | None = None,
+        prompt: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if len(targets) == 0:
+            raise CorpusError("The corpus has no targets.")
+        if is_transformed(targets):
+            raise CorpusError(
+                "The targets have a transform, and Corpus(targets) reads the columns below it: Corpus.from_dataset "
+                "reads what the transform gives."
+            )
+        types = {field.name: str(field.type) for field in targets.data.schema}
+        if [types.get("id"), types.get("text")] != ["string"] * 2 or types.get("title") not in ("string", "null"):
+            raise CorpusError(
+                f"Corpus(targets) expects the columns id, title and text, all strings, and got {types}. "
+                "Corpus.from_dataset reads other columns, and integers as ids."
+            )
+        targets = targets if targets.format["type"] is None else targets.with_format(None)
+        # What follows reads the Arrow columns, which know nothing of a selection or shuffling of rows.
+        targets = targets if targets._indices is None else targets.flatten_indices()
+        self.targets = targets
+        self.prompt = prompt
+        self.name: str | None = None
+        """What model cards and reports call it: set by constructors that know, or by you."""
+        self._arrow = targets.with_format("arrow")
+        self._qrels = dict(qrels or {})
+        self._cache_dir = _folder(cache_dir)
+        self._digests = TextDigests(targets, self._cache_dir)
+        columns = targets.data
+        if empty := pc.sum(_is_empty(columns.column("text"), columns.column("title"))).as_py():
+            rows = np.flatnonzero(_is_empty(columns.column("text"), columns.column("title")).to_numpy())[:3].tolist()
+            logger.warning("%d targets have neither text nor title, e.g. rows %s: all look the same.", empty, rows)
+        ids = targets.data.column("id")
+        if ids.null_count:
+            raise CorpusError(
+                f"{ids.null_count} targets have no id: give each its own, or leave the ids out altogether."
+            )
+        if pc.count_distinct(ids).as_py() != len(targets):
+            counts = pc.value_counts(ids.combine_chunks())
+            repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+            raise CorpusError(
+                f"{len(repeated)} target ids occur more than once, e.g. {repeated[:3].to_pylist()}. Rows are found "
+                "by id, so each target needs its own: drop the repeated targets or leave the ids out."
+            )
+
+    # ------------------------------------------------------------------ constructors
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Iterable[str],
+        ids: Sequence[str | int] | None = None,
+        titles: Sequence[str | None] | None = None,
+        *,
+        prompt: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Corpus:
+        """A corpus of ``texts`` in their order.
+
+        Args:
+            texts: any iterable of strings; it is read once and need not fit in memory.
+            ids: as many distinct strings, or integers, which stand for their digits (7 is ``"7"``); by default each
+                target's row number.
+            titles: as many titles or ``None``; see :func:`~st_corrector.data.text.join_title`.
+
+        Raises:
+            CorpusError: one string is given in place of several, the lengths differ, a text is not a string, or an id
+                is neither a string nor an integer.
+        """
+        given = {name: values for name, values in (("ids", ids), ("titles", titles)) if values is not None}
+        for name, values in ({"texts": texts} | given).items():
+            if isinstance(values, str):
+                raise CorpusError(f"{name} is one string, expected one for each target, as in [{values!r:.40}].")
+
+        def records() -> Iterator[dict[str, Any]]:
+            row = -1
+            # By their order: what a pandas Series has under the key 3 need not be its fourth value.
+            others = {name: iter(values) for name, values in given.items()}
+            for row, text in enumerate(texts):
+                if not isinstance(text, str):
+                    raise CorpusError(f"Text {row} is a {type(text).__name__}, expected a string: {text!r:.80}")
+                for name, values in given.items():
+                    if row >= len(values):
+                        raise CorpusError(f"There are more texts than {name} ({len(values)}): give one for each text.")
+                of_row = {name: next(values) for name, values in others.items()}
+                yield {
+                    "id": str(row) if ids is None else as_id(of_row["ids"], f"The id of text {row}"),
+                    "title": of_row.get("titles"),
+                    "text": text,
+                }
+            for name, values in given.items():
+                if len(values) != row + 1:
+                    raise CorpusError(f"{row + 1} texts but {len(values)} {name}: give one for each text, or none.")
+
+        tables = batched_tables(records(), TARGETS)
+        return cls(_write_by_content(tables, _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Dataset | IterableDataset,
+        text: str = "text",
+        id: str | None = None,
+        title: str | None = None,
+        *,
+        prompt: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Corpus:
+        """A corpus from columns of any :class:`datasets.Dataset` or :class:`datasets.IterableDataset`.
+
+        Args:
+            dataset: a stream is read from its beginning to its end, by each process and at each call. So is a data set
+                with a transform (``with_transform``), and what that gives is read.
+            text, id, title: the columns' names; without ``id`` each target's row number is its id.
+
+        Raises:
+            CorpusError: a column is not there, ids are neither strings nor integers, or a text is null.
+        """
+        found = column_names(dataset)
+        for role, column in (("text", text), ("id", id), ("title", title)):
+            if column is not None and column not in found:
+                raise CorpusError(
+                    f"The dataset has no column {column!r} for {role}; it has {found}. Say which one: "
+                    f"from_dataset(dataset, {role}='…')."
+                )
+        folder, tables = _folder(cache_dir), target_tables(dataset, text, id, title)
+        # What a transform gives may change without the data set's fingerprint, as what it looks up does.
+        if isinstance(dataset, IterableDataset) or is_transformed(dataset):
+            targets = _write_by_content(tables, folder)
+        else:
+            columns = {"text": text} | ({} if id is None else {"id": id}) | ({} if title is None else {"title": title})
+            path = folder / f"targets-{digest_json([dataset._fingerprint, columns])}.arrow"
+            targets = read_or_write_arrow(path, TARGETS, tables)
+        return cls(targets, prompt=prompt, cache_dir=cache_dir)
+
+    @classmethod
+    def from_pairs(
+        cls,
+        splits: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset],
+        query: str = "anchor",
+        positive: str = "positive",
+        negatives: str | Sequence[str] = (),
+        *,
+        prompt: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Corpus:
+        """A corpus from data sets of (query, positive) pairs or (query, positive, negative …) triplets: its targets are
+        the distinct texts of all splits, in the order of their first appearance. Rows with the same query text are one
+        query with several positives. The triplets' negatives are targets among others: which of all targets a step
+        takes as negatives, the model decides.
+
+        The outputs of :func:`~sentence_transformers.util.mine_hard_negatives` are read. A column ``label`` or
+        ``labels`` says which texts of ``positive`` are relevant (1) and which are negatives (0), as in its
+        ``labeled-pair`` and ``labeled-list``; a query without a relevant text is left out. Anything else in such a
+        column is refused, such as the corpus rows of :meth:`pairs`; so are scores instead of labels, which do not say
+        what is relevant.
+
+        Args:
+            splits: split name → data set; one data set alone is the split ``"train"``. A stream is read from its
+                beginning to its end, by each process and at each call. Of a data set with a transform
+                (``with_transform``), what that gives is read.
+            query: the column of the queries' texts.
+            positive: the column of the positives: a text, or a list of texts that are all relevant.
+            negatives: column or columns of further texts, or lists of texts; what is null in them is left out.
+
+        Raises:
+            CorpusError: a split is no data set, a column is not there, a row lacks its query or its positive, or labels
+                or scores do not say which positives are relevant.
+        """
+        splits = {"train": splits} if isinstance(splits, (Dataset, IterableDataset)) else splits
+        columns = [query, positive, *as_list(negatives)]
+        labels: dict[str, str | None] = {}
+        for split, dataset in splits.items():
+            if not isinstance(dataset, (Dataset, IterableDataset)):
+                raise CorpusError(
+                    f"Split {split!r} is a {type(dataset).__name__}, expected a datasets.Dataset or IterableDataset."
+                )
+            found = column_names(dataset)
+            for column in columns:
+                if column not in found:
+                    raise CorpusError(
+                        f"Split {split!r} has no column {column!r}; it has {found}. Say which ones: "
+                        "from_pairs(splits, query='…', positive='…')."
+                    )
+            labels[split] = label_column(split, dataset, found, columns)
+        # 16 bytes a text instead of the text: what tells targets apart while the splits are streamed.
+        row_of: dict[bytes, int] = {}
+        queries: dict[str, dict[str, int]] = {split: {} for split in splits}
+        judged = {split: (array("q"), array("q")) for split in splits}
+
+        def records() -> Iterator[dict[str, Any]]:
+            for split, dataset in splits.items():
+                numbers, (of_pair, row_of_pair) = queries[split], judged[split]
+                label = labels[split]
+                read = columns if label is None else [*columns, label]
+                unanswered: set[str] = set()
+                rows = (row for each in batches(dataset, read) for row in zip(*map(each.get, read), strict=True))
+                for pair, (question, found, *others) in enumerate(rows):
+                    if label is None:
+                        positives, irrelevant = as_texts(found), list[Any]()
+                    else:
+                        positives, irrelevant = by_label(found, others.pop(), label, pair, split)
+                    further = [*irrelevant, *(text for other in others for text in as_texts(other))]
+                    if not (positives or irrelevant) or not all(
+                        isinstance(text, str) for text in (question, *positives, *further)
+                    ):
+                        raise CorpusError(
+                            f"Pair {pair} of split {split!r} is not {'two strings' if not others else 'all strings'}: "
+                            f"{' and '.join(f'{value!r:.60}' for value in (question, found, *others[:3]))}. "
+                            "Filter such pairs out first."
+                        )
+                    if not positives:
+                        unanswered.add(question)
+                    for place, text in enumerate([*positives, *further]):
+                        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+                        if key not in row_of:
+                            row_of[key] = len(row_of)
+                            yield {"id": str(row_of[key]), "title": None, "text": text}
+                        if place < len(positives):
+                            of_pair.append(numbers.setdefault(question, len(numbers)))
+                            row_of_pair.append(row_of[key])
+                unanswered -= numbers.keys()
+                if unanswered and not numbers:
+                    raise CorpusError(
+                        f"No label in column {label!r} of split {split!r} is 1, so nothing is relevant to any query. "
+                        f"If the column says something else, leave it out: dataset.remove_columns({label!r})."
+                    )
+                if unanswered:
+                    logger.warning(
+                        "%d queries of split %r have no text with label 1 and are left out.", len(unanswered), split
+                    )
+
+        tables = batched_tables(records(), TARGETS)
+        corpus = cls(_write_by_content(tables, _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
+        for split, (of_pair, row_of_pair) in judged.items():
+            corpus._add_split(split, [_query(text, text) for text in queries[split]], of_pair, row_of_pair)
+        return corpus
+
+    @classmethod
+    def from_beir(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        max_targets: int | None = None,
+        missing_targets: MissingTargets = "error",
+        prompt: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Corpus:
+        """A corpus from a folder in BEIR's layout: ``corpus.jsonl[.gz]`` (``_id``, ``text``, optional ``title``),
+        ``queries.jsonl[.gz]`` (``_id``, ``text``, optional ``answers``) and ``qrels/<split>.tsv``.
+
+        A target is relevant if its score is above 0, and the score is its grade; of a pair that is judged twice the
+        highest counts.
+
+        Args:
+            max_targets: keep the first so many targets, and the judgements that point at them.
+            missing_targets: judgements of targets that the corpus does not have, as ArguAna has one, are an error, or
+                left out (``"drop"``) and counted in a warning. A query that loses all of its own is left out, too.
+
+        Raises:
+            CorpusError: a file is missing or malformed, or judgements name unknown queries or targets.
+            InputError: ``missing_targets`` is something else.
+        """
+        missing_targets = _require_missing(missing_targets)
+        data = open_folder(Path(folder), max_targets)
+        return cls._from_retrieval_data(data, max_targets, missing_targets, prompt, cache_dir)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str | os.PathLike[str],
+        *,
+        qrels: str | os.PathLike[str] | None = None,
+        qrels_config: str | None = None,
+        corpus_config: str = "corpus",
+        queries_config: str = "queries",
+        split: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        streaming: bool = False,
+        max_targets: int | None = None,
+        missing_targets: MissingTargets = "error",
+        prompt: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Corpus:
+        """A corpus from a retrieval data set on the Hub, such as ``mteb/nq``: the configs ``corpus`` (an id, ``text``,
+        optional ``title``), ``queries`` (an id, ``text``, optional ``answers``), and ``qrels`` or ``default`` with the
+        judgements (``query-id``, ``corpus-id``, ``score``), whose splits become this corpus's. A target is relevant if
+        its score is above 0, and the score is its grade; of a pair that is judged twice the highest counts.
+
+        Instead of judgements there may be triplets of ids or lists of ids with labels, as in
+        ``Corpus.from_hub("sentence-transformers/msmarco", qrels_config="labeled-list")``. Of a repository with several
+        languages, as MTEB has them, one is named: ``corpus_config="en-corpus"``, ``queries_config="en-queries"``,
+        ``qrels_config="en-qrels"``.
+
+        Args:
+            repo_id: the repository, or a local folder with such a repository's files.
+            qrels: the repository (or folder) of the judgements, where they have their own, such as ``BeIR/nq-qrels``
+                for ``BeIR/nq``.
+            qrels_config: the config of the judgements, where it is another.
+            corpus_config: the config of the targets, where it is another.
+            queries_config: the config of the queries, where it is another.
+            split: read the judgements of this split alone, and this split of targets and queries where these have
+                several, as in MTEB's data sets for reranking.
+            revision: commit, branch or tag of ``repo_id``.
+            token: by default the one that :mod:`huggingface_hub` finds.
+            streaming: read without downloading the files first; what a corpus needs is kept on disk either way.
+            max_targets: keep the first so many targets, and the judgements that point at them.
+            missing_targets: as for :meth:`from_beir`.
+
+        Raises:
+            CorpusError: a repository, config, split or column is not there or cannot be told from others, a value is
+                not what it should be, or judgements name unknown queries or targets.
+            InputError: ``missing_targets`` is something else.
+        """
+        missing_targets = _require_missing(missing_targets)
+        data = open_repository(
+            os.fspath(repo_id),
+            qrels=None if qrels is None else os.fspath(qrels),
+            corpus_config=corpus_config,
+            queries_config=queries_config,
+            qrels_config=qrels_config,
+            split=split,
+            revision=revision,
+            token=token,
+            streaming=streaming,
+            max_targets=max_targets,
+        )
+        return cls._from_retrieval_data(data, max_targets, missing_targets, prompt, cache_dir)
+
+    @classmethod
+    def _from_retrieval_data(
+        cls,
+        data: RetrievalData,
+        max_targets: int | None,
+        missing_targets: MissingTargets,
+        prompt: str | None,
+        cache_dir: str | os.PathLike[str] | None,
+    ) -> Corpus:
+        texts, answers, repeated = {}, {}, []
+        for record in data.queries:
+            if record["_id"] in texts:
+                repeated.append(record["_id"])
+            texts[record["_id"]], answers[record["_id"]] = record["text"], record["answers"]
+        if repeated:
+            raise CorpusError(
+                f"{data.queries_source} of {data.name} has {len(repeated)} query ids more than once, e.g. "
+                f"{repeated[:3]}: judgements find queries by id, so each needs its own."
+            )
+        # The targets are kept under what identifies their source, so that a large corpus is read once.
+        path = _folder(cache_dir) / f"targets-{data.targets_key}.arrow"
+        corpus = cls(read_or_write_arrow(path, TARGETS, data.targets), prompt=prompt, cache_dir=cache_dir)
+        corpus.name = data.name
+        unjudged = set(texts)
+        for split, source, triples in data.judgements:
+            # What a limit has left out was left out on purpose.
+            missing = missing_targets if max_targets is None else None
+            corpus._judge(split, triples, texts, answers, missing, source, data.queries_source, data.targets_source)
+            unjudged.difference_update(corpus.qrels(split).queries["id"])
+        if unjudged:
+            logger.info(
+                "%d of %d queries have no relevant target in any split and are left out.", len(unjudged), len(texts)
+            )
+        return corpus
+
+    def add_split(
+        self,
+        split: str,
+        queries: Mapping[Any, str],
+        relevant: Mapping[Any, str | int | Iterable[str | int] | Mapping[Any, float]],
+        answers: Mapping[Any, str | Sequence[str]] | None = None,
+        *,
+        missing_targets: MissingTargets = "error",
+    ) -> None:
+        """Add (or replace) the judged queries of ``split``. Ids are strings; an integer stands for its digits.
+
+        Args:
+            queries: query id → text.
+            relevant: query id → ids of the targets that are relevant to it, one id alone, or BEIR's {id: grade}, of
+                which those above 0 are relevant. Queries without a relevant target are left out.
+            answers: query id → answer strings, or one, for question answering.
+            missing_targets: as for :meth:`from_beir`.
+
+        Raises:
+            CorpusError: a judged query is not among ``queries``, a target not in the corpus, a grade no finite number,
+                or an id neither a string nor an integer.
+            InputError: ``missing_targets`` is something else.
+        """
+        texts = {as_id(id, "The id of a query"): text for id, text in queries.items()}
+        if len(texts) < len(queries):
+            raise CorpusError("Two queries share an id, once as an integer and once as a string: give each its own.")
+        for id, text in texts.items():
+            if not isinstance(text, str):
+                raise CorpusError(
+                    f"The text of query {id!r} is a {type(text).__name__}, expected a string: {text!r:.60}"
+                )
+        given = {
+            as_id(id, "The id of a query"): [] if strings is None else as_list(strings)
+            for id, strings in (answers or {}).items()
+        }
+        missing, source = _require_missing(missing_targets), f"Split {split!r}"
+        self._judge(split, _triples(relevant), texts, given, missing, source, "`queries`", "the corpus")
+
+    def _judge(
+        self,
+        split: str,
+        triples: Iterable[tuple[str, str, float]],
+        texts: Mapping[str, str],
+        answers: Mapping[str, Sequence[str]],
+        missing: MissingTargets | None,
+        source: str,
+        queries_source: str,
+        targets_source: str,
+    ) -> None:
+        """Add a split of (query id, target id, grade) triples.
+
+        Args:
+            missing: what becomes of judgements of targets that are not there; None leaves them out without a word.
+            source, queries_source, targets_source: what each is read from, as an error says it.
+        """
+        # What is judged twice is kept once: triplets name each pair with hundreds of negatives.
+        judged: dict[tuple[str, str], float] = {}
+        for query, target, grade in triples:
+            if grade > 0:
+                judged[query, target] = max(grade, judged.get((query, target), 0.0))
+        if unknown := sorted({query for query, _ in judged} - texts.keys()):
+            raise CorpusError(
+                f"{source} judges {len(unknown)} queries that {queries_source} does not have, e.g. {unknown[:3]}."
+            )
+        rows = self.rows_of([target for _, target in judged], missing=-1)
+        numbers: dict[str, int] = {}
+        of_pair = [
+            numbers.setdefault(query, len(numbers)) for (query, _), row in zip(judged, rows, strict=True) if row >= 0
+        ]
+        if missing is not None and len(of_pair) < len(judged):
+            lost = sorted({target for (_, target), row in zip(judged, rows, strict=True) if row < 0})
+            found = f"{source} judges {len(lost)} targets that {targets_source} does not have, e.g. {lost[:3]}"
+            if missing == "error":
+                raise CorpusError(
+                    f"{found}. Get the corpus that was judged, or leave such judgements out: missing_targets='drop'."
+                )
+            left_out = len({query for query, _ in judged} - numbers.keys())
+            logger.warning(
+                "%s: %d judgements are left out, and with them %d queries that have no others.",
+                found,
+                len(judged) - len(of_pair),
+                left_out,
+            )
+        grades = np.fromiter(judged.values(), np.float64, len(judged))
+        records = [_query(id, texts[id], answers.get(id, ())) for id in numbers]
+        self._add_split(split, records, of_pair, rows[rows >= 0], grades[rows >= 0])
+
+    def hold_out(self, queries: int, split: str = "train", into: str = "dev", seed: int = 0) -> None:
+        """Take ``queries`` of the split's, at random, and make them a split of their own. The targets stay the same.
+
+        Raises:
+            CorpusError: the split has not more than so many queries, or is not there; or the new one is there already.
+        """
+        qrels = self.qrels(split)
+        if into in self._qrels:
+            raise CorpusError(f"There is a split {into!r} already: nothing is held out into it.")
+        if not 0 < queries < len(qrels):
+            raise CorpusError(
+                f"{queries} queries cannot be held out of the {len(qrels)} of split {split!r}: at least one, not all."
+            )
+        held_out = np.zeros(len(qrels), dtype=bool)
+        held_out[np.random.default_rng(seed).choice(len(qrels), queries, replace=False)] = True
+        for name, kept in ((into, held_out), (split, ~held_out)):
+            pairs, number = kept[qrels.query], np.cumsum(kept) - 1
+            records = qrels.queries.select(np.flatnonzero(kept)).to_list()
+            self._add_split(name, records, number[qrels.query[pairs]], qrels.row[pairs], qrels.grade[pairs])
+
+    def _add_split(
+        self,
+        split: str,
+        queries: list[dict[str, Any]],
+        query_of_pair: Sequence[int] | np.ndarray,
+        row_of_pair: Sequence[int] | np.ndarray,
+        grade_of_pair: np.ndarray | None = None,
+    ) -> None:
+        """Add the split's ``queries``, and their judgements by the query's position, the target's row and its grade."""
+        path = self._cache_dir / f"queries-{digest_json([split, queries])}.arrow"
+        self._qrels[split] = Qrels(
+            read_or_write_arrow(path, _QUERIES, batched_tables(queries, _QUERIES)),
+            query_of_pair,
+            row_of_pair,
+            grade_of_pair,
+            self.rows_like,
+        )
+
+    # ------------------------------------------------------------------ rows, ids, texts
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __repr__(self) -> str:
+        splits = ", ".join(f"{name}: {len(qrels)} queries" for name, qrels in self._qrels.items())
+        return f"Corpus({len(self):,} targets{'; ' + splits if splits else ''})"
+
+    def __getitem__(self, row: int) -> dict[str, str | None]:
+        """``{"id", "title", "text"}`` of one row."""
+        target: dict[str, str | None] = self.targets[int(row)]
+        return target
+
+    def ids(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """The ids of ``rows``."""
+        ids: list[str] = self._arrow[np.asarray(rows, dtype=np.int64)].column("id").to_pylist()
+        return ids
+
+    def rows_of(self, ids: Sequence[str | int], missing: int | None = None) -> np.ndarray:
+        """The rows of ``ids``, shape ``(len(ids),)``; one pass over the id column, whatever their number.
+
+        Args:
+            ids: strings, or integers, which stand for their digits; a string alone is one id.
+            missing: what an unknown id becomes; by default it is an error.
+
+        Raises:
+            CorpusError: an id is not in the corpus and ``missing`` is not given, or it is neither a string nor an
+                integer.
+        """
+        ids = [as_id(id, "An id") for id in as_list(ids)]
+        try:
+            wanted = pa.array(ids, pa.string())
+        except UnicodeEncodeError as error:
+            raise CorpusError(f"An id has {half_character(error.object)}: mend or drop it.") from None
+        distinct = wanted.unique()
+        row_of_distinct = np.full(len(distinct), -1, dtype=np.int64)
+        start = 0
+        for chunk in self.targets.data.column("id").chunks:
+            found = pc.index_in(chunk, value_set=distinct)
+            here = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))
+            row_of_distinct[found.drop_null().to_numpy()] = start + here
+            start += len(chunk)
+        rows: np.ndarray = row_of_distinct[pc.index_in(wanted, value_set=distinct).to_numpy(zero_copy_only=False)]
+        if (rows < 0).any():
+            if missing is None:
+                unknown = [id for id, row in zip(ids, rows, strict=True) if row < 0]
+                raise CorpusError(f"{len(unknown)} ids are not in the corpus, e.g. {unknown[:3]}.")
+            rows[rows < 0] = missing
+        return rows
+
+    def texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """The texts of ``rows`` as they are encoded (title joined in, without the prompt)."""
+        return _joined(self._arrow[np.asarray(rows, dtype=np.int64)])
+
+    def text_lengths(self) -> np.ndarray:
+        """The length of every target's text in bytes, shape ``(N,)``."""
+        lengths: np.ndarray = pc.binary_length(self.targets.data.column("text")).to_numpy()
+        return lengths.astype(np.int64)
+
+    # ------------------------------------------------------------------ identity and duplicates
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the joined texts in their order: what an embedding cache of this corpus depends on."""
+        return self._digests.fingerprint
+
+    def duplicates_of(self, row: int) -> np.ndarray:
+        """All rows whose joined text is the same as ``row``'s, itself included, ascending: case, white space and
+        Unicode form do not count (:func:`~st_corrector.data.text.normalized`)."""
+        return self._digests.repeated.get(int(row), np.array([row], dtype=np.int64))
+
+    def rows_like(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """For each of ``texts``, the rows that have the same text, with their title or without, ascending: case, white
+        space and Unicode form do not count."""
+        return self._digests.rows_like(texts)
+
+    # ------------------------------------------------------------------ queries
+
+    @property
+    def splits(self) -> list[str]:
+        """The names of the splits that have judged queries."""
+        return list(self._qrels)
+
+    def qrels(self, split: str) -> Qrels:
+        """The judged queries of ``split``.
+
+        Raises:
+            CorpusError: there is no such split.
+        """
+        if split not in self._qrels:
+            raise CorpusError(
+                f"The corpus has no judgements for split {split!r}; it has {self.splits or 'none at all'}."
+            )
+        return self._qrels[split]
+
+    def pairs(self, split: str) -> Dataset:
+        """The training data of ``split``: one row a (query, positive) judgement, with the columns ``anchor``,
+        ``positive`` (the target's joined text, without the prompt) and ``label``.
+
+        ``label`` is the positive's corpus row: the column that reaches a loss in any sentence-transformers trainer.
+        """
+        qrels = self.qrels(split)
+        anchors = qrels.queries.with_format("arrow")
+
+        def tables() -> Iterator[pa.Table]:
+            for start in range(0, len(qrels.row), BATCH):
+                query, row = qrels.query[start : start + BATCH], qrels.row[start : start + BATCH]
+                text = anchors[query].column("text")
+                yield pa.table([text, pa.array(self.texts(row)), pa.array(row)], schema=_PAIRS)
+
+        key = digest(self.fingerprint, qrels.query.tobytes(), qrels.row.tobytes(), qrels.queries._fingerprint)
+        return read_or_write_arrow(self._cache_dir / f"pairs-{key}.arrow", _PAIRS, tables())
+
+    # ------------------------------------------------------------------ tokens
+
+    def tokenize(
+        self, model: SentenceTransformer, prompt: str | None = None, progress: bool = True
+    ) -> TokenizedCorpus | TextCorpus:
+        """The token ids of every target under ``model``'s tokenizer, prepared once and kept on disk.
+
+        What :meth:`~st_corrector.data.tokens.TokenizedCorpus.features` returns equals
+        ``model.preprocess(texts, prompt=prompt, task="document")``. Where that cannot be had from rows of token ids,
+        the texts are tokenized again at each step.
+
+        Args:
+            prompt: what precedes each text (already resolved: ``None`` and ``""`` mean nothing).
+            progress: show a progress bar while the ids are prepared.
+
+        Raises:
+            InputError: a Router has no route for documents.
+        """
+        modules = modules_for(model, DOCUMENT)
+        anew = TextCorpus(self, model, prompt)
+        layout = TokenLayout.probe(model, prompt)
+        if layout is None:
+            logger.info("The model's features cannot be cut into rows: targets are tokenized again at each step.")
+            return anew
+        rules = [tokenizer_fingerprint(model, modules, prompt), prompt or "", max_lengths(modules), layout.keys]
+        schema = pa.schema([(name, pa.list_(pa.int32())) for name in layout.keys])
+
+        def tables() -> Iterator[pa.Table]:
+            with tqdm(total=len(self), desc="Tokenizing targets", unit=" targets", disable=not progress) as bar:
+                for batch in self._arrow.iter(1_000):
+                    yield tokenize_texts(_joined(batch), model, prompt, layout)
+                    bar.update(len(batch))
+
+        path = self._cache_dir / f"tokens-{digest_json([self.fingerprint, *rules])}.arrow"
+        kept = TokenizedCorpus(read_or_write_arrow(path, schema, tables()), layout)
+        for rows in _some_batches(kept.lengths):
+            if not are_equal(kept.features(rows), anew.features(rows)):
+                logger.warning(
+                    "What %s makes of a text cannot be kept as token ids (rows %s differ): targets are tokenized "
+                    "again at each step.",
+                    type(modules[0]).__name__,
+                    rows.tolist(),
+                )
+                return anew
+        return kept
+
+
+def _some_batches(lengths: np.ndarray) -> list[np.ndarray]:
+    """Rows of some batches: the shortest and the longest together, the longest alone, and a few by chance."""
+    order = np.argsort(lengths, kind="stable")
+    some = np.random.default_rng(0).choice(len(lengths), size=min(6, len(lengths)), replace=False)
+    return [order[[0, -1]], order[-1:], some]
+
+
+def _folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+    return default_cache_dir() if cache_dir is None else Path(cache_dir)
+
+
+def _is_empty(text: pa.ChunkedArray, title: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Which targets consist of nothing."""
+    return pc.and_(
+        *(pc.equal(pc.binary_length(pc.fill_null(column.cast(pa.string()), "")), 0) for column in (text, title))
+    )
+
+
+def _joined(table: pa.Table) -> list[str]:
+    titles, texts = table.column("title").to_pylist(), table.column("text").to_pylist()
+    return [join_title(title, text) for title, text in zip(titles, texts, strict=True)]
+
+
+def _query(id: str, text: str, answers: Iterable[str] = ()) -> dict[str, Any]:
+    """The record of a judged query."""
+    return {"id": id, "text": text, "answers": list(answers)}
+
+
+def _triples(
+    relevant: Mapping[Any, str | int | Iterable[str | int] | Mapping[Any, float]],
+) -> Iterator[tuple[str, str, float]]:
+    """(query id, target id, grade) of what :meth:`Corpus.add_split` is given."""
+    for query, targets in relevant.items():
+        graded = targets.items() if isinstance(targets, Mapping) else ((target, 1) for target in as_list(targets))
+        for target, given in graded:
+            grade = as_number(given)
+            if grade is None:
+                raise CorpusError(
+                    f"The grade of target {target!r:.40} for query {query!r:.40} is {given!r:.40}, expected a number."
+                )
+            yield as_id(query, "The id of a query"), as_id(target, f"A target of query {query!r:.40}"), grade
+
+
+def _require_missing(missing_targets: MissingTargets) -> MissingTargets:
+    if missing_targets not in ("error", "drop"):
+        raise InputError(f"missing_targets is {missing_targets!r}, expected 'error' or 'drop'.")
+    return missing_targets
+
+
+def _write_by_content(tables: Iterable[pa.Table], folder: Path) -> Dataset:
+    """Write targets under a name that follows from their content, which is known only afterwards."""
+    state = hashlib.blake2b(digest_size=16)
+
+    def hashed() -> Iterator[pa.Table]:
+        for table in tables:
+            state.update(repr(table.to_pydict()).encode("utf-8"))
+            yield table
+
+    partial = folder / f"targets-{os.getpid()}-{id(state)}.arrow"
+    write_arrow(partial, TARGETS, hashed())
+    path = folder / f"targets-{state.hexdigest()}.arrow"
+    os.replace(partial, path)
+    return Dataset.from_file(str(path))

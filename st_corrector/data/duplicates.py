@@ -1,0 +1,133 @@
+"""Which targets have the same text, told by digests of all texts, which are computed once and kept beside the corpus.
+
+Of each target three are kept, 64 bits each: of the joined text as it is, which the corpus's fingerprint is made of, and
+of the joined text and the text without its title as they are compared
+(:func:`~st_corrector.data.text.normalized`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import unicodedata
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, Value
+
+from ..storage.arrow import read_or_write_arrow
+from ..storage.fingerprint import digest, digest_json
+from .columns import BATCH
+from .text import join_title, normalized
+
+Digests = np.ndarray[tuple[int], np.dtype[np.uint64]]
+Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
+_COLUMNS = ("joined", "same", "same_untitled")
+_SCHEMA = pa.schema([(name, pa.uint64()) for name in _COLUMNS])
+_FEWEST_FOR_A_PROCESS = 100_000  # targets; starting processes takes longer than digesting fewer
+# What digests on disk were made by: to be raised when normalized() changes. Unicode's own tables come with Python.
+_RULES = (1, unicodedata.unidata_version)
+
+
+class TextDigests:
+    """Digests of the targets' texts, and what follows from them.
+
+    They are on disk where the targets are: a second start reads no text. Where they are not, each process that asks
+    computes them.
+
+    Args:
+        targets: columns ``title`` and ``text``.
+        cache_dir: where the digests go.
+    """
+
+    def __init__(self, targets: Dataset, cache_dir: Path) -> None:
+        self._targets, self._cache_dir = targets, cache_dir
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        files = [Path(file["filename"]) for file in self._targets.cache_files]
+        if not files:
+            return pa.concat_tables(list(self._computed()))
+        state = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        path = self._cache_dir / f"digests-{digest_json([state, len(self._targets), _RULES])}.arrow"
+        table: pa.Table = read_or_write_arrow(path, _SCHEMA, self._computed()).data.table
+        return table
+
+    def _computed(self) -> Iterator[pa.Table]:
+        processes = min(os.cpu_count() or 1, len(self._targets) // _FEWEST_FOR_A_PROCESS)
+        if processes < 2:
+            for batch in self._targets.with_format("arrow").iter(BATCH):
+                yield pa.table(_digested(batch.column("title").to_pylist(), batch.column("text").to_pylist()), _SCHEMA)
+            return
+        self._cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._cache_dir, prefix="digests-") as folder:
+            mapped = self._targets.map(
+                _digested,
+                batched=True,
+                batch_size=BATCH,
+                input_columns=["title", "text"],
+                remove_columns=self._targets.column_names,
+                features=Features({name: Value("uint64") for name in _COLUMNS}),
+                num_proc=processes,
+                cache_file_name=str(Path(folder) / "part.arrow"),
+                desc="Comparing texts",
+            )
+            yield from (batch.cast(_SCHEMA) for batch in mapped.with_format("arrow").iter(BATCH))
+
+    def _column(self, name: str) -> Digests:
+        column: Digests = self._table.column(name).to_numpy()
+        return column
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the joined texts in their order."""
+        return digest(self._column("joined").tobytes())
+
+    @cached_property
+    def repeated(self) -> dict[int, Rows]:
+        """Row → all rows whose joined text is the same, ascending; only rows that have a duplicate are in it."""
+        digests = self._column("same")
+        order = np.argsort(digests, kind="stable")
+        digests = digests[order]
+        bounds = np.flatnonzero(np.concatenate([[True], digests[1:] != digests[:-1], [True]]))
+        repeated: dict[int, Rows] = {}
+        for group in np.flatnonzero(np.diff(bounds) > 1):
+            rows = np.sort(order[bounds[group] : bounds[group + 1]])
+            repeated.update({int(row): rows for row in rows})
+        return repeated
+
+    def rows_like(self, texts: Sequence[str]) -> list[Rows]:
+        """For each of ``texts``, the rows that have the same text, with their title or without, ascending."""
+        wanted, position = np.unique(
+            np.fromiter((_digest(normalized(text)) for text in texts), np.uint64, len(texts)), return_inverse=True
+        )
+        # Of all targets few have the text of a query: only these are sorted.
+        columns = [self._column(name) for name in ("same", "same_untitled")]
+        found = [np.flatnonzero(np.isin(digests, wanted)) for digests in columns]
+        rows = np.concatenate(found)
+        keys = np.concatenate([digests[here] for digests, here in zip(columns, found, strict=True)])
+        order = np.lexsort([rows, keys])
+        keys, rows = keys[order], rows[order]
+        starts, ends = np.searchsorted(keys, wanted), np.searchsorted(keys, wanted, side="right")
+        return [np.unique(rows[starts[n] : ends[n]]) for n in position]
+
+
+def _digested(titles: list[str | None], texts: list[str]) -> dict[str, Digests]:
+    """The columns of :data:`_SCHEMA` for some targets."""
+    joined = [join_title(title, text) for title, text in zip(titles, texts, strict=True)]
+    same = [_digest(normalized(text)) for text in joined]
+    untitled = [
+        _digest(normalized(text)) if title else of_joined
+        for title, text, of_joined in zip(titles, texts, same, strict=True)
+    ]
+    columns = ([_digest(text) for text in joined], same, untitled)
+    return {name: np.array(column, dtype=np.uint64) for name, column in zip(_COLUMNS, columns, strict=True)}
+
+
+def _digest(text: str) -> int:
+    """64 bits of ``text``'s hash."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")

@@ -1,0 +1,174 @@
+"""The document side of a sentence-transformers model over a corpus: rows in, embeddings out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+from ..errors import InputError
+from .corpus import Corpus
+from .model_fingerprint import described_modules, max_lengths, tokenizer_fingerprint, weights_fingerprint
+from .routing import DOCUMENT, call, depends_on_task, modules_for
+
+# The prompt names that SentenceTransformer.encode_document looks for, in its order.
+_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+
+ONE_PROCESS_FOR_SEVERAL_GPUS = (
+    "One process sees several GPUs, for which the trainer uses torch.nn.DataParallel: it cuts every batch in pieces, "
+    "and copies the model for each of them in every call. Start a process for each GPU: accelerate launch "
+    "--num_processes N script.py; or show it one: CUDA_VISIBLE_DEVICES=0."
+)
+
+
+def unwrap(model: nn.Module) -> SentenceTransformer:
+    """The SentenceTransformer inside what DistributedDataParallel and torch.compile put around it.
+
+    Raises:
+        InputError: it is inside of DataParallel.
+    """
+    while not isinstance(model, SentenceTransformer):
+        if isinstance(model, nn.DataParallel):
+            raise InputError(ONE_PROCESS_FOR_SEVERAL_GPUS)
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if inner is None:
+            raise TypeError(f"Expected a SentenceTransformer, got a {type(model).__name__}.")
+        model = inner
+    return getattr(model, "_orig_mod", model)
+
+
+@contextmanager
+def returning_also(model: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
+    """Let ``tensors``, of earlier calls of ``model``, be among what its next call returns.
+
+    DistributedDataParallel does not wait for the gradients of parameters on which nothing depends that its last call
+    has returned: of a ``Router``'s two routes, those of the one that was called before.
+    """
+    if not tensors or not isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel):
+        yield
+        return
+    handle = unwrap(model).register_forward_hook(lambda module, inputs, output: {**output, "earlier": tensors})
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def document_prompt(model: SentenceTransformer, prompt: str | None) -> str:
+    """``prompt``, or where that is None the one that ``model.encode_document`` would use (``""`` for none)."""
+    if prompt is not None:
+        return prompt
+    for name in _DOCUMENT_PROMPTS:
+        if name in model.prompts:
+            return model.prompts[name] or ""
+    return ""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the block with every module in eval mode and without gradient; then restore each module's own mode.
+
+    Module by module, because ``model.train()`` would also switch on what the user has frozen in eval mode.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class DocumentEncoder:
+    """Encodes corpus rows with a model's document side, always with the same prompt, task and truncation.
+
+    It is the one place where these are resolved, so that the cache, the negatives and the evaluation
+    agree; the loss checks that the positives which the trainer tokenizes agree as well.
+
+    Args:
+        model: the model; of a Router, wherever it stands, the route for documents is used.
+        corpus: the targets; its ``prompt`` decides what precedes their texts.
+        progress: show a progress bar while the corpus is tokenized for the first time.
+
+    Raises:
+        InputError: a Router has no route for documents.
+    """
+
+    def __init__(self, model: SentenceTransformer, corpus: Corpus, progress: bool = True) -> None:
+        self.corpus = corpus
+        self.by_task = depends_on_task(model)
+        """Whether what the model makes of a text depends on its task."""
+        self.prompt = document_prompt(model, corpus.prompt)
+        self.tokens = corpus.tokenize(model, self.prompt, progress=progress)
+
+    def features(self, rows: Sequence[int] | np.ndarray, device: torch.device | str | None = None) -> dict[str, Any]:
+        """Model-ready features of ``rows``, on ``device``."""
+        features = self.tokens.features(rows)
+        if self.by_task:
+            features["task"] = DOCUMENT
+        return features if device is None else batch_to_device(features, torch.device(device))
+
+    def encode(
+        self,
+        model: SentenceTransformer,
+        rows: Sequence[int] | np.ndarray,
+        batch_size: int = 64,
+        bar: tqdm | None = None,
+    ) -> Tensor:
+        """What ``model`` says of ``rows`` now, in eval mode and without gradient; the model's modes stay as they were.
+
+        Rows are encoded in batches of similar length. ``model.truncate_dim`` is not applied: training sees the
+        full width, so does the cache.
+
+        Returns:
+            float32, shape ``(len(rows), d)``, on the model's device.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        order = np.argsort(-self.tokens.lengths[rows], kind="stable")
+        device = unwrap(model).device
+        embeddings: Tensor | None = None
+        with evaluating(model):
+            for start in range(0, len(rows), batch_size):
+                batch = order[start : start + batch_size]
+                output = call(model, self.features(rows[batch], device))["sentence_embedding"].float()
+                if embeddings is None:
+                    embeddings = output.new_empty(len(rows), output.shape[1])
+                embeddings[torch.from_numpy(batch).to(device)] = output
+                if bar is not None:
+                    bar.update(len(batch))
+        if embeddings is None:
+            raise ValueError("No rows to encode.")
+        return embeddings
+
+    @staticmethod
+    def is_frozen(model: SentenceTransformer) -> bool:
+        """Whether nothing of what encodes documents can be trained: their embeddings do not change then."""
+        parameters = (each for module in modules_for(unwrap(model), DOCUMENT) for each in module.parameters())
+        return not any(parameter.requires_grad for parameter in parameters)
+
+    def fingerprint(self, model: SentenceTransformer, weights: bool = True) -> dict[str, Any]:
+        """What this model's embeddings of this corpus depend on, by component, and nothing else: not the side that
+        encodes queries, not the precision in which the weights were loaded.
+
+        Args:
+            weights: include the digest of all weights, which reads every one of them.
+        """
+        model = unwrap(model)
+        modules = modules_for(model, DOCUMENT)
+        components = {
+            "corpus": self.corpus.fingerprint,
+            "modules": described_modules(modules),
+            "tokenizer": tokenizer_fingerprint(model, modules, self.prompt),
+            "prompt": self.prompt,
+            "max_seq_length": max_lengths(modules),
+        }
+        return {**components, "weights": weights_fingerprint(modules)} if weights else components

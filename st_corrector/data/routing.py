@@ -1,0 +1,66 @@
+"""Which modules of a model a text goes through, as a query and as a document.
+
+A ``Router`` may stand anywhere in a model: first, behind an encoder that both sides share, or inside of a route. Which
+way a text takes is said by its *task*, ``"query"`` or ``"document"``, so the task goes into every call, as
+``model.encode_query`` and ``model.encode_document`` have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
+from torch import nn
+
+from ..errors import InputError
+
+QUERY, DOCUMENT = "query", "document"
+"""The tasks, as sentence-transformers names them."""
+
+
+def call(model: nn.Module, features: dict[str, Any]) -> dict[str, Any]:
+    """What ``model`` makes of ``features``, every module of it being told their task, if they have one."""
+    task = features.get("task")
+    output: dict[str, Any] = model(features) if task is None else model(features, task=task)
+    return output
+
+
+def depends_on_task(model: nn.Module) -> bool:
+    """Whether what a model makes of a text depends on its task: it has a ``Router``, or a module that asks for it."""
+    return any("task" in getattr(module, "forward_kwargs", ()) for module in model.modules())
+
+
+def modules_for(model: SentenceTransformer, task: str) -> list[nn.Module]:
+    """The modules that a text with ``task`` goes through, in their order; of a ``Router`` those of the task's route.
+
+    Raises:
+        InputError: a Router has no route for the task.
+    """
+    passed: list[nn.Module] = []
+
+    def go_through(modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            if isinstance(module, Router):
+                go_through(module.sub_modules[_route(module, task)].children())
+            else:
+                passed.append(module)
+
+    go_through(model.children())
+    return passed
+
+
+def _route(router: Router, task: str) -> str:
+    """The route that a Router sends a text with ``task`` to, by the order of its own documentation."""
+    for key in ((task, "text"), (task, None), (None, "text"), (None, None)):
+        if key in router.route_mappings:
+            return str(router.route_mappings[key])
+    for name in (task, "text"):
+        if name in router.sub_modules:
+            return name
+    raise InputError(
+        f"The model's Router has no route for the task {task!r}, only {list(router.sub_modules)}. Queries take the "
+        "route 'query' and targets the route 'document': call them so, or say which ones they are, e.g. "
+        "Router(…, route_mappings={('query', None): 'question', ('document', None): 'passage'})."
+    )

@@ -1,0 +1,205 @@
+"""What the loss refuses: settings that do not fit, and batches that would teach something wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize
+from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss
+from sentence_transformers.util import cos_sim, dot_score
+from torch import Tensor, nn
+
+from ..cache.embedding_cache import EmbeddingCache
+from ..data.corpus import Corpus
+from ..data.encoding import DocumentEncoder, unwrap
+from ..data.routing import DOCUMENT, QUERY, modules_for
+from ..data.tokens import TokenizedCorpus
+from ..errors import InputError, NonFiniteError
+from ..negatives.selector import NegativeSelector
+from ..storage.fingerprint import differences
+
+LAYERS = (
+    "AdaptiveLayerLoss and Matryoshka2dLoss ask a loss once for each layer of the encoder, while negatives are chosen "
+    "once a step, by embeddings of the last layer: train with this loss alone, or in MatryoshkaLoss."
+)
+_SIMILARITIES: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cos_sim, "dot": dot_score}
+_COLUMNS = {QUERY: "queries", DOCUMENT: "targets"}
+
+
+def check_settings(
+    corpus: Corpus,
+    cache: EmbeddingCache | None,
+    selector: NegativeSelector,
+    background_targets: int,
+    similarity_fct: Callable[[Tensor, Tensor], Tensor],
+    split: str | None,
+) -> None:
+    if background_targets < 0:
+        raise InputError(f"background_targets must not be negative, got {background_targets}.")
+    if selector.num_negatives and cache is None:
+        raise InputError("Negatives are chosen by a cache: pass EmbeddingCache.build(model, corpus, path).")
+    if cache is not None and not isinstance(cache, EmbeddingCache):
+        raise InputError(
+            f"cache must be an EmbeddingCache, got a {type(cache).__name__}: EmbeddingCache.load(path) opens a folder, "
+            "EmbeddingCache.from_tensor(embeddings) wraps vectors."
+        )
+    if cache is not None and cache.corpus_size != len(corpus):
+        raise InputError(
+            f"The cache has {cache.corpus_size} rows, the corpus {len(corpus)} targets: they must be the same, in the "
+            "same order. Build the cache of this corpus with EmbeddingCache.build."
+        )
+    if similarity_fct not in (cos_sim, dot_score):
+        raise InputError(
+            f"similarity_fct must be sentence_transformers.util.cos_sim or dot_score, by which the corpus can be "
+            f"searched; got {similarity_fct!r}."
+        )
+    if other := [check for check in selector.false_negatives.checks if check.split not in (None, split)]:
+        raise InputError(
+            f"{other[0]!r} knows the queries of split {other[0].split!r}, the loss is trained on {split!r}: make both "
+            "with the same."
+        )
+    if corpus.splits and split is not None and split not in corpus.splits:
+        raise InputError(
+            f"The corpus has no split {split!r}, it has {corpus.splits}: pass the one that is trained on, or None if "
+            "its judgements are not in the corpus."
+        )
+
+
+def check_cache(cache: EmbeddingCache, expected: dict[str, Any]) -> None:
+    """Refuse a cache of another corpus or kind of encoder. Other weights are what a stale cache is about."""
+    found = {component: value for component, value in cache.fingerprint.items() if component != "weights"}
+    if found and (different := differences(found, expected)):
+        raise InputError(
+            "The cache was built of something else than what is trained:\n  " + "\n  ".join(different) + "\nBuild the "
+            "cache again with this model and corpus (or set the model's prompts and max_seq_length before it is built)."
+        )
+
+
+def similarity_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """What a model compares by, as a function that the corpus can be searched by."""
+    name = unwrap(model).similarity_fn_name
+    if name not in _SIMILARITIES:
+        raise InputError(
+            f"The model compares by {name!r}, by which a corpus cannot be searched: set model.similarity_fn_name to "
+            f"{' or '.join(map(repr, _SIMILARITIES))} first, or pass similarity_fct=cos_sim or dot_score."
+        )
+    return _SIMILARITIES[name]
+
+
+def compares_unit_vectors(model: nn.Module, similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = None) -> bool:
+    """Whether what is compared is of unit length: by cosine, or because the model makes it so on both sides.
+
+    Args:
+        similarity_fct: by default the model's own.
+
+    Raises:
+        InputError: a corpus cannot be searched by what the model compares by, or a Router lacks a route.
+    """
+    last = [modules_for(unwrap(model), task)[-1] for task in (QUERY, DOCUMENT)]
+    return (similarity_fct or similarity_of(model)) is cos_sim or all(isinstance(each, Normalize) for each in last)
+
+
+def default_scale(model: nn.Module, similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = None) -> float:
+    """The inverse temperature where none is given: 20 for scores up to 1, 1 for dot products that know no bounds."""
+    return 20.0 if compares_unit_vectors(model, similarity_fct) else 1.0
+
+
+def refuse_layers(model: nn.Module) -> None:
+    """Refuse a step inside of ``AdaptiveLayerLoss``, which asks its loss once for each of the encoder's layers."""
+    if type(unwrap(model).forward).__module__ == AdaptiveLayerLoss.__module__:
+        raise InputError(LAYERS)
+
+
+def with_task(encoder: DocumentEncoder, model: nn.Module, features: dict[str, Any], task: str) -> dict[str, Any]:
+    """The features of a column, with its ``task`` where the model depends on that and the trainer has not said it."""
+    if not encoder.by_task:
+        return features
+    if "task" not in features:  # behind a shared encoder: the texts are prepared alike
+        return {**features, "task": task}
+    if (given := features["task"]) is None:
+        raise InputError(
+            f"The model has a Router, and a column was prepared without saying that it holds {_COLUMNS[task]}: pass "
+            "router_mapping={'anchor': 'query', 'positive': 'document'} (by the data set's columns) in the arguments, "
+            "or model.preprocess(texts, task=…) in a loop of your own."
+        )
+    inner = unwrap(model)
+    if task == DOCUMENT and given != DOCUMENT and modules_for(inner, given) != modules_for(inner, DOCUMENT):
+        raise InputError(
+            f"The positives go by the route of the task {given!r}, targets in the cache by that of 'document': map the "
+            "column of the positives to 'document' in router_mapping."
+        )
+    return features
+
+
+def require_finite(embeddings: Tensor, what: str, rows: Tensor | None = None) -> Tensor:
+    finite = torch.isfinite(embeddings.detach()).all(-1)
+    if not finite.all():
+        bad = (~finite).nonzero().flatten()
+        where = (
+            f"positions {bad[:5].tolist()}" if rows is None else f"corpus rows {rows.to(bad.device)[bad[:5]].tolist()}"
+        )
+        raise NonFiniteError(
+            f"The embeddings of {len(bad)} of {len(embeddings)} {what} are NaN or infinite ({where}). Training has "
+            "diverged or a text breaks the encoder: lower the learning rate, clip gradients, or look at these texts."
+        )
+    return embeddings
+
+
+def check_labels(
+    encoder: DocumentEncoder, model: SentenceTransformer, labels: Tensor | None, positives: dict[str, Any]
+) -> Tensor:
+    """The labels, if they are rows of the corpus whose texts the positives are."""
+    if labels is None:
+        raise InputError(
+            "The dataset has no 'label' column. It must hold the corpus row of each positive; "
+            "corpus.pairs(split) gives such a dataset, corpus.rows_of(ids) the rows of ids."
+        )
+    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise InputError(
+            f"Labels must be integers, one corpus row for each pair; got {labels.dtype} of shape {tuple(labels.shape)}."
+        )
+    outside = (labels < 0) | (labels >= len(encoder.corpus))
+    if outside.any():
+        position = int(outside.nonzero()[0])
+        raise InputError(
+            f"Label {int(labels[position])} (position {position} in the batch) is no row of the corpus, whose rows "
+            f"are 0 … {len(encoder.corpus) - 1}. Labels are the positives' corpus rows: see corpus.rows_of(ids)."
+        )
+    tokens = encoder.tokens
+    if isinstance(tokens, TokenizedCorpus) and "input_ids" in positives:
+        _check_positive_texts(encoder, model, tokens, positives, labels)
+    return labels
+
+
+def _check_positive_texts(
+    encoder: DocumentEncoder,
+    model: SentenceTransformer,
+    tokens: TokenizedCorpus,
+    features: dict[str, Any],
+    labels: Tensor,
+) -> None:
+    """A positive that is not the text of its row would teach the corrector, and mask the negatives, wrongly."""
+    on_cpu = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in features.items()}
+    given, given_lengths = tokens.layout.split(on_cpu)
+    expected, expected_lengths = tokens.layout.split(tokens.features(labels.tolist()))
+    if np.array_equal(given_lengths, expected_lengths) and np.array_equal(given["input_ids"], expected["input_ids"]):
+        return
+    ours = np.split(given["input_ids"], np.cumsum(given_lengths)[:-1])
+    theirs = np.split(expected["input_ids"], np.cumsum(expected_lengths)[:-1])
+    position = next(n for n in range(len(labels)) if not np.array_equal(ours[n], theirs[n]))
+    row, positive, target = int(labels[position]), ours[position], theirs[position]
+    tokenizer = unwrap(model).tokenizer
+    raise InputError(
+        f"The positive at position {position} in the batch is not the text of corpus row {row}, to which its "
+        f"label points.\n  positive ({len(positive)} tokens): {tokenizer.decode(positive)!r:.160}\n"
+        f"  row {row} ({len(target)} tokens): {tokenizer.decode(target)!r:.160}\n"
+        "Either the labels are wrong, or the two are prepared differently. They need the same prompt: the corpus "
+        f"has {encoder.prompt!r}, which comes from Corpus(…, prompt=…) or else model.prompts['document'] as "
+        "it is when the cache is built; the trainer has that of args.prompts={<positive column>: …}. They need the "
+        "same maximum length, and title and text joined as in corpus.texts(rows). corpus.pairs(split) gives such "
+        "pairs."
+    )

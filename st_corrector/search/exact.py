@@ -1,0 +1,457 @@
+"""Exact search of the corrected corpus: correct, score, select, in one pass over the cache in chunks.
+
+Nothing of size ``N × B`` is ever held, and no corrected copy of the cache: for each chunk of ``C`` rows
+the memory is ``C·d`` for its corrected embeddings and ``B·C`` for their scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cache.embedding_cache import EmbeddingCache
+from ..cache.shard import Shard
+from ..cache.streaming import on_device
+from ..correctors import Corrector, PullBack
+from ..errors import CacheError, InputError
+from ..runtime.distributed import Processes
+from ..runtime.precision import in_float32
+from .gumbel import gumbel_noise
+from .kernels import BlockScores, usable
+from .overlay import Overlay
+from .scoring import Buffers, ChunkScores, Excluded, Scorer
+from .topk import BLOCK, NO_ROW, RunningTopK
+
+Sampler = Literal["top_k", "gumbel", "mixed", "uniform"]
+SAMPLERS: tuple[Sampler, ...] = ("top_k", "gumbel", "mixed", "uniform")
+_UNIT = 1e-6  # how far from 1 rounding takes the norm of a float32 unit vector
+_SCORES = {"cpu": 1 << 23, "cuda": 1 << 25}
+"""Scores that are held at once, where nothing else is asked for: each time costs some thirty small operations."""
+_MAXIMA = 1 << 23
+"""Maxima of blocks that are held at once where nothing else is: the kernel scores rows faster than small operations
+follow one another, so that its chunks are larger."""
+_STRIP = 2_048
+"""Rows that a CPU scores at once, and twice as many as it corrects; a multiple of :class:`RunningTopK`'s blocks."""
+_LIBRARIES = 8 << 20  # what the matrix products' own library packs its operands into
+
+
+class Found(NamedTuple):
+    """What :meth:`CorrectedSearch.search` found.
+
+    Args:
+        scores: ``s = ⟨f(x), h(g'(y))⟩``, ``(B, k)``, best first (by noisy logit when sampling); −∞ where there are
+            fewer than ``k`` rows to be had.
+        rows: corpus rows, ``(B, k)``; −1 where the score is −∞. Equal scores are ordered by row.
+        too_similar: how many rows of each query were left out because they score above its ceiling, ``(B,)``.
+    """
+
+    scores: Tensor
+    rows: Tensor
+    too_similar: Tensor
+
+
+class CorrectedSearch:
+    """Searches the corrected corpus ``h(𝓑)`` for the targets that score highest with each query.
+
+    Each pass costs what its matrix products cost and little more. Which products these are is chosen by what the
+    corrector is: where it is affine and does not normalise, it is the queries that are transformed and the stale
+    vectors are scored as they are (:attr:`corrects_queries`).
+
+    Args:
+        cache: the stale buffer 𝓑, ``(N, d)``.
+        corrector: ``h``; it is read at every search, so that training it needs no rebuild of anything.
+        normalize: bring stale vectors to unit length before they are corrected (cosine similarity).
+        chunk_size: rows that are corrected and scored at once; by default what suits the device.
+        processes: those that search together, each a part of the cache. They must call every method in step, with the
+            same arguments, and all get the same: what one process with the whole cache would have found.
+
+    Raises:
+        InputError: the corrector is for another dimension.
+    """
+
+    def __init__(
+        self,
+        cache: EmbeddingCache,
+        corrector: Corrector,
+        *,
+        normalize: bool = True,
+        chunk_size: int | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        if corrector.dim != cache.dim:
+            raise InputError(f"The corrector is for dimension {corrector.dim}, the cache has {cache.dim}.")
+        if chunk_size is not None and chunk_size < 1:
+            raise InputError(f"chunk_size must be at least 1, got {chunk_size}.")
+        self.cache, self.corrector = cache, corrector
+        self.normalize, self.chunk_size = normalize, chunk_size
+        self.processes = processes or Processes()
+        self.overlay = Overlay(len(cache), cache.dim, cache.first_row)
+        """Rows written back; they are searched instead of the cache's. See :meth:`write_back`."""
+        # What each row of the cache is multiplied with to be of unit length, found out in the first whole pass; None
+        # where that is 1, as in most caches.
+        self._factors: Tensor | None = None
+        self._passed = False
+        self._buffers = Buffers()
+        self.use_kernel = True
+        """Whether scores may be left to the Triton kernel, where it runs (:func:`.kernels.usable`)."""
+        self.steps = 0
+        """Steps of the loss since the cache was built: how old its embeddings are."""
+
+    @contextmanager
+    def choosing_by(self, corrector: Corrector) -> Iterator[CorrectedSearch]:
+        """This search with another corrector while the block runs: what it has found out of the cache, and its memory,
+        serve both.
+        """
+        own, self.corrector = self.corrector, corrector
+        try:
+            yield self
+        finally:
+            self.corrector = own
+
+    @property
+    def corrects_queries(self) -> bool:
+        """Whether stale vectors are scored as they are, by corrected queries: no pass over the corpus corrects it."""
+        return self.corrector.leaves_corpus(unit=self.normalize and self.overlay.unit)
+
+    def memory(self, batch_size: int, k: int, device: torch.device | str, rows_written: int = 0) -> dict[str, int]:
+        """Bytes that searching takes beside the cache, by what they are for; nothing of it grows with ``N × B``.
+
+        Args:
+            batch_size: number of queries ``B``.
+            k: how many targets a query gets.
+            device: where the queries are.
+            rows_written: how many rows will be written back.
+        """
+        device = torch.device(device)
+        rows, dim = min(len(self.cache), self._chunk_size(batch_size, device)), self.cache.dim
+        strip = min(rows, _STRIP) if device.type == "cpu" else rows
+        staged = rows * dim * self.cache.dtype.itemsize * 3 if device != self.cache.device else 0
+        return {
+            # Scores, and copies where some are masked; vectors in float32, and what the corrector makes of them.
+            f"scores of {rows:,} rows": staged + 12 * rows * batch_size,
+            f"strips of {strip:,} rows": 4 * strip * (2 * dim + self.corrector.working_width) + _LIBRARIES,
+            "norms": 4 * len(self.cache) if self.normalize else 0,
+            f"top {k} of {batch_size} queries": 2 * rows * batch_size + 32 * 8 * batch_size * k,
+            **self.overlay.memory(rows_written),
+        }
+
+    def _chunk_size(self, batch_size: int, device: torch.device) -> int:
+        if self.chunk_size is not None:
+            return self.chunk_size
+        strips = _SCORES.get(device.type, _SCORES["cpu"]) // max(1, batch_size) // _STRIP
+        return _STRIP * min(max(1, strips), 128)
+
+    def _keeps_only_maxima(self, device: torch.device) -> bool:
+        """Whether a search by the kernel neither copies nor converts nor corrects the cache's vectors."""
+        return self.corrects_queries and self._passed and self.cache.device == device
+
+    def cached(self, rows: Tensor) -> Tensor:
+        """What the cache has of ``rows``, whatever was written over it: float32, ``(n, d)``, on their device."""
+        return self._of_all(rows, self._cached_here)
+
+    def stale(self, rows: Tensor) -> Tensor:
+        """What the corrector sees of ``rows``: float32, ``(n, d)``, on the device of ``rows``."""
+        return self._of_all(rows, self._stale_here)
+
+    def _cached_here(self, rows: Tensor) -> Tensor:
+        cached = self.cache[rows].to(rows.device)
+        return F.normalize(cached, dim=-1) if self.normalize else cached
+
+    def _stale_here(self, rows: Tensor) -> Tensor:
+        return self.overlay.replace(self._cached_here(rows), rows)
+
+    def _of_all(self, rows: Tensor, of_mine: Callable[[Tensor], Tensor]) -> Tensor:
+        """Vectors of ``rows``, each from the process that holds it."""
+        if self.processes.size == 1:
+            return of_mine(rows)
+        mine = self.overlay.holds(rows)
+        vectors = torch.zeros(len(rows), self.cache.dim, device=rows.device)
+        vectors[mine] = of_mine(rows[mine])
+        return self.processes.sum(vectors)
+
+    def seen(self, rows: Tensor) -> Tensor:
+        """Which of ``rows`` ``(n,)`` have been written back: ``(n,)``, bool."""
+        return self.processes.sum(self.overlay.has(rows).int()).bool()
+
+    def age(self, rows: Tensor) -> tuple[float, float]:
+        """Which share of ``rows`` has been written back, and how many steps old the vectors of all are on average."""
+        here = rows[self.overlay.has(rows)]
+        totals = torch.stack([torch.tensor(len(here), device=rows.device), self.overlay.written_at(here).sum()])
+        seen, written_at = self.processes.sum(totals).tolist()
+        count = max(1, len(rows))
+        return seen / count, self.steps - written_at / count
+
+    def write_back(self, rows: Tensor, fresh: Tensor) -> PullBack:
+        """Let what the encoder has just said of ``rows`` stand in the stale frame, where later correctors move it on.
+
+        Args:
+            rows: distinct corpus rows, ``(n,)``.
+            fresh: ``g(y)``, ``(n, d)``.
+        """
+        pulled = self.corrector.pull_back(fresh)
+        self.overlay.write(rows, pulled.stale, self.steps)
+        return pulled
+
+    @torch.no_grad()
+    @in_float32
+    def search(
+        self,
+        queries: Tensor,
+        k: int,
+        exclude: Tensor | None = None,
+        sampler: Sampler = "top_k",
+        scale: float = 1.0,
+        seed: int | None = None,
+        ceiling: Tensor | None = None,
+    ) -> Found:
+        """The ``k`` targets of each query, by ``s = ⟨f(x), h(g'(y))⟩`` over all rows.
+
+        Args:
+            queries: ``f(x)``, ``(B, d)``; the search runs on their device.
+            k: how many targets a query gets.
+            exclude: rows that each query must not get, ``(B, m)`` or ``(m,)`` for all, padded with −1.
+            sampler: ``"top_k"`` takes the largest scores; ``"gumbel"`` draws without replacement from
+                ``P_h(y|x) ∝ exp(β s)``, Eq. 4 of `Monath et al. 2024 <https://arxiv.org/abs/2409.01890>`_, by
+                adding Gumbel noise to ``β s`` and taking the largest; ``"mixed"`` takes the ``⌈k/2⌉`` largest and
+                draws the others from what is left of ``P_h``; ``"uniform"`` draws without regard to scores.
+            scale: the inverse temperature β; only sampling depends on it.
+            seed: of the random samplers' noise; required for them. The same seed gives the same draw.
+            ceiling: each query's highest allowed score ``s``, ``(B,)``.
+
+        Raises:
+            InputError: the shapes do not fit, ``k < 1``, an unknown sampler, a random one without seed, or scores that
+                are not numbers.
+            CacheError: an embedding of the cache is not finite.
+        """
+        queries = self._check(queries, k, sampler, seed)
+        device, batch_size = queries.device, len(queries)
+        self.corrector.to(device)
+        scorer = Scorer(self.corrector, queries, self.corrects_queries, self._buffers)
+        excluded = None if exclude is None else Excluded(exclude.to(device).expand(batch_size, -1))
+        limit = None if ceiling is None or (ceiling == math.inf).all() else ceiling - scorer.offset
+        drawn = {"top_k": 0, "gumbel": k, "mixed": k // 2, "uniform": k}[sampler]
+        # Of a mixed selection at most k − drawn are taken as the largest: k drawn leave enough that are others.
+        largest, sampled = RunningTopK(batch_size, k - drawn, device), RunningTopK(batch_size, k, device)
+        too_similar = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        # Where only the largest are wanted, scores need not be stored to find them.
+        fused = self.use_kernel and sampler == "top_k" and limit is None and usable(device)
+        # Noise takes more memory than scores do.
+        chunk_size = self._chunk_size(batch_size, device)
+        if drawn:
+            chunk_size = max(1, chunk_size // 8)
+        elif fused and self.chunk_size is None and self._keeps_only_maxima(device):
+            chunk_size = max(chunk_size, _MAXIMA * BLOCK // max(batch_size, BLOCK))
+        chunks = on_device(self.cache.chunks(chunk_size), device)
+        if fused:
+            for first_row, chunk in chunks:
+                self._update_fused(largest, scorer, first_row, chunk, excluded)
+        for scores in () if fused else self._scored(scorer, chunks, chunk_size):
+            first_row, keys = scores.first_row, scores.keys
+            if excluded is not None:
+                scores.mask(*excluded.between(first_row, first_row + len(keys)))
+            if limit is not None:
+                too_similar += scores.mask_above(limit)
+            if drawn < k:
+                largest.update(keys, first_row, scores.maxima)
+            if drawn and seed is not None:
+                allowed = keys > -math.inf
+                logits = keys.mul_(scale) if sampler != "uniform" else keys.zero_()
+                logits += gumbel_noise(batch_size, first_row, len(keys), seed, device).T
+                sampled.update(logits.masked_fill_(~allowed, -math.inf), first_row)
+        self._finish_pass()
+        too_similar = self.processes.sum(too_similar)
+        best, rows = self._merge(*largest.best)
+        best = best + scorer.offset[:, None]
+        if not drawn:
+            return Found(best, rows, too_similar)
+        keys, others = sampled.best
+        _, others, of_others = self._merge(keys, others, self.score(queries, others))
+        return Found(*_first_others(best, rows, of_others, others, drawn), too_similar)
+
+    def _merge(self, keys: Tensor, rows: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
+        """Of what every process has found, ``(B, k)`` each, the ``k`` largest keys, equal ones by row; what belongs to
+        them, rows and others, goes along.
+        """
+        (batch_size, k), size = keys.shape, self.processes.size
+        if size == 1 or k == 0:
+            return keys, rows, *beside
+        keys, rows, *others = (
+            self.processes.gather(each).view(size, batch_size, k).transpose(0, 1).flatten(1)
+            for each in (keys, rows, *beside)
+        )
+        rows, by_row = rows.sort(dim=1)
+        order = keys.gather(1, by_row).sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return (
+            keys.gather(1, by_row.gather(1, order)),
+            rows.gather(1, order),
+            *(each.gather(1, by_row.gather(1, order)) for each in others),
+        )
+
+    @torch.no_grad()
+    @in_float32
+    def score(self, queries: Tensor, rows: Tensor) -> Tensor:
+        """Corrected scores of given ``rows`` ``(B, k)``, which this process holds: ``(B, k)``, −∞ for row −1."""
+        here = rows.clamp(min=self.cache.first_row).flatten()
+        corrected = self.corrector(self._stale_here(here)).view(*rows.shape, -1)
+        return (corrected @ queries[:, :, None]).squeeze(-1).masked_fill(rows == NO_ROW, -math.inf)
+
+    def _check(self, queries: Tensor, k: int, sampler: Sampler, seed: int | None) -> Tensor:
+        """The queries as the search needs them."""
+        if queries.ndim != 2 or queries.shape[1] != self.cache.dim:
+            raise InputError(f"Expected queries of shape (B, {self.cache.dim}), got {tuple(queries.shape)}.")
+        if k < 1:
+            raise InputError(f"k must be at least 1, got {k}.")
+        if sampler not in SAMPLERS:
+            raise InputError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}.")
+        if sampler != "top_k" and seed is None:
+            raise InputError(f"sampler={sampler!r} needs a seed: an integer, another one for each draw.")
+        if not torch.isfinite(queries).all():
+            bad = (~torch.isfinite(queries).all(1)).nonzero().flatten()
+            raise InputError(f"Queries {bad[:5].tolist()} of {len(queries)} hold NaN or infinite numbers.")
+        return queries.detach().float()
+
+    def _scored(self, scorer: Scorer, chunks: Iterable[tuple[int, Shard]], chunk_size: int) -> Iterator[ChunkScores]:
+        """The scores of all chunks, as many chunks together as make ``chunk_size`` rows: what is done with scores costs
+        by the time, and shards are small. They may be overwritten.
+        """
+        scores: ChunkScores | None = None
+        for first_row, chunk in chunks:
+            if scores is not None and len(scores) + len(chunk.values) > chunk_size:
+                yield scores
+                scores = None
+            if scores is None:
+                scores = scorer.room(min(chunk_size, self.cache.end - first_row), first_row)
+            self._score_chunk(scorer, first_row, chunk, scores)
+        if scores is not None:
+            yield scores
+
+    def _score_chunk(self, scorer: Scorer, first_row: int, chunk: Shard, scores: ChunkScores) -> None:
+        """Add the scores of a chunk's rows to ``scores``, those written back by what was written.
+
+        In strips that stay in a CPU's caches from their vectors to the maxima of their scores.
+        """
+        size = strip = chunk.values.shape[0]
+        if chunk.values.device.type == "cpu":
+            strip = _STRIP if self.corrects_queries else _STRIP // 2
+        starts = range(0, size, strip)
+        written, slots = self.overlay.between(first_row, first_row + size, chunk.values.device)
+        # Which of the written ones lie in which strip.
+        bounds = torch.arange(0, size + strip, strip, device=written.device)
+        places = torch.searchsorted(written, bounds).tolist() if written.shape[0] else [0] * (len(starts) + 1)
+        factors = self._factors_of(chunk, first_row) if self._passed else None
+        for start, first, last in zip(starts, places, places[1:], strict=False):
+            end = min(start + strip, size)
+            here, keys = slice(start, end), scores.room(end - start)
+            values = chunk.values[here]
+            if self._passed:
+                of_strip = None if factors is None else factors[here]
+            else:
+                of_strip = self._find_factors(scorer.as_float(values), chunk.at(here), first_row + start)
+            self._score_strip(scorer, values, of_strip, written[first:last] - start, slots[first:last], keys)
+            scores.add(end - start)
+
+    def _score_strip(
+        self, scorer: Scorer, values: Tensor, factors: Tensor | None, written: Tensor, slots: Tensor, keys: Tensor
+    ) -> None:
+        """Scores of ``values`` ``(C, d)``, as they are stored, into ``keys`` ``(C, B)``; those at ``written`` ``(n,)``
+        by the overlay's vectors at ``slots`` ``(n,)`` instead.
+        """
+        count, vectors = len(written), self.overlay.vectors
+        if count == len(values):
+            scorer.score(scorer.gathered(vectors, slots), None, out=keys)
+        elif count > len(values) // 8:
+            # Putting it in its place is cheaper than scoring what it replaces in vain.
+            others = scorer.gathered(vectors, slots)
+            scorer.score(scorer.replaced(values, factors, written, others), None, out=keys)
+        else:
+            scorer.score(scorer.as_float(values), factors, out=keys)
+            if count:
+                keys.index_copy_(0, written, scorer.of(scorer.gathered(vectors, slots)))
+
+    def _of_written(self, scorer: Scorer, vectors: Tensor) -> Tensor:
+        """Scores of vectors that were written back, ``(n, d)`` → ``(n, B)``."""
+        return scorer.of(vectors)
+
+    def _update_fused(
+        self, best: RunningTopK, scorer: Scorer, first_row: int, chunk: Shard, excluded: Excluded | None
+    ) -> None:
+        """Let ``best`` take in a chunk, of whose scores only those are stored that it looks at."""
+        end = first_row + len(chunk.values)
+        factors = self._factors_of(chunk, first_row)
+        written, slots = self.overlay.between(first_row, end, chunk.values.device)
+        left_out = torch.zeros(len(chunk.values), dtype=torch.bool, device=written.device)
+        left_out[written] = True
+        pairs = None if excluded is None else excluded.between(first_row, end)
+        scores = BlockScores(*scorer.operands(chunk.values, factors), left_out, pairs)
+        best.update_blocks(scores.maxima, scores.of, first_row)
+        at_once = self._chunk_size(len(scorer.offset), written.device)
+        for start in range(0, len(written), at_once):
+            places = written[start : start + at_once]
+            keys = self._of_written(scorer, self.overlay.vectors[slots[start : start + at_once]])
+            if pairs is not None:
+                slot = torch.full_like(left_out, -1, dtype=torch.int64)
+                slot[places] = torch.arange(len(places), device=places.device)
+                place, query = slot[pairs[0]], pairs[1]
+                keys[place[place >= 0], query[place >= 0]] = -math.inf
+            best.take(keys, places + first_row)
+
+    def _factors_of(self, chunk: Shard, first_row: int) -> Tensor | None:
+        """What the rows of a chunk are multiplied with before they are corrected, ``(C,)``; None for 1."""
+        if not self._passed:
+            return self._find_factors(chunk.values, chunk, first_row)
+        if not self.normalize:
+            return chunk.scales
+        if self._factors is None:
+            return None
+        self._factors = self._factors.to(chunk.values.device)
+        return self._factors[self._place(first_row, chunk.values)]
+
+    def _find_factors(self, values: Tensor, chunk: Shard, first_row: int) -> Tensor | None:
+        """The same in the first pass, which finds them out and looks whether all is finite."""
+        norms: Tensor = values.float().norm(dim=-1)
+        if not torch.isfinite(norms).all() and len(bad := chunk.not_finite()):
+            rows = (bad[:5] + first_row).tolist()
+            raise CacheError(
+                f"The cache's embeddings of {len(bad)} rows, e.g. {rows}, are NaN or infinite: the cache is damaged. "
+                "Build it again."
+            )
+        if not self.normalize:
+            return chunk.scales
+        if self._factors is None:
+            self._factors = torch.ones(len(self.cache), device=values.device)
+        here = self._place(first_row, values)
+        factors = norms.clamp_min_(1e-12).reciprocal_()
+        if self.cache.dtype == torch.float32:
+            # Rounding is no reason to multiply; nor may the first pass, after a resumption say, differ from the others.
+            factors.masked_fill_((factors - 1).abs() < _UNIT, 1.0)
+        self._factors[here] = factors
+        return factors
+
+    def _place(self, first_row: int, values: Tensor) -> slice:
+        """Where some rows stand among those that the cache holds."""
+        start = first_row - self.cache.first_row
+        return slice(start, start + len(values))
+
+    def _finish_pass(self) -> None:
+        if self._factors is not None and (self._factors == 1).all():
+            self._factors = None
+        self._passed = True
+
+
+def _first_others(best: Tensor, rows: Tensor, scores: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Scores and rows: ``rows`` ``(B, n)``, then the first ``count`` of ``others`` ``(B, k)`` that are not among them,
+    then −1.
+    """
+    new = (others != NO_ROW) & (others[:, :, None] != rows[:, None, :]).all(-1)
+    order = (~new).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+    known = ~new.gather(1, order)
+    scores = scores.gather(1, order).masked_fill(known, -math.inf)
+    return torch.cat([best, scores], dim=1), torch.cat(
+        [rows, others.gather(1, order).masked_fill(known, NO_ROW)], dim=1
+    )

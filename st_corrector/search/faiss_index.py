@@ -1,0 +1,216 @@
+"""Static FAISS indices over the stale vectors of a cache: built once, saved, searched for the whole run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cache.embedding_cache import EmbeddingCache
+from ..errors import CacheError, InputError, StorageError
+from ..storage.files import make_folder, whole
+from ..storage.fingerprint import differences
+
+_INDEX, _DESCRIPTION = "index.faiss", "index.json"
+_ROWS_AT_ONCE = 65_536
+_TRAINED_ON = 262_144  # rows, at most: FAISS itself asks for 39 to 256 per centroid
+
+
+class FaissIndex:
+    """A FAISS index for inner products over a cache's vectors. Build or load one: :meth:`build`, :meth:`load`.
+
+    Args:
+        index: the FAISS index; its ids are corpus rows.
+        factory: the string that it was made from.
+        normalize: whether the vectors in it were brought to unit length.
+        parameters: what it is searched with, as FAISS's ``ParameterSpace`` reads it: ``"nprobe=32"``.
+    """
+
+    def __init__(self, index: Any, factory: str, normalize: bool, parameters: str = "") -> None:
+        self._index, self.factory, self.normalize, self.parameters = index, factory, normalize, parameters
+        if parameters:
+            try:
+                faiss_module().ParameterSpace().set_index_parameters(index, parameters)
+            except RuntimeError as error:
+                raise InputError(f"FAISS cannot set {parameters!r} on an index {factory!r}: {error}") from error
+
+    @classmethod
+    def build(
+        cls,
+        cache: EmbeddingCache,
+        factory: str,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        normalize: bool = True,
+        parameters: str = "",
+    ) -> FaissIndex:
+        """Index all vectors of ``cache``; where ``path`` holds this index of this cache already, load it.
+
+        Args:
+            factory: FAISS's index factory string: ``"Flat"``, ``"IVF4096,Flat"``, ``"HNSW32"``, ``"IVF4096,PQ48"``, …
+            path: a folder to keep it in, such as one inside the cache's; None keeps it in memory.
+            normalize: bring the vectors to unit length (cosine similarity).
+            parameters: what it is searched with, such as ``"nprobe=32"`` or ``"efSearch=128"``.
+
+        Raises:
+            InputError: FAISS is not installed, does not understand ``factory`` or ``parameters``, or cannot make such
+                an index of this cache.
+            CacheError: ``path`` holds something else.
+        """
+        faiss = faiss_module()
+        folder = None if path is None else Path(path)
+        if folder is not None and (folder / _DESCRIPTION).exists():
+            return cls.load(folder, cache, factory=factory, normalize=normalize, parameters=parameters)
+        if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CacheError(f"{folder} is not empty and holds no index: choose an empty or new folder.")
+        try:
+            index = faiss.index_factory(cache.dim, factory, faiss.METRIC_INNER_PRODUCT)
+        except RuntimeError as error:
+            raise InputError(f"FAISS does not understand the index factory string {factory!r}: {error}") from error
+        prepare = (lambda x: F.normalize(x, dim=-1)) if normalize else (lambda x: x)
+        try:
+            if not index.is_trained:
+                generator = np.random.default_rng(0)
+                rows = cache.first_row + np.sort(generator.permutation(len(cache))[:_TRAINED_ON])
+                index.train(prepare(cache[rows].cpu()).numpy())
+            for _, chunk in cache.chunks(_ROWS_AT_ONCE):
+                index.add(prepare(chunk.float().cpu()).numpy())
+        except RuntimeError as error:
+            raise InputError(f"FAISS cannot make an index {factory!r} of {cache!r}: {error}") from error
+        built = cls(index, factory, normalize, parameters)
+        if folder is not None:
+            built._save(folder, cache)
+        return built
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        cache: EmbeddingCache,
+        *,
+        factory: str | None = None,
+        normalize: bool = True,
+        parameters: str = "",
+    ) -> FaissIndex:
+        """The index in the folder ``path``, memory-mapped where FAISS can.
+
+        Args:
+            path: where :meth:`build` has put it.
+            cache: what it is an index of.
+            factory: refuse one made from another string.
+            normalize: refuse one made otherwise.
+            parameters: what it is searched with.
+
+        Raises:
+            CacheError: there is none, or it is one of something else.
+        """
+        faiss, folder = faiss_module(), Path(path)
+        expected = {**_identity(cache), "factory": factory, "normalize": normalize}
+        try:
+            found = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError(f"its {_DESCRIPTION} is a {type(found).__name__}")
+        except (OSError, ValueError, RecursionError) as error:
+            raise CacheError(f"{folder} holds no index ({error}): build one with FaissIndex.build.") from error
+        if factory is None:
+            expected["factory"] = found.get("factory")
+        if different := differences({name: found.get(name) for name in expected}, expected):
+            raise CacheError(f"{folder} holds an index of something else:\n  " + "\n  ".join(different))
+        file = str(folder / _INDEX)
+        if not os.path.isfile(file) or os.path.getsize(file) != found.get("bytes"):
+            raise CacheError(f"{file} is missing or cut short: delete the folder and build it again.")
+        try:
+            index = faiss.read_index(file, faiss.IO_FLAG_MMAP_IFC)
+        except RuntimeError:  # not every kind of index can be mapped
+            try:
+                index = faiss.read_index(file)
+            except RuntimeError as error:
+                raise CacheError(f"{file} is damaged ({error}): delete the folder and build it again.") from error
+        return cls(index, found["factory"], normalize, parameters)
+
+    def __len__(self) -> int:
+        return int(self._index.ntotal)
+
+    def __repr__(self) -> str:
+        return f"FaissIndex({self.factory!r}, {len(self):,} rows, parameters={self.parameters!r})"
+
+    @torch.no_grad()
+    def search(self, queries: Tensor, k: int, skip: np.ndarray | None = None) -> Tensor:
+        """The rows with the ``k`` largest inner products that the index finds, from the cache's first on: ``(B, k)``,
+        −1 where it finds fewer.
+
+        Args:
+            queries: ``(B, d)``.
+            k: how many rows.
+            skip: rows that are left out, as a bitmap: bit ``row % 8`` of byte ``row // 8``.
+        """
+        faiss = faiss_module()
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        parameters = None
+        if skip is not None:
+            skipped = faiss.IDSelectorBitmap(skip)
+            selector = faiss.IDSelectorNot(skipped)
+            parameters = _search_parameters(self._index, selector)
+        found = self._index.search(queries.float().cpu().numpy(), k, params=parameters)[1]
+        return torch.from_numpy(found).to(queries.device)
+
+    def _save(self, folder: Path, cache: EmbeddingCache) -> None:
+        make_folder(folder)
+        with whole(folder / _INDEX) as partial:
+            try:
+                faiss_module().write_index(self._index, str(partial))
+            except RuntimeError as error:  # how FAISS tells that a file cannot be written
+                raise StorageError(f"{folder / _INDEX} cannot be written ({error}): is the disk full?") from error
+        description = {**_identity(cache), "factory": self.factory, "normalize": self.normalize}
+        description["bytes"] = (folder / _INDEX).stat().st_size
+        # Last: a folder without it holds no index.
+        with whole(folder / _DESCRIPTION) as partial:
+            partial.write_text(json.dumps(description, indent=2), encoding="utf-8")
+
+
+def _identity(cache: EmbeddingCache) -> dict[str, Any]:
+    """What tells a cache from others; its first rows stand for one whose making is not known."""
+    start = cache[np.arange(cache.first_row, min(cache.first_row + 4, cache.end))].double().sum().item()
+    return {
+        "rows": len(cache),
+        "first_row": cache.first_row,
+        "dim": cache.dim,
+        "fingerprint": cache.fingerprint,
+        "first_rows": round(start, 4),
+    }
+
+
+def _search_parameters(index: Any, selector: Any) -> Any:
+    """FAISS's parameters for one search: a selector, and all else as the index has it."""
+    faiss = faiss_module()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return faiss.SearchParametersPreTransform(index_params=_search_parameters(index.index, selector))
+    if isinstance(index, faiss.IndexIVFPQ):
+        return faiss.IVFPQSearchParameters(sel=selector, nprobe=index.nprobe)
+    if isinstance(index, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(sel=selector, nprobe=index.nprobe)
+    if isinstance(index, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(sel=selector, efSearch=index.hnsw.efSearch)
+    return faiss.SearchParameters(sel=selector)
+
+
+def faiss_module() -> Any:
+    """FAISS.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise InputError(
+            "An index needs FAISS: pip install 'st-corrector[faiss-cpu]' (or faiss-gpu for a CUDA build)."
+        ) from error
+    return faiss

@@ -1,0 +1,276 @@
+"""Approximate search: a shortlist from something cheaper, rescored by the present corrector."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache.embedding_cache import EmbeddingCache
+from ..correctors import Corrector, IdentityCorrector
+from ..errors import InputError
+from ..runtime.distributed import Processes
+from ..runtime.memory import require_memory
+from ..runtime.precision import in_float32
+from .exact import CorrectedSearch, Found, Sampler
+from .faiss_index import FaissIndex
+from .fidelity import overlap_at_k
+from .overlay import Overlay
+from .scoring import ChunkScores, Excluded, Scorer
+from .topk import BLOCK, NO_ROW, RunningTopK
+
+logger = logging.getLogger(__name__)
+_CHECKED_QUERIES = 8
+_WRITTEN_AT_ONCE = 8_192
+_CORRECTED_AT_ONCE = 16_384
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """How candidates are found before the present corrector scores them.
+
+    Where the queries are corrected instead of the corpus (``normalize=False`` and an affine corrector), the index of
+    the stale vectors is searched by the corrected queries, serves for the whole run, and what it finds is what a search
+    of the corrected corpus would find. Otherwise the stale vectors (or a copy corrected some steps ago, with ``every``)
+    only suggest candidates, and ``size`` decides how many of the best are among them.
+
+    Args:
+        index: ``"exact"``, a FAISS index factory string, or a :class:`FaissIndex` of the cache, made before.
+        size: candidates for each query before exclusions; by default the number asked for where the queries are
+            corrected, and 8 times as many where they are not.
+        every: correct the whole cache into a copy in bfloat16, ``2·N·d`` bytes, and search that, made anew whenever so
+            many steps have passed; None searches the stale vectors as they are. A FAISS index is built anew each time.
+            No checkpoint holds the copy: a run that is resumed makes it anew at once, by the corrector as it is then.
+        parameters: what a FAISS index made from a string is searched with, such as ``"nprobe=32"``.
+        check_every: at the first search, and once in so many, some queries are searched exactly as well, which measures
+            recall.
+        min_recall: a measured recall below it is warned of.
+
+    Raises:
+        InputError: a number is out of range, or a ready-made index is to be made anew.
+    """
+
+    index: str | FaissIndex = "exact"
+    size: int | None = None
+    every: int | None = None
+    parameters: str = ""
+    check_every: int = 100
+    min_recall: float = 0.9
+
+    def __post_init__(self) -> None:
+        if min(1 if self.size is None else self.size, 1 if self.every is None else self.every, self.check_every) < 1:
+            raise InputError(
+                f"size, every and check_every must be at least 1, got {self.size}, {self.every} and {self.check_every}."
+            )
+        if not 0 <= self.min_recall <= 1:
+            raise InputError(f"min_recall must lie in [0, 1], got {self.min_recall}.")
+        if self.every is not None and isinstance(self.index, FaissIndex):
+            raise InputError("every makes the index anew: give its factory string instead of an index made before.")
+
+
+class ShortlistSearch(CorrectedSearch):
+    """Searches a shortlist instead of the whole corrected corpus; rows written back are always scored, exactly.
+
+    Args:
+        cache, corrector, normalize, chunk_size, processes: see :class:`CorrectedSearch`.
+        shortlist: how candidates are found.
+
+    Raises:
+        InputError: an index of other vectors, or one that FAISS cannot make.
+    """
+
+    def __init__(
+        self,
+        cache: EmbeddingCache,
+        corrector: Corrector,
+        shortlist: Shortlist,
+        *,
+        normalize: bool = True,
+        chunk_size: int | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        super().__init__(cache, corrector, normalize=normalize, chunk_size=chunk_size, processes=processes)
+        self.shortlist = shortlist
+        self.recall: float | None = None
+        """Of the ``k`` that an exact search selects, the share that was selected too, when it was last measured."""
+        self._searches = 0
+        self._copied_at = 0
+        self._copied_by: Corrector | None = None
+        if shortlist.every is None:
+            self._source = self._make_source(cache, normalize)
+
+    @torch.no_grad()
+    @in_float32
+    def search(
+        self,
+        queries: Tensor,
+        k: int,
+        exclude: Tensor | None = None,
+        sampler: Sampler = "top_k",
+        scale: float = 1.0,
+        seed: int | None = None,
+        ceiling: Tensor | None = None,
+    ) -> Found:
+        """As :meth:`CorrectedSearch.search`, among the shortlist; ``too_similar`` counts what was in it.
+
+        Raises:
+            InputError: a sampler that needs the scores of all rows, besides what an exact search refuses.
+        """
+        queries = self._check(queries, k, sampler, seed)
+        if sampler != "top_k":
+            raise InputError(
+                f"sampler={sampler!r} looks at every row, a shortlist does not: take 'top_k' (with "
+                "FalseNegativeFilter(range_max=…) the ranks up to range_max are sampled from)."
+            )
+        self.corrector.to(queries.device)
+        found = self._search_shortlist(queries, k, exclude, ceiling)
+        if self._searches % self.shortlist.check_every == 0:
+            self._measure_recall(queries, k, exclude, ceiling, found)
+        self._searches += 1
+        return found
+
+    def memory(self, batch_size: int, k: int, device: torch.device | str, rows_written: int = 0) -> dict[str, int]:
+        needs = super().memory(batch_size, k, device, rows_written)
+        size = (self.shortlist.size or 8 * k) * batch_size
+        needs[f"shortlists of {batch_size} queries"] = 12 * size * self.cache.dim
+        if self.shortlist.every is not None:
+            needs["corrected copy in bfloat16"] = 2 * len(self.cache) * self.cache.dim
+        return needs
+
+    def _search_shortlist(self, queries: Tensor, k: int, exclude: Tensor | None, ceiling: Tensor | None) -> Found:
+        device, batch_size = queries.device, len(queries)
+        if exclude is not None:
+            exclude = exclude.to(device).expand(batch_size, -1)
+        limit = queries.new_full((batch_size,), math.inf) if ceiling is None else ceiling
+        best = self._best_written(queries, k, exclude, limit)
+        size = self.shortlist.size or (k if self.corrects_queries else 8 * k)
+        candidates = self._candidates(queries, size + (0 if exclude is None else exclude.shape[1]))
+        scores = self.score(queries, candidates)
+        if exclude is not None:
+            known = (candidates[:, :, None] == exclude[:, None, :]).any(-1)
+            scores = scores.masked_fill(known, -math.inf)
+        above = scores > limit[:, None]
+        scores = scores.masked_fill(above, -math.inf)
+        rows = torch.cat([candidates, best.rows], dim=1)
+        scores = torch.cat([scores, best.scores], dim=1)
+        # Equal scores in the order of their rows, as everywhere.
+        rows, order = rows.sort(dim=1)
+        scores = scores.gather(1, order)
+        scores, order = (each[:, :k] for each in scores.sort(dim=1, descending=True, stable=True))
+        rows = rows.gather(1, order).masked_fill(scores == -math.inf, NO_ROW)
+        scores, rows = self._merge(scores, rows)
+        return Found(scores, rows, self.processes.sum(above.sum(1) + best.too_similar))
+
+    def _best_written(self, queries: Tensor, k: int, exclude: Tensor | None, limit: Tensor) -> Found:
+        """The best of all rows that have been written back, exactly."""
+        overlay = self.overlay.to(queries.device)
+        scorer = Scorer(self.corrector, queries, self.corrects_queries)
+        # As if the written rows were the corpus: a query's excluded rows are where they stand among them.
+        excluded = None
+        if exclude is not None:
+            excluded = Excluded(overlay.slots(exclude.clamp(min=0)).masked_fill(exclude < 0, NO_ROW))
+        best = RunningTopK(len(queries), k, queries.device)
+        too_similar = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+        for start in range(0, len(overlay), _WRITTEN_AT_ONCE):
+            keys = scorer.of(overlay.vectors[start : start + _WRITTEN_AT_ONCE])
+            scores = ChunkScores(keys, keys.new_empty(len(keys) // BLOCK, len(queries)))
+            scores.add(len(keys))
+            if excluded is not None:
+                scores.mask(*excluded.between(start, start + len(keys)))
+            too_similar += scores.mask_above(limit - scorer.offset)
+            best.update(keys, start, scores.maxima)
+        found, slots = best.best
+        rows = overlay.rows[slots.clamp(min=0)].masked_fill_(slots == NO_ROW, NO_ROW) if len(overlay) else slots
+        return Found(found + scorer.offset[:, None], rows, too_similar)
+
+    def _candidates(self, queries: Tensor, count: int) -> Tensor:
+        """Rows that have not been written back, which the source takes for the best: ``(B, count)``, padded with −1."""
+        every = self.shortlist.every
+        if every is not None and (self._copied_by is not self.corrector or self.steps - self._copied_at >= every):
+            self._source = self._make_source(self._corrected_copy(queries.device), normalize=False)
+            self._copied_by, self._copied_at = self.corrector, self.steps
+        if every is None and self.corrects_queries and (side := self.corrector.on_query_side(queries)) is not None:
+            queries = side.probes
+        return self._source.candidates(queries, min(count, len(self.cache)))
+
+    def _make_source(self, cache: EmbeddingCache, normalize: bool) -> _Scan | _Indexed:
+        index = self.shortlist.index
+        if index == "exact":
+            return _Scan(cache, normalize, self.chunk_size, self.overlay)
+        if isinstance(index, str):
+            index = FaissIndex.build(cache, index, normalize=normalize, parameters=self.shortlist.parameters)
+        if len(index) != len(cache) or index.normalize != normalize:
+            raise InputError(
+                f"{index!r} with normalize={index.normalize} is no index of {cache!r} with normalize={normalize}."
+            )
+        return _Indexed(index, self.overlay, cache.first_row)
+
+    def _corrected_copy(self, device: torch.device) -> EmbeddingCache:
+        """The whole cache as the corrector has it now, in bfloat16."""
+        size = len(self.cache) * self.cache.dim * torch.bfloat16.itemsize
+        require_memory({f"corrected copy, {len(self.cache):,} × {self.cache.dim} in bfloat16": size}, device)
+        rows = torch.arange(self.cache.first_row, self.cache.end, device=device)
+        blocks = (self.corrector(self._stale_here(some)) for some in rows.split(_CORRECTED_AT_ONCE))
+        first, corpus_size = self.cache.first_row, self.cache.corpus_size
+        return EmbeddingCache.from_blocks(blocks, torch.bfloat16, first, corpus_size, rows=len(rows))
+
+    def _measure_recall(
+        self, queries: Tensor, k: int, exclude: Tensor | None, ceiling: Tensor | None, found: Found
+    ) -> None:
+        some = slice(0, _CHECKED_QUERIES)
+        if exclude is not None and exclude.ndim == 2:
+            exclude = exclude[some]
+        exact = super().search(queries[some], k, exclude, ceiling=None if ceiling is None else ceiling[some])
+        self.recall = overlap_at_k(found.rows[some], exact.rows).mean().item()
+        if self.recall < self.shortlist.min_recall:
+            logger.warning(
+                "The shortlist finds %.1f %% of the %d targets that an exact search selects (measured on %d queries): "
+                "raise Shortlist(size=…), the index's parameters, or correct the copy more often.",
+                100 * self.recall,
+                k,
+                len(exact.rows),
+            )
+
+
+class _Scan(CorrectedSearch):
+    """Candidates by an exact search of the vectors as they are, without the rows that have been written back."""
+
+    def __init__(self, cache: EmbeddingCache, normalize: bool, chunk_size: int | None, overlay: Overlay) -> None:
+        super().__init__(
+            cache, IdentityCorrector(cache.dim, normalize=False), normalize=normalize, chunk_size=chunk_size
+        )
+        self.overlay = overlay
+
+    def candidates(self, queries: Tensor, count: int) -> Tensor:
+        return self.search(queries, count).rows
+
+    def _score_strip(
+        self, scorer: Scorer, values: Tensor, factors: Tensor | None, written: Tensor, slots: Tensor, keys: Tensor
+    ) -> None:
+        scorer.score(scorer.as_float(values), factors, out=keys)
+        keys.index_fill_(0, written, -math.inf)
+
+    def _of_written(self, scorer: Scorer, vectors: Tensor) -> Tensor:
+        return torch.full_like(scorer.of(vectors), -math.inf)
+
+
+class _Indexed:
+    """Candidates from a FAISS index, without the rows that have been written back."""
+
+    def __init__(self, index: FaissIndex, overlay: Overlay, first_row: int) -> None:
+        self._index, self._overlay, self._first_row = index, overlay, first_row
+        self._skip = np.zeros(-(-len(index) // 8), dtype=np.uint8)
+        self._skipped = 0
+
+    def candidates(self, queries: Tensor, count: int) -> Tensor:
+        if len(self._overlay) < self._skipped:  # it has been loaded anew
+            self._skip[:], self._skipped = 0, 0
+        rows = self._overlay.rows[self._skipped :].cpu().numpy() - self._first_row
+        np.bitwise_or.at(self._skip, rows // 8, np.left_shift(1, rows % 8).astype(np.uint8))
+        self._skipped = len(self._overlay)
+        found = self._index.search(queries, count, self._skip if self._skipped else None)
+        return torch.where(found == NO_ROW, found, found + self._first_row)

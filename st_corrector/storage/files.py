@@ -1,0 +1,108 @@
+"""Files that are there whole or not at all, also after a kill, a full disk or a power cut."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..errors import StorageError
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors tells
+
+
+@contextmanager
+def storing(path: Path, advice: str) -> Iterator[None]:
+    """Say of what the system refuses in this block that it is ``path`` that cannot be written, and how to go on.
+
+    Args:
+        advice: what to do when the cause is mended.
+
+    Raises:
+        StorageError: something cannot be written.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # how torch.save tells
+            raise
+        told = _OS_ERROR.search(str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None) or 0
+        reason = os.strerror(number) if number else str(error)
+        raise StorageError(f"{path} cannot be written: {reason}. {_MEND.get(number, '')}{advice}") from error
+
+
+@contextmanager
+def whole(path: Path, advice: str = "Then call the same again.") -> Iterator[Path]:
+    """Give the block a file to write which becomes ``path`` when it is whole; before that ``path`` is what it was.
+
+    Raises:
+        StorageError: it cannot be written; nothing of it is left.
+    """
+    # A name of this process's own: two that write one file must not write into one another's.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with storing(path, advice):
+            yield partial
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def make_folder(path: Path, advice: str = "Choose another one.") -> None:
+    """Make a folder and those it is in, if they are not there.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    with storing(path, advice):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse to begin what does not fit on the disk.
+
+    Args:
+        needed: bytes.
+        what: what they are needed for.
+
+    Raises:
+        StorageError: there are fewer; it has the numbers.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StorageError(
+            f"{what} takes {needed / 1e6:,.1f} MB, and the disk of {folder} has {free / 1e6:,.1f} MB left: make room, "
+            "choose another folder, or a smaller dtype."
+        )
+
+
+_MEND = {
+    errno.ENOSPC: "Make room. ",
+    errno.EDQUOT: "Make room within the quota. ",
+    errno.EACCES: "Choose a folder that can be written to. ",
+    errno.EPERM: "Choose a folder that can be written to. ",
+    errno.EROFS: "Choose a folder that can be written to. ",
+}
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names in ``folder`` on disk as well, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,62 @@
+"""Short strings that tell two things apart, and what differs between two descriptions, in words.
+
+Nothing here is cryptographic protection: a fingerprint tells two honest things apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_DIGEST = re.compile("[0-9a-f]{32}")
+
+
+def digest(*parts: bytes | str) -> str:
+    """32 hex digits over ``parts``; where one part ends and the next begins matters."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode("utf-8") if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little"))
+        state.update(data)
+    return state.hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    return digest(json.dumps(value, sort_keys=True, default=str))
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """One line for each component that differs, e.g. ``prompt: 'passage: ' there, '' here``; of digests, that they do.
+
+    Args:
+        found, expected: by component; what is nested is compared part by part.
+    """
+    if isinstance(found.get("modules"), str) and isinstance(expected.get("modules"), Mapping):
+        return ["version: described by an earlier version of st_corrector, in a way that cannot be compared any more"]
+    lines = []
+    for key in sorted(found.keys() | expected.keys()):
+        there, here = found.get(key), expected.get(key)
+        if key not in expected or key not in found:
+            lines.append(f"{key}: {'there, and not here' if key in found else 'here, and not there'}")
+        elif isinstance(there, Mapping) and isinstance(here, Mapping):
+            lines += [f"{key}, {line}" for line in differences(there, here)]
+        elif there != here:
+            lines.append(_difference(key, there, here))
+    return lines
+
+
+def _difference(key: str, there: Any, here: Any) -> str:
+    if all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (there, here)):
+        return f"{key}: {_IN_WORDS.get(key, 'not the same')}"
+    return f"{key}: {there!r} there, {here!r} here"
+
+
+# What digests stand for, since nobody can read them.
+_IN_WORDS = {
+    "corpus": "other texts, or the same in another order",
+    "tokenizer": "another vocabulary, other special tokens or rules, or texts are cut elsewhere",
+    "weights": "other weights, or the same in another precision",
+}

@@ -1,0 +1,439 @@
+"""The sentence-transformers trainer, with what the corrected loss needs beside the model: its log, its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import quote
+
+import torch
+from datasets import Dataset, IterableDataset, Value
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.base.data_collator import DEFAULT_LABEL_COLUMNS
+from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
+
+from ..cache.embedding_cache import EmbeddingCache
+from ..correctors import Corrector, Frames, IdentityCorrector, make_corrector
+from ..correctors.saving import FOLDER as CORRECTOR_FOLDER
+from ..data.corpus import Corpus
+from ..data.encoding import ONE_PROCESS_FOR_SEVERAL_GPUS, DocumentEncoder
+from ..errors import CheckpointError, InputError, NonFiniteError, ProcessError, StorageError
+from ..losses.cached import CachedCorrectedMultipleNegativesLoss
+from ..losses.checks import LAYERS, compares_unit_vectors
+from ..losses.corrected import CorrectedMultipleNegativesLoss
+from ..reporting.model_card import CorrectorModelCardData
+from ..runtime.distributed import Processes
+from ..runtime.memory import describe_memory, require_memory
+from ..storage.files import storing
+from ..storage.fingerprint import digest_json
+from .arguments import CorrectorTrainingArguments
+from .callbacks import FidelityCallback, RefreshCallback
+from .checkpoint import FOLDER, fault_of, load_losses, save_losses, seal, unseal
+from .guard import Guard, NonFinitePolicy
+from .recorder import Recorder
+
+logger = logging.getLogger(__name__)
+
+
+class CorrectorTrainer(SentenceTransformerTrainer):
+    """:class:`~sentence_transformers.SentenceTransformerTrainer` with what the plain one cannot give a loss:
+
+    - whatever it reports to (TensorBoard, Weights & Biases, Trackio, the console) shows staleness beside the loss,
+      :meth:`CorrectedMultipleNegativesLoss.pop_metrics`;
+    - checkpoints hold the corrector and what has been written back, so that a resumed run is the run that was not
+      interrupted, and ``load_best_model_at_end`` brings back the corrector of that step;
+    - checkpoints that are cut short or damaged are told apart, and passed over when a run is resumed;
+    - SIGTERM is answered with a checkpoint, unless ``save_strategy="no"``, and what is NaN or infinite ends the run
+      before it has touched the weights, or costs one step: :class:`~st_corrector.training.guard.Guard`;
+    - before the first step it prints what choosing negatives will take in memory, and refuses what does not fit;
+    - with ``corpus`` it makes the loss, the cache and the data set itself, as its arguments say.
+
+    The plain trainer trains the same.
+
+    Args:
+        model, args: see :class:`~sentence_transformers.SentenceTransformerTrainer`.
+        corpus: the targets. Without ``loss``, :class:`CorrectedMultipleNegativesLoss` is taken (or with
+            ``mini_batch_size`` its cached twin); without ``train_dataset``, ``corpus.pairs(args.train_split)``.
+        kwargs: the other arguments of :class:`~sentence_transformers.SentenceTransformerTrainer`. What the arguments
+            say of negatives goes into a loss that is made here, not into one that is passed. With ``model_init``,
+            :meth:`train` and every trial of a hyperparameter search begin with a new model, and so with a loss, a
+            corrector and a record of their own, as the arguments are then: pass ``corpus`` alone, or a ``loss`` that
+            is a function of the model.
+
+    Raises:
+        InputError: a loss is to be made without a corpus, a corrected loss is passed ready-made beside ``model_init``,
+            several data sets are to be trained on by several processes, which may draw different ones in one step,
+            batches of a streamed training set are to be dispatched, the encoder's weights are to be cut between
+            processes, or one process is to use several GPUs.
+    """
+
+    training_args_class = CorrectorTrainingArguments
+    args: CorrectorTrainingArguments
+
+    def __init__(
+        self,
+        model: SentenceTransformer | None = None,
+        args: CorrectorTrainingArguments | None = None,
+        *,
+        corpus: Corpus | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.corpus = corpus
+        self._loss_given = kwargs.get("loss")
+        if corpus is not None and kwargs.get("train_dataset") is None:
+            kwargs["train_dataset"] = corpus.pairs("train" if args is None else args.train_split)
+        if model is not None:
+            model.model_card_data = CorrectorModelCardData.of(model.model_card_data)
+        super().__init__(model, args, **kwargs)
+        dispatched = getattr(self.args.accelerator_config, "dispatch_batches", None) is not False
+        if isinstance(self.train_dataset, IterableDataset) and dispatched:
+            raise InputError(
+                "When accelerate dispatches batches, as it does for an IterableDataset, it cuts every tensor to as "
+                "many rows as there are pairs, a static encoder's token ids too, and fails with several processes: "
+                "pass accelerator_config={'dispatch_batches': False} in the arguments."
+            )
+        if any(
+            isinstance(module, AdaptiveLayerLoss)
+            for loss in filter(_is_corrected, _each(self.loss))
+            for module in loss.modules()
+        ):
+            raise InputError(LAYERS)
+        losses = self._corrected_losses()
+        for data in (self.train_dataset, self.eval_dataset):
+            for name, each in data.items() if isinstance(data, dict) else [("", data)]:
+                if _is_corrected(self.loss.get(name) if isinstance(self.loss, dict) else self.loss):
+                    _require_columns(each)
+        if losses and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise InputError(
+                "FSDP and DeepSpeed's ZeRO-3 cut the encoder's weights between processes, which then have to call it "
+                "equally often, while each encodes its own share of targets here: use DDP, with mini_batch_size, LoRA "
+                "or gradient checkpointing where memory is short."
+            )
+        if losses and self.args.n_gpu > 1:
+            raise InputError(ONE_PROCESS_FOR_SEVERAL_GPUS)
+        several = isinstance(self.train_dataset, dict) and len(self.train_dataset) > 1
+        if losses and several and self.args.world_size > 1:
+            raise InputError(
+                "With several data sets each process draws its own in every step, while choosing negatives needs all "
+                "processes in one: concatenate the data sets (their labels are rows of one corpus), or use one process."
+            )
+        if self.model_init is not None and any(map(_is_corrected, _each(self._loss_given))):
+            raise InputError(
+                "With model_init every run begins with a new model, while the loss that was passed keeps its corrector "
+                "and what it has counted: pass loss=lambda model: CorrectedMultipleNegativesLoss(model, …), or "
+                "corpus=… alone."
+            )
+        self.guard = Guard(cast(NonFinitePolicy, self.args.non_finite), Processes.current())
+        """What has been skipped, and whether the run was told to stop."""
+        self.add_callback(self.guard)
+        self._of_run: list[TrainerCallback] = []
+        self._begin_run(self.model)
+
+    def _begin_run(self, model: SentenceTransformer) -> None:
+        """Make what belongs to one run: its record, and what measures or refreshes its losses."""
+        for callback in self._of_run:
+            self.remove_callback(callback)
+        losses = self._corrected_losses()
+        self.guard.begin(cast(NonFinitePolicy, self.args.non_finite))
+        self.recorder = Recorder(model, losses, self.args.example_queries)
+        """Keeps the record of the run."""
+        self._of_run = [self.recorder] if losses else []
+        if losses and isinstance(model.model_card_data, CorrectorModelCardData):
+            model.model_card_data.tell_of(self.recorder.record)
+        for loss in losses.values() if self._loss_given is None else ():
+            if self.args.refresh_every is not None:
+                self._of_run.append(RefreshCallback(loss, self.args.refresh_every))
+            if self.args.probe_every is not None:
+                self._of_run.append(FidelityCallback(loss, self.args.probe_every))
+        for callback in self._of_run:
+            self.add_callback(callback)
+
+    def call_model_init(self, trial: Any = None) -> SentenceTransformer:
+        if trial is not None:
+            self._hp_search_setup(trial)  # which the plain trainer does later: the loss is made of these arguments
+        model = cast(SentenceTransformer, super().call_model_init(trial))
+        model.model_card_data = CorrectorModelCardData.of(model.model_card_data)
+        if hasattr(self, "loss"):  # a run begins; otherwise the trainer is still being made
+            given = self.get_default_loss if self._loss_given is None else self._loss_given
+            made: Any = (
+                {name: self._loss_of(each, model) for name, each in given.items()}
+                if isinstance(given, dict)
+                else self._loss_of(given, model)
+            )
+            self.loss = made
+            self._begin_run(model)
+            self._plan_memory()
+        return model
+
+    def _loss_of(self, given: Any, model: SentenceTransformer) -> nn.Module:
+        """The loss of a new model: what a given function makes for it, or a given loss with it instead of the other."""
+        if isinstance(given, nn.Module):
+            return self.override_model_in_loss(given, model)
+        return self.prepare_loss(given, model)
+
+    def get_default_loss(self, model: SentenceTransformer) -> nn.Module:  # type: ignore[override]
+        """:class:`CorrectedMultipleNegativesLoss` over :attr:`corpus`, as the arguments say.
+
+        Raises:
+            InputError: there is no corpus.
+        """
+        args = self.args
+        if self.corpus is None:
+            raise InputError("Pass a loss, or corpus=…, over which CorrectorTrainer makes one.")
+        cache, settings = None, args.loss_settings
+        if args.num_negatives:
+            cache = self._cache(model, self.corpus)
+            options = {"normalize": compares_unit_vectors(model), **args.corrector_options}
+            settings["corrector"] = make_corrector(args.corrector, cache.dim, **options)
+        if args.mini_batch_size is not None:
+            return CachedCorrectedMultipleNegativesLoss(
+                model, self.corpus, cache, mini_batch_size=args.mini_batch_size, **settings
+            )
+        return CorrectedMultipleNegativesLoss(model, self.corpus, cache, **settings)
+
+    def _cache(self, model: SentenceTransformer, corpus: Corpus) -> EmbeddingCache:
+        """The cache of the model as it is now, which is where training starts, also where it is resumed."""
+        args, path = self.args, self.args.cache_path
+        if path is None or self.model_init is not None:  # each run may begin with another model
+            fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
+            # What begins with "_" the trainer does not push to the Hub.
+            path = os.path.join(path or str(args.output_dir), f"_cache-{digest_json(fingerprint)[:12]}")
+        cache = EmbeddingCache.build(
+            model, corpus, path, args.cache_batch_size, args.cache_dtype, progress=not args.disable_tqdm
+        )
+        if not args.cache_on_device:
+            return cache
+        return cache.share(args.device)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As the plain trainer's, after the memory plan.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the last one in ``output_dir`` that is complete:
+                one whose writing was cut short is passed over, with a warning.
+            kwargs: see the plain trainer.
+
+        Raises:
+            InputError: what choosing negatives needs does not fit on the model's device.
+            CheckpointError: a checkpoint that is to be resumed is not complete, or damaged.
+            StorageError: a checkpoint cannot be written; those before are as they were, nothing of this one is left.
+            NonFiniteError: embeddings, the loss, the corrector or gradients are NaN or infinite.
+            SystemExit: status 143, with SIGTERM, when the checkpoint is written.
+        """
+        if self.model_init is None:
+            self._plan_memory()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_complete_checkpoint()
+        elif resume_from_checkpoint and (fault := fault_of(resume_from_checkpoint)):
+            raise CheckpointError(f"{resume_from_checkpoint} {fault}: go on from another checkpoint.")
+        with nullcontext() if self.args.save_strategy == SaveStrategy.NO else self.guard.listening():
+            return super().train(resume_from_checkpoint, **kwargs)
+
+    def _plan_memory(self) -> None:
+        """Print what choosing negatives will take, and refuse what does not fit."""
+        batch_size = self.args.train_batch_size
+        if self.args.max_steps > 0:
+            batches = self.args.max_steps * self.args.gradient_accumulation_steps
+        else:
+            data = self.train_dataset
+            pairs = sum(map(len, data.values())) if isinstance(data, dict) else len(data)  # type: ignore[arg-type]
+            batches = math.ceil(pairs / (batch_size * self.args.world_size) * self.args.num_train_epochs)
+        for name, loss in self._corrected_losses().items():
+            if needs := loss.memory(batch_size, batches):
+                require_memory(needs, self.args.device)
+                if self.is_world_process_zero():
+                    print(_prefix(name) + describe_memory(needs, self.args.device))
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_dispatching():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_dispatching():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _without_dispatching(self) -> Iterator[None]:
+        """Have each process make its own batches of streamed data: see what the constructor says of dispatched ones."""
+        config = self.accelerator.dataloader_config
+        dispatches, config.dispatch_batches = config.dispatch_batches, False
+        try:
+            yield
+        finally:
+            config.dispatch_batches = dispatches
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The plain trainer takes one step too many where it resumes what was finished already.
+        if 0 < self.state.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        except NonFiniteError as error:
+            self.guard.drop_step(error, model, self.state.global_step)
+            return torch.tensor(torch.nan, device=self.args.device)  # left out of the mean that is logged
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        # Before clipping, which spreads what is not finite over all parameters.
+        self.guard.check_gradients(self.model, self.args, self.state.global_step)
+        return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        advice = (
+            "The checkpoints before are as they were, and what is not complete is removed: resume from the last one."
+        )
+        try:
+            with storing(checkpoint, advice):
+                if self.args.should_save:
+                    unseal(checkpoint)
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save and not self.args.save_only_model:
+                    seal(checkpoint)  # what was written last
+        except (StorageError, ProcessError):
+            # With its last file it is complete, and what has failed came after.
+            if self.args.should_save and not (checkpoint / "trainer_state.json").exists():
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
+        if self.guard.is_stopping:
+            self.guard.processes.wait()  # a launcher ends all as soon as one has ended
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _last_complete_checkpoint(self) -> str | bool:
+        incomplete = []
+        for checkpoint in reversed(sort_checkpoints(str(self.args.output_dir))):
+            fault = fault_of(checkpoint)
+            if fault is None:
+                return checkpoint
+            incomplete.append(f"{Path(checkpoint).name} {fault}")
+            logger.warning("Passing over a checkpoint that cannot be trusted: %s.", incomplete[-1])
+        if incomplete:
+            faults = "; ".join(incomplete)
+            raise CheckpointError(f"No checkpoint in {self.args.output_dir} is complete and undamaged: {faults}.")
+        return True  # the plain trainer says that there is none
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        components = self.accum_loss_components["train"]
+        if not components.get("steps") and self.args.world_size == 1:
+            components.clear()  # after steps of other losses alone their mean would be 0 / 0
+        if "loss" in logs or "train_loss" in logs:  # the latter at the end, after steps that were not logged yet
+            for name, loss in self._corrected_losses().items():
+                metrics = {f"{_prefix(name)}{key}": round(value, 6) for key, value in loss.pop_metrics().items()}
+                logs = logs | metrics
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.state.global_step:
+            self.recorder.update(self.state)  # which the model's card tells about
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+        if (corrector := self.trained_corrector()) is not None:
+            corrector.save_pretrained(folder)
+        else:  # one that was saved before it diverged, or before a refresh, would belong to another model
+            shutil.rmtree(folder / CORRECTOR_FOLDER, ignore_errors=True)
+
+    def trained_corrector(self) -> Corrector | None:
+        """The corrector, and between which embeddings it maps: from the cache's to those of the model as it is now.
+
+        None where there is none that has learnt anything; where the corpus was re-embedded during the run, from whose
+        embeddings it would map, which nobody has; and where there are several, of several data sets.
+        """
+        losses = [loss for loss in self._stateful_losses().values() if loss.steps and not loss.refreshed]
+        if len(losses) != 1 or isinstance(losses[0].search.corrector, IdentityCorrector):
+            return None
+        (loss,) = losses
+        search = loss.search
+        fresh = loss.encoder.fingerprint(self.model)
+        search.corrector.frames = Frames(dict(search.cache.fingerprint), fresh, search.normalize)
+        return search.corrector
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Here every process writes what it alone has, before the trainer's state says that all is there.
+        super()._save_rng_state(output_dir)
+        save_losses(self._stateful_losses(), output_dir)
+        if self.args.should_save:
+            seal(output_dir)
+
+    def _load_from_checkpoint(self, checkpoint_path: str, *args: Any) -> None:
+        super()._load_from_checkpoint(checkpoint_path, *args)
+        if self.args.save_only_model:
+            logger.warning("%s was saved without the corrector (save_only_model): it stays as it is.", checkpoint_path)
+            return
+        load_losses(self._stateful_losses(), checkpoint_path)
+
+    def _checkpoint_push_skip_names(self, checkpoint_folder: str) -> set[str]:
+        return super()._checkpoint_push_skip_names(checkpoint_folder) | {FOLDER}
+
+    def _stateful_losses(self) -> dict[str, CorrectedMultipleNegativesLoss]:
+        """Those that have a corrector, by a name that can stand in a file's name."""
+        return {
+            quote(name, safe="") or "loss": loss
+            for name, loss in self._corrected_losses().items()
+            if loss.corrector is not None
+        }
+
+    def _corrected_losses(self) -> dict[str, CorrectedMultipleNegativesLoss]:
+        """The corrected losses among what is trained with, inside wrappers too, each once, by their data set's name:
+        nothing, where there is one data set. Of several inside one wrapper the others are numbered.
+        """
+        losses = self.loss if isinstance(self.loss, dict) else {"": self.loss}
+        found: dict[str, CorrectedMultipleNegativesLoss] = {}
+        for name, loss in losses.items():
+            for module in loss.modules():
+                if isinstance(module, CorrectedMultipleNegativesLoss) and module not in found.values():
+                    number = sum(each.partition("#")[0] == name for each in found)
+                    found[f"{name}#{number}" if number else name] = module
+        return found
+
+
+def _require_columns(data: Any) -> None:
+    """Refuse columns here at which the data collator would fail, with a message of its own that names none."""
+    features = dict(getattr(data, "features", None) or {})
+    label = next((name for name in DEFAULT_LABEL_COLUMNS if name in features), None)
+    for name, feature in features.items():
+        dtype = feature.dtype if isinstance(feature, Value) else str(feature)
+        if name != label:
+            if dtype not in ("string", "large_string", "null") and name != "dataset_name":
+                raise InputError(
+                    f"The column {name!r} holds {dtype}, and every column but the label is read as text: "
+                    f"dataset.remove_columns({name!r})."
+                )
+        elif not dtype.startswith(("int", "uint")):
+            raise InputError(
+                f"The column {name!r} holds {dtype}, expected integers, the corpus rows of the positives: "
+                f"dataset.add_column({name!r}, corpus.rows_of(ids)), after removing what is there, makes them of ids."
+            )
+        elif isinstance(data, Dataset) and (nulls := data.data.column(name).null_count):
+            raise InputError(
+                f"The column {name!r} has {nulls} nulls, expected the corpus row of every positive: "
+                f"dataset.filter(lambda row: row[{name!r}] is not None) leaves these pairs out."
+            )
+
+
+def _each(losses: Any) -> Iterable[Any]:
+    return losses.values() if isinstance(losses, dict) else [losses]
+
+
+def _is_corrected(loss: Any) -> bool:
+    """Whether it is a corrected loss that has been made, inside a wrapper or not."""
+    return isinstance(loss, nn.Module) and any(
+        isinstance(module, CorrectedMultipleNegativesLoss) for module in loss.modules()
+    )
+
+
+def _prefix(name: str) -> str:
+    return f"{name}/" if name else ""
