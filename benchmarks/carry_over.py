@@ -90,11 +90,10 @@ def trained(
     trainer = CorrectorTrainer(model, args, corpus=corpus)
     trainer.train()
     seconds = time.perf_counter() - started
-    (loss,) = trainer._corrected_losses().values()
-    search, rows = loss.search, torch.arange(len(corpus))
+    corrected = trainer.loss.corrected
     mapped = {
-        "trained": upgrade_embeddings(whole(cache), search.corrector),
-        "trained-overlay": torch.cat([search.corrector(search.stale(part)) for part in rows.split(16_384)]),
+        "trained": upgrade_embeddings(whole(cache), corrected.corrector),
+        "trained-overlay": torch.cat([corrected.corrected(rows) for rows in torch.arange(len(corpus)).split(16_384)]),
     }
     return model, cache, mapped, seconds
 

@@ -256,7 +256,7 @@ class Pair:
         else:
             size = setting.mini_batch_size
             self.loss = CachedCorrectedMultipleNegativesLoss(
-                model, corpus, cache, setting.num_negatives, size, corrector=corrector
+                model, corpus, cache, setting.num_negatives, corrector, mini_batch_size=size
             )
             plain = CachedMultipleNegativesRankingLoss(model, mini_batch_size=size)
         self.loss.model = plain.model = wrapped

@@ -154,8 +154,6 @@ STRATEGIES = {
     "ridge-pull-back": corrected("ridge"),
     "ridge-pull-back-query-side": corrected("ridge", normalize=False),
     # the other correctors
-    "mean-shift-pull-back": corrected("mean-shift"),
-    "orthogonal-pull-back": corrected("orthogonal"),
     "kernel-ridge-pull-back": corrected("kernel-ridge"),
     "ridge-mlp-pull-back": corrected("ridge-mlp"),
     "mlp-32-pull-back": corrected("mlp", hidden=32),
@@ -165,9 +163,7 @@ STRATEGIES = {
     "mlp-unnormalised-pull-back": corrected("mlp", hidden=128, normalize=False),
     # ways to select, with the default corrector
     "mlp-gumbel": corrected("mlp", hidden=128, sampler="gumbel"),
-    "mlp-mixed": corrected("mlp", hidden=128, sampler="mixed"),
     "mlp-window-32": corrected("mlp", hidden=128, sampler="uniform", range_max=32),
-    "mlp-batch-budget": corrected("mlp", hidden=128, budget="batch"),
     "mlp-own-negatives": corrected("mlp", hidden=128, share_negatives=False),
     "mlp-margin": corrected("mlp", hidden=128, relative_margin=0.05),
     "mlp-answer-check": corrected("mlp", hidden=128, answer_check=True),

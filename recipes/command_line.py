@@ -79,9 +79,6 @@ class RecipeArguments(DataArguments):
         default=False,
         metadata={"help": "Evaluate without the target that has the query's id, where queries are targets (as BEIR)."},
     )
-    probe_targets: int | None = field(
-        default=4096, metadata={"help": "Targets of the corpus among which fidelity is measured."}
-    )
     max_seq_length: int | None = field(
         default=None, metadata={"help": "Longest text in tokens; the model's by default."}
     )
@@ -210,17 +207,13 @@ def run(recipe: RecipeArguments, training: CorrectorTrainingArguments) -> None:
     output = Path(training.output_dir)
     # An adapter is saved with the name of its base, which would be another model than this one.
     final = None if recipe.lora_r and (recipe.num_layers or recipe.from_scratch) else output / "final"
-    settings = training.loss_settings
-    if recipe.answer_check:
-        check = AnswerCheck(corpus, training.train_split)
-        settings["false_negatives"] = dataclasses.replace(settings["false_negatives"], checks=(check,))
     results = train(
         model,
         corpus,
         training,
         recipe.strategy,
         recipe.caches,
-        probe_targets=recipe.probe_targets,
+        checks=[AnswerCheck(corpus, training.train_split)] if recipe.answer_check else [],
         evaluator=CorpusRetrievalEvaluator(
             corpus,
             dev,
@@ -229,7 +222,6 @@ def run(recipe: RecipeArguments, training: CorrectorTrainingArguments) -> None:
             ignore_identical_ids=recipe.ignore_identical_ids,
         ),
         final=final,
-        **settings,
     )
     if not training.should_save:  # one process writes
         return

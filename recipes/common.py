@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,23 +28,20 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.util import mine_hard_negatives
 from torch import nn
-from transformers import TrainerCallback
 
 from st_corrector import (
+    Check,
     Corpus,
     CorpusRetrievalEvaluator,
     CorrectedMultipleNegativesLoss,
     CorrectorTrainer,
     CorrectorTrainingArguments,
-    EmbeddingCache,
-    FidelityCallback,
     RefreshCallback,
     __version__,
 )
-from st_corrector.correctors import Corrector, make_corrector
 from st_corrector.data.encoding import DocumentEncoder
 from st_corrector.data.tokens import TokenizedCorpus
-from st_corrector.losses.checks import compares_unit_vectors, default_scale, similarity_of
+from st_corrector.losses.similarity import Similarity
 from st_corrector.storage.files import whole
 from st_corrector.storage.fingerprint import digest_json
 
@@ -109,66 +106,39 @@ def train(
     corpus: Corpus,
     args: CorrectorTrainingArguments,
     strategy: str,
-    cache_path: str | os.PathLike,
-    probe_targets: int | None = 4096,
+    caches: str | os.PathLike,
+    checks: Sequence[Check] = (),
     evaluator: CorpusRetrievalEvaluator | None = None,
     before: dict[str, float] | None = None,
     final: Path | None = None,
-    **loss_settings: Any,
 ) -> dict[str, Any]:
     """One training run by ``strategy``, evaluated before and after: what ``results.json`` holds.
 
-    All strategies but ``mined-once`` run through the same loss and the same search, so that a comparison compares one
+    All strategies but ``mined-once`` run through the same trainer, loss and search, so that a comparison compares one
     thing.
 
     Args:
-        cache_path: a folder where what several runs need of one untrained model is kept: its embeddings, its metrics.
-        probe_targets: among how many targets the selection's fidelity is measured, every ``args.probe_every`` steps;
-            None for all.
+        args: say how negatives are chosen; the strategy decides over the number of negatives, the corrector and the
+            refreshes where it says something about them.
+        caches: a folder where what several runs need of one untrained model is kept: its embeddings, its metrics.
+        checks: rules on false negatives that look at texts.
         before: the untrained model's metrics, where they are known already.
         final: a folder for the trained model, its card and its corrector, which are pushed to the Hub if ``args`` say
             so.
-        loss_settings: further settings of :class:`CorrectedMultipleNegativesLoss`.
     """
     chosen = Strategy.parse(strategy)
     evaluator = evaluator or CorpusRetrievalEvaluator(corpus, "dev")
-    compute_as_in_training(model, args)
     begun = time.perf_counter()
     # Of this model and corpus, so that another run in the same place finds its own or none.
     fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
-    shared = Path(cache_path) / digest_json([fingerprint, precision(args)])[:12]
-    if before is None:
-        with one_at_a_time(shared, args):
-            before = evaluated_once(model, evaluator, shared)
+    shared = Path(caches) / digest_json([fingerprint, precision(args)])[:12]
+    with one_at_a_time(shared, args):
+        trainer = trainer_for(model, corpus, args, chosen, shared, checks)
+        prepared = time.perf_counter()
+        if before is None:
+            with trainer.in_training_precision():
+                before = evaluated_once(model, evaluator, shared)
     started = time.perf_counter()
-    dataset, cache = corpus.pairs("train"), None
-    loss: torch.nn.Module
-    callbacks: list[TrainerCallback] = []
-    probe: FidelityCallback | None = None
-    if chosen.name == "mined-once":
-        dataset = mine_once(model, corpus, loss_settings["num_negatives"])
-        scale = loss_settings["scale"] or default_scale(model)
-        loss = MultipleNegativesRankingLoss(model, scale=scale, similarity_fct=similarity_of(model))
-    else:
-        if chosen.chooses:
-            with one_at_a_time(shared, args):
-                cache = EmbeddingCache.build(model, corpus, shared, args.cache_batch_size, args.cache_dtype)
-            if args.cache_on_device:
-                cache = cache.share(args.device)
-        else:
-            loss_settings |= {"num_negatives": 0, "candidates": None}
-        using: str | Corrector = "identity"
-        if cache is not None and chosen.name == "corrected":
-            options = {"normalize": compares_unit_vectors(model), **args.corrector_options}
-            using = make_corrector(args.corrector, cache.dim, **options)
-        loss = CorrectedMultipleNegativesLoss(model, corpus, cache, corrector=using, **loss_settings)
-        if chosen.every is not None:
-            callbacks.append(RefreshCallback(loss, chosen.every, chosen.unit, args.cache_batch_size))
-        if args.probe_every and chosen.chooses:
-            probe = FidelityCallback(loss, args.probe_every, targets=probe_targets, batch_size=args.cache_batch_size)
-            callbacks.append(probe)
-    prepared = time.perf_counter()
-    trainer = CorrectorTrainer(model=model, args=args, train_dataset=dataset, loss=loss, callbacks=callbacks)
     resume: str | bool | None = args.resume_from_checkpoint
     trainer.train({"True": True, "true": True, "False": None}.get(str(resume), resume))
     trained = time.perf_counter()
@@ -180,39 +150,60 @@ def train(
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "strategy": strategy,
-        "corrector": repr(loss.corrector) if getattr(loss, "corrector", None) else None,
+        "corrector": repr(trainer.loss.corrected.corrector) if chosen.chooses else None,
         "seed": args.seed,
         "steps": trainer.state.global_step,
         "targets": len(corpus),
         "before": before,
         "after": after,
         "seconds": {
-            "before": round(started - begun, 1),
-            "prepare": round(prepared - started, 1),
-            "train": round(trained - prepared, 1),
+            "before": round(started - prepared, 1),
+            "prepare": round(prepared - begun, 1),
+            "train": round(trained - started, 1),
             "probe": round(sum(entry.get("seconds_fidelity", 0.0) for entry in log), 1),
             "evaluate": round(evaluated - trained, 1),
         },
-        **encoded(loss, trainer, model, corpus),
+        **encoded(trainer.loss, trainer, model, corpus),
         "log": log,
-        "probes": probe.history if probe else [],
+        "probes": trainer.fidelity.history if trainer.fidelity else [],
         "precision": precision(args),
         "device": describe_device(args.device),
         "versions": versions(),
     }
 
 
+def trainer_for(
+    model: SentenceTransformer,
+    corpus: Corpus,
+    args: CorrectorTrainingArguments,
+    strategy: Strategy,
+    cache_path: Path,
+    checks: Sequence[Check],
+) -> CorrectorTrainer:
+    """The trainer of a strategy, as a user would make it."""
+    if strategy.name == "mined-once":
+        dataset = mine_once(model, corpus, args.num_negatives)
+        similarity = Similarity(model)
+        loss = MultipleNegativesRankingLoss(
+            model, scale=args.scale or similarity.default_scale, similarity_fct=similarity.function
+        )
+        return CorrectorTrainer(model, args, train_dataset=dataset, loss=loss)
+    if strategy.name != "corrected":
+        args.corrector, args.corrector_settings = "identity", "{}"
+    if not strategy.chooses:
+        args.num_negatives, args.candidates, args.probe_every = 0, None, None
+    if strategy.unit == "step":
+        args.refresh_every = strategy.every
+    args.cache_path = str(cache_path)
+    trainer = CorrectorTrainer(model, args, corpus=corpus, checks=checks)
+    if strategy.unit == "epoch" and strategy.every is not None:
+        trainer.add_callback(RefreshCallback(trainer.loss, strategy.every, "epoch", args.cache_batch_size))
+    return trainer
+
+
 def precision(args: CorrectorTrainingArguments) -> str:
     """What the encoder's matrix products are computed in."""
     return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-
-
-def compute_as_in_training(model: SentenceTransformer, args: CorrectorTrainingArguments) -> None:
-    """Let ``model`` compute in the precision of ``args`` from now on, as the trainer lets it from its first step on: so
-    the cache and the evaluation before training compare with what comes after.
-    """
-    if (computed_in := getattr(torch, precision(args))) != torch.float32:
-        model.forward = torch.autocast(args.device.type, computed_in)(model.forward)
 
 
 @contextmanager
@@ -281,7 +272,9 @@ def encoded(
     costs none. They are left out for models whose tokens the corpus does not know.
     """
     if isinstance(loss, CorrectedMultipleNegativesLoss):
-        with_gradient, verified, cached = loss.targets_encoded, loss.targets_verified, loss.targets_reencoded
+        with_gradient, verified, cached = loss.targets_encoded, loss.targets_verified, 0
+        if loss.has_corrected:
+            cached = loss.corrected.targets_reencoded
     else:
         # n-tuples: the positive and as many negatives for every question.
         columns = len(trainer.train_dataset.column_names) - 1

@@ -215,7 +215,6 @@ def main() -> None:
                 Path(folder) / "cache",
                 evaluator=evaluator,
                 before=before,
-                **training.loss_settings,
             )
             before = results["before"]
             rows |= {"before": before, f"after, {strategy} negatives": results["after"]}

@@ -8,9 +8,7 @@ from .correctors import (
     Corrector,
     IdentityCorrector,
     KernelRidgeCorrector,
-    MeanShiftCorrector,
     MLPCorrector,
-    OrthogonalCorrector,
     RidgeCorrector,
     RidgeMLPCorrector,
 )
@@ -28,7 +26,10 @@ from .errors import (
 from .evaluation import CorpusRetrievalEvaluator
 from .losses.cached import CachedCorrectedMultipleNegativesLoss
 from .losses.corrected import CorrectedMultipleNegativesLoss
+from .losses.corrected_corpus import CorrectedCorpus
+from .losses.settings import CorrectionSettings
 from .negatives.filters import AnswerCheck, Check, CrossEncoderCheck, FalseNegativeFilter
+from .negatives.settings import NegativeSettings
 from .search.exact import CorrectedSearch
 from .search.faiss_index import FaissIndex
 from .search.shortlist import Shortlist, ShortlistSearch
@@ -48,8 +49,10 @@ __all__ = [
     "Corpus",
     "CorpusError",
     "CorpusRetrievalEvaluator",
+    "CorrectedCorpus",
     "CorrectedMultipleNegativesLoss",
     "CorrectedSearch",
+    "CorrectionSettings",
     "Corrector",
     "CorrectorTrainer",
     "CorrectorTrainingArguments",
@@ -62,9 +65,8 @@ __all__ = [
     "InputError",
     "KernelRidgeCorrector",
     "MLPCorrector",
-    "MeanShiftCorrector",
+    "NegativeSettings",
     "NonFiniteError",
-    "OrthogonalCorrector",
     "ProcessError",
     "RefreshCallback",
     "RidgeCorrector",

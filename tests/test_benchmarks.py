@@ -24,8 +24,6 @@ from st_corrector import (
     InputError,
     RidgeCorrector,
 )
-from st_corrector.correctors import CORRECTORS
-from st_corrector.negatives.selector import NegativeSelector
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -549,10 +547,7 @@ def test_every_strategy_of_every_preset_is_a_command_that_the_recipe_understands
             assert training.seed == each.seed and given.results is None and given.caches == "out/caches"
             assert training.output_dir == f"out/{each.regime}/{each.strategy}-seed{each.seed}"
             if given.strategy == "corrected":
-                CORRECTORS[training.corrector](8, **training.corrector_options)
-            if recipe.Strategy.parse(given.strategy).chooses:
-                names = ("num_negatives", "sampler", "budget", "candidates", "false_negatives")
-                NegativeSelector(**{name: training.loss_settings[name] for name in names})
+                training.correction().make_corrector(8, unit=True)
             understood += 1
     assert understood > 400
 

@@ -74,11 +74,14 @@ def test_cached_gradients_are_those_of_the_whole_batch(bert_model, corpus, cache
         torch.testing.assert_close(values[0], values[1])
         # Gradients of all steps so far are summed up, as under gradient accumulation.
         assert_gradients_close(gradients(cached.model), gradients(plain.model))
-    if plain.num_negatives:
-        for name, state in plain.corrector.state_dict().items():
-            torch.testing.assert_close(cached.corrector.state_dict()[name], state, atol=1e-4, rtol=1e-3)
-        assert plain.corrector.weight.abs().max() > 1e-2, "the corrector has learnt"
-        assert torch.equal(plain.search.overlay.rows, cached.search.overlay.rows) and len(cached.search.overlay) > 20
+    if plain.negatives.num_negatives:
+        for name, state in plain.corrected.corrector.state_dict().items():
+            torch.testing.assert_close(cached.corrected.corrector.state_dict()[name], state, atol=1e-4, rtol=1e-3)
+        assert plain.corrected.corrector.weight.abs().max() > 1e-2, "the corrector has learnt"
+        assert (
+            torch.equal(plain.corrected.search.overlay.rows, cached.corrected.search.overlay.rows)
+            and len(cached.corrected.search.overlay) > 20
+        )
 
 
 def test_the_second_pass_draws_the_first_ones_dropout(bert_model, corpus, cache):
@@ -116,7 +119,7 @@ def test_a_cached_loss_evaluates_as_the_plain_one(bert_model, corpus, cache):
     with torch.no_grad():
         one, other = (loss([{**each} for each in features], labels) for loss in (plain, cached))
     torch.testing.assert_close(one, other)
-    assert cached.search.steps == 0 and len(cached.search.overlay) == 0
+    assert cached.corrected.search.steps == 0 and len(cached.corrected.search.overlay) == 0
 
 
 # ---------------------------------------------------------------------- Matryoshka
@@ -128,24 +131,26 @@ def test_matryoshka_chooses_once_a_step_by_whole_embeddings(bert_model, corpus, 
     inner = kind(bert_model, corpus, cache, num_negatives=4, corrector=MLPCorrector(cache.dim, hidden=8))
     loss = MatryoshkaLoss(bert_model, inner, [32, 8], [1.0, 0.5])
     searched = []
-    search = inner.search.search
+    search = inner.corrected.search.search
     monkeypatch.setattr(
-        inner.search,
+        inner.corrected.search,
         "search",
         lambda queries, *args, **kwargs: searched.append(queries) or search(queries, *args, **kwargs),
     )
     features, labels = batch_of(bert_model, corpus, range(9))
     with torch.no_grad():
-        queries = inner.comparable(bert_model({**features[0]})["sentence_embedding"])
+        queries = inner.similarity.comparable(bert_model({**features[0]})["sentence_embedding"])
     values = loss([{**each} for each in features], labels)
-    assert len(searched) == 1 and inner.search.steps == 1
+    assert len(searched) == 1 and inner.corrected.search.steps == 1
     torch.testing.assert_close(searched[0], queries)
     values["task_loss"].backward()
     found = gradients(bert_model)
 
     # By hand: the same candidates, whole and cut to 8 dimensions.
     bert_model.zero_grad()
-    selected = torch.cat([labels, inner.search.overlay.rows[~torch.isin(inner.search.overlay.rows, labels)]])
+    selected = torch.cat(
+        [labels, inner.corrected.search.overlay.rows[~torch.isin(inner.corrected.search.overlay.rows, labels)]]
+    )
     order = selected[len(labels) :].sort().values
     texts = [{**each} for each in features]
     x, y = (bert_model(each)["sentence_embedding"] for each in texts)

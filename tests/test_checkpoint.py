@@ -24,8 +24,8 @@ from st_corrector.training.checkpoint import FOLDER, fault_of, load_losses
 RESUMED = [
     "mlp",
     "ridge, gumbel, int8",
-    "mixed, stale warm-up",
-    "the batch's budget, in-batch warm-up",
+    "uniform, stale warm-up",
+    "in-batch warm-up",
     "shortlist",
     "gradient cache",
     "accumulated",
@@ -146,8 +146,8 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(corpus, tmp_path):
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value)
     (ours,), (theirs,) = (trainer._corrected_losses().values() for trainer in (whole, resumed))
-    for name, value in ours.corrector.state_dict().items():
-        assert torch.equal(theirs.corrector.state_dict()[name], value)
+    for name, value in ours.corrected.corrector.state_dict().items():
+        assert torch.equal(theirs.corrected.corrector.state_dict()[name], value)
 
 
 def test_the_best_step_brings_its_corrector_back(corpus, tmp_path):
@@ -161,7 +161,7 @@ def test_the_best_step_brings_its_corrector_back(corpus, tmp_path):
 
     def evaluate(*args, **kwargs):
         metrics = {"eval_score": next(scores)}
-        states.append({name: value.clone() for name, value in loss.corrector.state_dict().items()})
+        states.append({name: value.clone() for name, value in loss.corrected.corrector.state_dict().items()})
         trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
         return metrics
 
@@ -169,10 +169,10 @@ def test_the_best_step_brings_its_corrector_back(corpus, tmp_path):
     trainer.evaluate = evaluate
     trainer.train()
     assert trainer.state.best_global_step == 4
-    state = loss.corrector.state_dict()
+    state = loss.corrected.corrector.state_dict()
     assert all(torch.equal(value, states[1][name]) for name, value in state.items())
     assert any(not torch.equal(value, states[2][name]) for name, value in state.items())
-    assert loss.search.steps == 4
+    assert loss.corrected.search.steps == 4
 
 
 def test_a_checkpoint_of_something_else_is_refused(corpus, tmp_path):

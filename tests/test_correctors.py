@@ -6,9 +6,7 @@ from st_corrector import (
     IdentityCorrector,
     InputError,
     KernelRidgeCorrector,
-    MeanShiftCorrector,
     MLPCorrector,
-    OrthogonalCorrector,
     RidgeCorrector,
     RidgeMLPCorrector,
 )
@@ -65,24 +63,6 @@ def test_a_corrector_learns_the_drift(corrector):
     before, after = (1 - (each * fresh).sum(-1).mean() for each in (stale, corrected))
     assert after < 0.35 * before, "on rows that it has never seen"
     torch.testing.assert_close(corrected.norm(dim=-1), torch.ones(len(stale)))
-
-
-def test_a_common_shift_and_a_rotation_are_learnt_by_those_made_for_them():
-    generator = torch.Generator().manual_seed(3)
-    skew = torch.randn(DIM, DIM, generator=generator)
-    rotation = torch.linalg.matrix_exp(0.3 * (skew - skew.T) / DIM**0.5)
-    shift = 0.3 * unit(DIM, seed=5)
-    maps = {MeanShiftCorrector: lambda z: z + shift, OrthogonalCorrector: lambda z: z @ rotation}
-    for make, drift in maps.items():
-        corrector = make(DIM, normalize=False)
-        for seed in range(60):
-            stale = unit(40, DIM, seed=seed)
-            corrector.fit_step(stale, drift(stale), stale[:3], 20.0)
-        stale = unit(30, DIM, seed=999)
-        torch.testing.assert_close(corrector(stale), drift(stale), atol=0.02, rtol=0)
-        assert (drift(stale) - stale).abs().max() > 0.1
-    matrix = corrector.matrix
-    torch.testing.assert_close(matrix @ matrix.T, torch.eye(DIM), atol=1e-4, rtol=0)
 
 
 def test_kernel_features_follow_what_no_affine_map_can():
@@ -224,7 +204,7 @@ def test_making_an_mlp_moves_nobodys_random_numbers(monkeypatch):
         (lambda: MLPCorrector(DIM, hidden=0), "hidden, depth and steps must be at least 1"),
         (lambda: RidgeCorrector(DIM, regularization=0), "regularization must be positive"),
         (lambda: RidgeCorrector(DIM, forgetting=1.1), r"forgetting in \(0, 1\], got 1.0 and 1.1"),
-        (lambda: make_corrector("lstm", DIM), "corrector 'lstm' is not one of identity, mean-shift, orthogonal, ridge"),
+        (lambda: make_corrector("lstm", DIM), "corrector 'lstm' is not one of identity, ridge"),
         (lambda: make_corrector(IdentityCorrector(3), DIM), "is for dimension 3, the embeddings have 12"),
     ],
 )

@@ -27,7 +27,11 @@ def test_a_frozen_document_tower_is_not_corrected(corpus, tmp_path):
         module.requires_grad_(False)
     cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
     loss = CorrectedMultipleNegativesLoss(model, corpus, cache, num_negatives=4, corrector="mlp")
-    assert loss.corrector.name == "identity" and not loss.write_back and loss.search.corrects_queries
+    assert (
+        loss.corrected.corrector.name == "identity"
+        and not loss.corrected.writes_back
+        and loss.corrected.search.corrects_queries
+    )
     before = weights(model)
     arguments = CorrectorTrainingArguments(
         output_dir=str(tmp_path / "out"),
@@ -46,12 +50,12 @@ def test_a_frozen_document_tower_is_not_corrected(corpus, tmp_path):
     assert moved and all("query" in name for name in moved)
     log = [entry for entry in trainer.state.log_history if "task_loss" in entry]
     assert log[-1]["task_loss"] < 0.8 * log[0]["task_loss"] and all(entry["drift"] < 1e-5 for entry in log)
-    assert len(loss.search.overlay) == 0
+    assert len(loss.corrected.search.overlay) == 0
     # A cache of another model is stale, whether or not the tower can be trained.
     other = EmbeddingCache.build(
         router_of(make_static_model(1), make_static_model(1)), corpus, tmp_path / "b", progress=False
     )
-    assert CorrectedMultipleNegativesLoss(model, corpus, other, corrector="mlp").corrector.name == "mlp"
+    assert CorrectedMultipleNegativesLoss(model, corpus, other, corrector="mlp").corrected.corrector.name == "mlp"
 
 
 def test_a_tower_that_can_be_trained_is_corrected(corpus, tmp_path):
@@ -59,7 +63,7 @@ def test_a_tower_that_can_be_trained_is_corrected(corpus, tmp_path):
     for module in model[0].sub_modules["query"]:
         module.requires_grad_(False)
     cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
-    assert CorrectedMultipleNegativesLoss(model, corpus, cache, corrector="mlp").corrector.name == "mlp"
+    assert CorrectedMultipleNegativesLoss(model, corpus, cache, corrector="mlp").corrected.corrector.name == "mlp"
 
 
 def test_only_adapters_are_trained_with_lora(corpus, tmp_path):
@@ -87,7 +91,7 @@ def test_only_adapters_are_trained_with_lora(corpus, tmp_path):
     assert moved and all("lora_" in name for name in moved), moved
     log = [entry["task_loss"] for entry in trainer.state.log_history if "task_loss" in entry]
     assert sum(log[-5:]) < 0.95 * sum(log[:5])
-    assert loss.corrector.state_dict()["network.2.weight"].abs().max() > 0
+    assert loss.corrected.corrector.state_dict()["network.2.weight"].abs().max() > 0
     saved = {path.name for path in (tmp_path / "out" / "checkpoint-20").iterdir()}
     assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
     # A new model with the same adapter goes on from there, and gets where this one did.
@@ -98,7 +102,9 @@ def test_only_adapters_are_trained_with_lora(corpus, tmp_path):
     resumed = CorrectorTrainer(other, arguments, corpus=corpus, loss=again, callbacks=[steps])
     resumed.train(str(tmp_path / "out" / "checkpoint-20"))
     assert steps.taken == list(range(20, 30))
-    assert same(weights(other), weights(model)) and same(again.corrector.state_dict(), loss.corrector.state_dict())
+    assert same(weights(other), weights(model)) and same(
+        again.corrected.corrector.state_dict(), loss.corrected.corrector.state_dict()
+    )
 
     # Merged into the weights that were frozen, the adapter says the same; without it, something else.
     texts = corpus.texts(range(20))
@@ -139,8 +145,12 @@ def test_bfloat16_training_keeps_the_corrector_in_float32(corpus, tmp_path):
     assert not same(before, weights(model))
     log = [entry["task_loss"] for entry in trainer.state.log_history if "task_loss" in entry]
     assert sum(log[-5:]) < sum(log[:5]) - 1
-    assert all(value.dtype == torch.float32 for name, value in loss.corrector.state_dict().items() if "weight" in name)
-    assert loss.corrector.weight.abs().max() > 1e-3 and torch.isfinite(loss.corrector.weight).all()
+    assert all(
+        value.dtype == torch.float32
+        for name, value in loss.corrected.corrector.state_dict().items()
+        if "weight" in name
+    )
+    assert loss.corrected.corrector.weight.abs().max() > 1e-3 and torch.isfinite(loss.corrected.corrector.weight).all()
 
 
 @pytest.mark.parametrize("kind", ["iterable", "two data sets", "workers"])
@@ -172,7 +182,7 @@ def test_data_that_comes_in_other_ways(corpus, tmp_path, kind):
     log = [entry["task_loss"] for entry in trainer.state.log_history if "task_loss" in entry]
     assert len(log) == 20 and sum(log[-5:]) < sum(log[:5]) - 1
     assert not any(torch.equal(value, before[name]) for name, value in weights(model).items())
-    assert loss.search.steps == 20 and loss.corrector.weight.abs().max() > 1e-3
+    assert loss.corrected.search.steps == 20 and loss.corrected.corrector.weight.abs().max() > 1e-3
     if kind == "iterable":
         arguments = CorrectorTrainingArguments(output_dir=str(tmp_path / "out"), max_steps=2, report_to="none")
         with pytest.raises(InputError, match="'dispatch_batches': False"):
@@ -204,7 +214,7 @@ def test_a_compiled_encoder_is_trained_as_a_plain_one(corpus, tmp_path):
         CorrectorTrainer(model, arguments, corpus=corpus, loss=loss).train()
         assert kinds == {"OptimizedModule" if compiled else "SentenceTransformer"}
         assert not same(before, weights(model))
-        trained.append((weights(model), loss.corrector.state_dict(), loss.search.overlay.rows))
+        trained.append((weights(model), loss.corrected.corrector.state_dict(), loss.corrected.search.overlay.rows))
     for name, value in trained[0][0].items():
         torch.testing.assert_close(trained[1][0][name], value, atol=1e-5, rtol=1e-4)
     assert torch.equal(trained[0][2], trained[1][2])
@@ -245,7 +255,7 @@ def test_one_process_with_several_gpus_is_refused_whichever_trainer_it_is(corpus
     with pytest.raises(InputError, match="accelerate launch --num_processes"):
         plain.train()
     assert isinstance(plain.model_wrapped, torch.nn.DataParallel), "as the trainer takes several GPUs"
-    assert same(before, weights(model)) and not loss.search.steps
+    assert same(before, weights(model)) and not loss.corrected.search.steps
     # Other losses go on as before, on what DataParallel does without GPUs.
     CorrectorTrainer(
         model, arguments, train_dataset=corpus.pairs("train"), loss=MultipleNegativesRankingLoss(model)

@@ -108,7 +108,7 @@ def test_a_run_is_pushed_and_loaded_back(hub, dev_corpus, tmp_path, kind):
     grid = torch.linspace(-1, 1, 3 * corrector.dim).view(3, -1)
     assert found["corrector"] == repr(corrector) and torch.equal(found["corrected"], corrector(grid))
     (loss,) = trainer._corrected_losses().values()
-    assert found["frames"]["stale"] == loss.search.cache.fingerprint
+    assert found["frames"]["stale"] == loss.corrected.search.cache.fingerprint
     assert found["frames"]["fresh"]["weights"] != found["frames"]["stale"]["weights"]
 
     files = hub.files("tester/retriever")

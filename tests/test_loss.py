@@ -22,6 +22,7 @@ from st_corrector import (
     RefreshCallback,
     RidgeCorrector,
 )
+from st_corrector.losses import corrected
 
 CORRECTORS = ["identity", "mlp", "ridge"]
 
@@ -42,7 +43,7 @@ def weights(model):
 
 
 def corrector_state(loss):
-    return loss.corrector.state_dict()
+    return loss.corrected.corrector.state_dict()
 
 
 def same(one, other):
@@ -96,7 +97,7 @@ def test_dot_product_and_unnormalised_encoders(corpus, tmp_path):
         loss = CorrectedMultipleNegativesLoss(
             model, corpus, cache, num_negatives=5, corrector="ridge", similarity_fct=similarity, scale=2.0
         )
-        assert loss.corrector.normalize is normalize
+        assert loss.corrected.corrector.normalize is normalize
         expected = similarity(queries, cache[range(200)]).topk(5).indices.unique()
         assert torch.equal(loss.select(queries, exclude).rows.unique(), expected)
         columns = torch.cat([labels, loss.select(queries, labels[:, None]).rows.flatten()]).unique()
@@ -188,8 +189,8 @@ def test_the_corrector_learns_from_each_row_s_own_pair(static_model, tmp_path, m
     stale, fresh = cache[range(60)], static_model.encode(texts, convert_to_tensor=True)
     assert not torch.allclose(stale, fresh, atol=0.01)
     seen = {}
-    original = loss.corrector.fit_step
-    monkeypatch.setattr(loss.corrector, "fit_step", lambda *a, **k: seen.update(args=a) or original(*a, **k))
+    original = loss.corrected.corrector.fit_step
+    monkeypatch.setattr(loss.corrected.corrector, "fit_step", lambda *a, **k: seen.update(args=a) or original(*a, **k))
     features, labels = batch_of(static_model, corpus, range(8))
     assert labels.tolist()[:2] == [0, 0]
     loss(features, labels)
@@ -216,23 +217,23 @@ def test_write_back_puts_what_was_encoded_into_the_stale_frame(static_model, cor
             static_model, corpus, cache, num_negatives=4, corrector=corrector, write_back=True
         )
         labels = step(loss)
-        written = loss.search.overlay.rows
+        written = loss.corrected.search.overlay.rows
         assert len(written) == loss.targets_encoded and set(labels.tolist()) <= set(written.tolist()) < set(range(200))
         everything = torch.arange(200)
-        corrected = loss.corrector(loss.search.stale(everything))
+        corrected = loss.corrected.corrector(loss.corrected.search.stale(everything))
         torch.testing.assert_close(corrected[written], fresh[written], atol=1e-5, rtol=0)
         untouched = torch.tensor(sorted(set(range(200)) - set(written.tolist())))
-        torch.testing.assert_close(loss.search.stale(untouched), cache[untouched])
+        torch.testing.assert_close(loss.corrected.search.stale(untouched), cache[untouched])
         # A search sees written rows as they are now, the others as they are corrected.
         queries = torch.nn.functional.normalize(torch.randn(3, 24), dim=-1)
-        _, rows, _ = loss.search.search(queries, 200)
+        _, rows, _ = loss.corrected.search.search(queries, 200)
         torch.testing.assert_close(
             (queries @ corrected.T).gather(1, rows), (queries @ corrected.T).sort(descending=True).values
         )
     for settings, written in (({}, True), ({"write_back": False}, False)):
         loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, **settings)
         step(loss)
-        assert bool(len(loss.search.overlay)) is written, "on by default"
+        assert bool(len(loss.corrected.search.overlay)) is written, "on by default"
 
 
 def test_gumbel_sampling_draws_anew_at_every_step(static_model, corpus, cache):
@@ -264,7 +265,7 @@ class Recorder:
 
     def __init__(self, loss, monkeypatch):
         self.seen = []
-        original_candidates, original_loss = loss._candidates, loss.calculate_loss
+        original_candidates, original_loss = corrected.candidates_of, loss.calculate_loss
 
         def candidates(batch, negatives, *args):
             self.columns = torch.cat([batch.rows, negatives])
@@ -277,7 +278,7 @@ class Recorder:
                 self.seen.append((int(self.columns[target]), self.columns[~row].tolist()))
             return original_loss(reps, labels, **settings)
 
-        monkeypatch.setattr(loss, "_candidates", candidates)
+        monkeypatch.setattr(corrected, "candidates_of", candidates)
         monkeypatch.setattr(loss, "calculate_loss", calculate_loss)
 
 
@@ -341,7 +342,7 @@ def test_verification_keeps_the_hardest_by_fresh_score(static_model, corpus, cac
     loss(features, labels)
     assert loss.targets_verified == 2 * len(offered.unique()), "counted at both calls"
     assert loss.targets_encoded == len(torch.cat([labels, expected.flatten()]).unique())
-    written = set(loss.search.overlay.rows.tolist())
+    written = set(loss.corrected.search.overlay.rows.tolist())
     assert written == set(offered.flatten().tolist()) | set(labels.tolist()), "what was verified is written back too"
     static_model.train()
     loss.select(queries, labels[:, None])
@@ -442,20 +443,6 @@ def test_evaluation_has_in_batch_negatives_even_where_training_has_none(static_m
     assert value > 0.01
 
 
-def test_the_batchs_budget_is_what_is_encoded(static_model, corpus, cache, monkeypatch):
-    features, labels = batch_of(static_model, corpus, range(12))
-    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=3, budget="batch")
-    recorder = Recorder(loss, monkeypatch)
-    loss(features, labels)
-    fresh = static_model.encode(corpus.texts(range(200)), convert_to_tensor=True)
-    queries = static_model.encode(corpus.pairs("train")[:12]["anchor"], convert_to_tensor=True)
-    scores = queries @ fresh.T
-    margins = (scores - scores[torch.arange(12), labels][:, None]).scatter(1, labels[:, None], -torch.inf)
-    offered = torch.full_like(margins, -torch.inf).scatter(1, margins.topk(12).indices, margins.topk(12).values)
-    expected = set(offered.amax(0).topk(36).indices.tolist()) | set(labels.tolist())
-    assert set(recorder.columns.tolist()) == expected and loss.targets_encoded == len(expected) > 36
-
-
 def test_the_hardest_can_be_left_out(static_model, corpus, cache):
     queries = static_model.encode(corpus.pairs("train")[:8]["anchor"], convert_to_tensor=True)
     exclude = torch.full((8, 1), -1)
@@ -506,9 +493,8 @@ def test_rules_that_need_the_positives_are_not_guessed(static_model, corpus, cac
     def loss(**settings):
         return CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=2, **settings)
 
-    for settings in ({"budget": "batch"}, {"false_negatives": FalseNegativeFilter(absolute_margin=0.1)}):
-        with pytest.raises(InputError, match="pass positive_scores"):
-            loss(**settings).select(queries, exclude)
+    with pytest.raises(InputError, match="pass positive_scores"):
+        loss(false_negatives=FalseNegativeFilter(absolute_margin=0.1)).select(queries, exclude)
     with pytest.raises(InputError, match="pass labels"):
         loss(false_negatives=FalseNegativeFilter(checks=(Never(),))).select(queries, exclude)
     check = Never()
@@ -606,11 +592,11 @@ def test_the_plain_trainer_trains_encoder_and_corrector(static_model, corpus, ca
     assert all("correction_loss" in entry for entry in log), "the trainer logs both losses apart"
     first, last = (np.mean([entry["task_loss"] for entry in part]) for part in (log[:5], log[-5:]))
     assert last < 0.7 * first
-    assert loss.targets_encoded > 25 * 16 and loss.targets_reencoded == 0
+    assert loss.targets_encoded > 25 * 16 and loss.corrected.targets_reencoded == 0
     # What was learnt is the way from the cache to the encoder as it is now.
     fresh = loss.encoder.encode(static_model, range(200))
     stale = cache[range(200)]
-    assert (1 - (loss.corrector(stale) * fresh).sum(-1)).mean() < (1 - (stale * fresh).sum(-1)).mean()
+    assert (1 - (loss.corrected.corrector(stale) * fresh).sum(-1)).mean() < (1 - (stale * fresh).sum(-1)).mean()
 
 
 def test_a_transformer_trains_too(tmp_path, corpus):
@@ -664,20 +650,25 @@ def test_prompts_of_the_trainer_and_of_the_cache_must_agree(tmp_path):
 def test_refreshing_chooses_by_the_model_as_it_is(static_model, corpus, cache, tmp_path):
     loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, corrector="identity")
     train(static_model, loss, corpus.pairs("train"), tmp_path, [RefreshCallback(loss, every=3)], max_steps=10)
-    assert loss.targets_reencoded == 3 * 200, "before steps 4, 7 and 10"
-    assert not torch.allclose(loss.search.cache[range(200)], cache[range(200)], atol=1e-3)
-    loss.refresh()
+    assert loss.corrected.targets_reencoded == 3 * 200, "before steps 4, 7 and 10"
+    assert not torch.allclose(loss.corrected.search.cache[range(200)], cache[range(200)], atol=1e-3)
+    loss.corrected.refresh()
     fresh = static_model.encode_document(corpus.texts(range(200)), convert_to_tensor=True)
-    torch.testing.assert_close(loss.search.cache[range(200)], fresh)
+    torch.testing.assert_close(loss.corrected.search.cache[range(200)], fresh)
     assert torch.equal(cache[range(200)], EmbeddingCache.load(tmp_path / "cache")[range(200)]), "the disk is as it was"
     half = EmbeddingCache.build(static_model, corpus, tmp_path / "half", dtype="bfloat16", progress=False)
     loss = CorrectedMultipleNegativesLoss(static_model, corpus, half, num_negatives=4, write_back=True)
     features, labels = batch_of(static_model, corpus, range(16))
     loss(features, labels)
-    assert len(loss.search.overlay) and loss.corrector.state_dict()["network.2.weight"].abs().sum() > 0
-    loss.refresh()
-    assert loss.search.cache.dtype == torch.bfloat16, "in the old cache's dtype"
-    assert len(loss.search.overlay) == 0 and loss.corrector.state_dict()["network.2.weight"].abs().sum() == 0
+    assert (
+        len(loss.corrected.search.overlay) and loss.corrected.corrector.state_dict()["network.2.weight"].abs().sum() > 0
+    )
+    loss.corrected.refresh()
+    assert loss.corrected.search.cache.dtype == torch.bfloat16, "in the old cache's dtype"
+    assert (
+        len(loss.corrected.search.overlay) == 0
+        and loss.corrected.corrector.state_dict()["network.2.weight"].abs().sum() == 0
+    )
     with pytest.raises(InputError, match="at least 1, got 0"):
         RefreshCallback(loss, every=0)
     with pytest.raises(InputError, match="unit 'day' is neither"):
@@ -688,15 +679,15 @@ def test_refreshing_by_epochs(static_model, corpus, cache, tmp_path):
     loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=4, corrector="identity")
     epochs = []
     monitor = RefreshCallback(loss, every=2, unit="epoch")
-    original = loss.refresh
-    loss.refresh = lambda **settings: epochs.append(trainer_state[0].epoch) or original(**settings)
+    original = loss.corrected.refresh
+    loss.corrected.refresh = lambda **settings: epochs.append(trainer_state[0].epoch) or original(**settings)
     trainer_state = []
     begin = monitor.on_epoch_begin
     monitor.on_epoch_begin = lambda args, state, control, **kw: (
         trainer_state.append(state) or begin(args, state, control)
     )
     train(static_model, loss, corpus.pairs("train"), tmp_path, [monitor], max_steps=-1, num_train_epochs=5)
-    assert epochs == [2, 4] and loss.targets_reencoded == 2 * 200
+    assert epochs == [2, 4] and loss.corrected.targets_reencoded == 2 * 200
 
 
 # ---------------------------------------------------------------------- errors

@@ -81,14 +81,14 @@ def test_the_models_own_similarity_is_trained_and_evaluated_by(
         cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
         loss = make(model, corpus, cache, num_negatives=4)
         trainer = CorrectorTrainer(model, arguments(tmp_path), corpus=corpus, loss=loss)
-    assert loss.similarity_fct is function and loss.scale == scale
-    assert loss.corrector.normalize == (unit or function is cos_sim)
-    assert loss.search.normalize == (function is cos_sim)
+    assert loss.similarity.function is function and loss.scale == scale
+    assert loss.corrected.corrector.normalize == (unit or function is cos_sim)
+    assert loss.corrected.search.normalize == (function is cos_sim)
     trainer.train()
     # The negatives that are chosen are those that the evaluator ranks highest.
     with torch.no_grad():
         found = CorpusRetrievalEvaluator(corpus, "train").retrieve(model)[:, :3]
-        fresh = loss.comparable(loss.encoder.encode(model, range(200)))
+        fresh = loss.similarity.comparable(loss.encoder.encode(model, range(200)))
         scores = loss.encode_queries(corpus.qrels("train").queries["text"][:]) @ fresh.T
     assert (scores.topk(3).indices == found).float().mean() > 0.99
 
@@ -125,13 +125,13 @@ def test_losses_over_the_encoders_layers_are_refused(corpus, tmp_path, wrapper, 
     plain = SentenceTransformerTrainer(model, arguments(tmp_path), train_dataset=corpus.pairs("train"), loss=loss)
     with pytest.raises(InputError, match=said):
         plain.train()
-    assert inner.search.steps == 0 and all(
+    assert inner.corrected.search.steps == 0 and all(
         torch.equal(value, before[name]) for name, value in model.state_dict().items()
     )
     # In a wrapper that asks once a step such a loss trains.
     whole = MatryoshkaLoss(model, make(model, corpus, cache, num_negatives=4), [32, 16])
     CorrectorTrainer(model, arguments(tmp_path), corpus=corpus, loss=whole).train()
-    assert whole.loss.search.steps == 2
+    assert whole.loss.corrected.search.steps == 2
 
 
 # ------------------------------------------------------------------ a corpus without judgements
@@ -225,7 +225,7 @@ def test_labels_that_are_no_rows_are_named(static_model, loss, corpus, tmp_path,
 def test_rows_by_any_of_the_names_that_a_trainer_knows_are_trained_on(static_model, loss, corpus, tmp_path, name):
     pairs = corpus.pairs("train").rename_column("label", name) if name != "label" else corpus.pairs("train")
     trainer_with(static_model, loss, tmp_path, corpus, pairs, "train").train()
-    assert loss.search.steps == 2
+    assert loss.corrected.search.steps == 2
 
 
 def test_data_of_other_losses_has_what_columns_it_likes(static_model, loss, corpus, tmp_path):
@@ -241,4 +241,4 @@ def test_data_of_other_losses_has_what_columns_it_likes(static_model, loss, corp
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     told = [entry["task_loss"] for entry in log if "task_loss" in entry]
     assert 0 < len(told) < len(log) == 12, "only where the step was one of this loss"
-    assert all(value == value for value in told) and loss.search.steps == len(told)
+    assert all(value == value for value in told) and loss.corrected.search.steps == len(told)

@@ -112,7 +112,7 @@ def test_weights_that_are_not_finite_after_the_last_step_leave_the_record_of_the
         class BreakCorrector(Break):
             def break_at(self, step):
                 if step == STEPS:
-                    loss.corrector.weight.fill_(math.nan)
+                    loss.corrected.corrector.weight.fill_(math.nan)
 
         trainer.callback_handler.callbacks.insert(0, BreakCorrector(None, STEPS))
         trainer.train()

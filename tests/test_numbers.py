@@ -17,10 +17,8 @@ from st_corrector import (
     FalseNegativeFilter,
     InputError,
     KernelRidgeCorrector,
-    MeanShiftCorrector,
     MLPCorrector,
     NonFiniteError,
-    OrthogonalCorrector,
     RidgeCorrector,
     RidgeMLPCorrector,
     Shortlist,
@@ -69,9 +67,11 @@ def test_what_is_not_finite_stops_the_run_before_it_is_learnt(poisoned, tmp_path
     class Watch(At):
         def on_step_begin(self, args, state, control, **kwargs):
             seen.update(
-                model=state_of(trainer), corrector=loss_of(trainer).corrector.state_dict(), step=state.global_step
+                model=state_of(trainer),
+                corrector=loss_of(trainer).corrected.corrector.state_dict(),
+                step=state.global_step,
             )
-            seen["overlay"] = loss_of(trainer).search.overlay.state_dict()
+            seen["overlay"] = loss_of(trainer).corrected.search.overlay.state_dict()
 
     trainer.add_callback(Watch(0, None))
     with pytest.raises(NonFiniteError, match=message) as raised:
@@ -80,9 +80,9 @@ def test_what_is_not_finite_stops_the_run_before_it_is_learnt(poisoned, tmp_path
         raised.value
     )
     assert same(trainer, seen["model"])
-    for name, value in loss_of(trainer).corrector.state_dict().items():
+    for name, value in loss_of(trainer).corrected.corrector.state_dict().items():
         assert torch.equal(value, seen["corrector"][name])
-    for name, value in loss_of(trainer).search.overlay.state_dict().items():
+    for name, value in loss_of(trainer).corrected.search.overlay.state_dict().items():
         assert torch.equal(value, seen["overlay"][name])
 
 
@@ -117,7 +117,7 @@ def test_a_step_can_be_left_out(poisoned, tmp_path, caplog, accumulated):
     ]
     assert sum(unmoved) == 3
     assert sum(int((~torch.isfinite(value)).sum()) for value in states[-1].values()) == 24, "as before"
-    assert all(torch.isfinite(value).all() for value in loss_of(trainer).corrector.state_dict().values())
+    assert all(torch.isfinite(value).all() for value in loss_of(trainer).corrected.corrector.state_dict().values())
     losses = [
         entry["task_loss"] for entry in trainer.state.log_history if math.isfinite(entry.get("task_loss", math.nan))
     ]
@@ -170,8 +170,6 @@ def test_a_loss_that_is_not_finite_is_named(corpus, tmp_path):
         lambda: RidgeCorrector(24, normalize=False),
         lambda: RidgeMLPCorrector(24, normalize=False),
         lambda: KernelRidgeCorrector(24, normalize=False),
-        lambda: MeanShiftCorrector(24, normalize=False),
-        lambda: OrthogonalCorrector(24, normalize=False),
     ],
 )
 def test_a_corrector_that_cannot_learn_from_a_step_is_what_it_was_before(make):
@@ -239,49 +237,53 @@ def test_no_run_of_the_study_would_have_lost_its_corrector():
 
 def test_a_corrector_that_makes_things_worse_is_given_up(corpus, tmp_path, caplog):
     trainer = diverging(corpus, tmp_path, "identity")
-    before = loss_of(trainer).corrector
+    before = loss_of(trainer).corrected.corrector
     trainer.train()
     loss = loss_of(trainer)
-    assert isinstance(before, MLPCorrector) and loss.corrector.name == "identity" and loss.diverged
-    assert "makes things worse. Going on without it" in caplog.text
-    assert loss.search.steps == 110 and len(loss.search.overlay.state_dict()["rows"]) > 0
+    assert isinstance(before, MLPCorrector) and loss.corrected.corrector.name == "identity" and loss.corrected.diverged
+    assert "makes things worse. Continuing without it" in caplog.text
+    assert loss.corrected.search.steps == 110 and len(loss.corrected.search.overlay.state_dict()["rows"]) > 0
     last = trainer.state.log_history
     assert trainer.state.global_step == 110 and last
 
     # A resumed run goes on without it, one that goes back before it has it again.
     again = diverging(corpus, tmp_path, "identity")
     again.train(resume_from_checkpoint=True)
-    assert loss_of(again).diverged and loss_of(again).corrector.name == "identity" and same(again, state_of(trainer))
+    assert (
+        loss_of(again).corrected.diverged
+        and loss_of(again).corrected.corrector.name == "identity"
+        and same(again, state_of(trainer))
+    )
     fresh = trainer_of(corpus, tmp_path / "other", corrector_settings={"hidden": 16, "learning_rate": 3.0})
     fresh.train()
     other = loss_of(fresh)
     save_losses({"loss": other}, tmp_path / "saved")
-    kept = other.corrector.state_dict()
-    other.restart_corrector(diverged=True)
-    assert other.corrector.name == "identity"
+    kept = other.corrected.corrector.state_dict()
+    other.corrected.restart(diverged=True)
+    assert other.corrected.corrector.name == "identity"
     load_losses({"loss": other}, tmp_path / "saved")
-    assert not other.diverged and all(torch.equal(v, kept[name]) for name, v in other.corrector.state_dict().items())
+    assert not other.corrected.diverged and all(
+        torch.equal(v, kept[name]) for name, v in other.corrected.corrector.state_dict().items()
+    )
 
 
 def test_a_corrector_that_makes_things_worse_can_be_kept(corpus, tmp_path, caplog):
     trainer = diverging(corpus, tmp_path, "warn")
     trainer.train()
-    assert "makes things worse. It goes on" in caplog.text and not loss_of(trainer).diverged
-    assert isinstance(loss_of(trainer).corrector, MLPCorrector)
+    assert "makes things worse. It continues" in caplog.text and not loss_of(trainer).corrected.diverged
+    assert isinstance(loss_of(trainer).corrected.corrector, MLPCorrector)
 
 
 def test_a_corrector_that_helps_is_kept(corpus, tmp_path, caplog):
     trainer = trainer_of(corpus, tmp_path, max_steps=210, save_strategy="no", learning_rate=1e-3)
     trainer.train()
-    assert "makes things worse" not in caplog.text and isinstance(loss_of(trainer).corrector, MLPCorrector)
+    assert "makes things worse" not in caplog.text and isinstance(loss_of(trainer).corrected.corrector, MLPCorrector)
 
 
 SETTINGS = {
     "top k": {},
     "gumbel": {"sampler": "gumbel"},
-    "mixed": {"sampler": "mixed"},
     "uniform": {"sampler": "uniform"},
-    "the batch's budget": {"budget": "batch"},
     "verified": {"candidates": 20},
     "shortlist": {"shortlist": Shortlist("Flat", size=8), "corrector": RidgeCorrector(24, normalize=True)},
     "rank window": {"false_negatives": FalseNegativeFilter(range_min=2, range_max=8)},
@@ -359,7 +361,7 @@ def test_targets_without_words_have_zero_vectors_and_score_zero(tmp_path, settin
         model[1].linear.bias.zero_()
         model[0].embedding.weight[[2, 3]] = 0.0  # [CLS] and [SEP]: all that is left of a text without words
     selections, loss = train_on(corpus, model, tmp_path, **settings)
-    assert loss.search.cache[[1, 2, 3]].abs().max() == 0 and len(selections) == 3
+    assert loss.corrected.search.cache[[1, 2, 3]].abs().max() == 0 and len(selections) == 3
     measured = CorpusRetrievalEvaluator(corpus, "train")(model)
     assert measured and not any(math.isnan(value) for value in measured.values())
 

@@ -164,11 +164,11 @@ def test_an_unknown_strategy_is_refused_before_anything_is_loaded(answer):
 def test_options_that_a_strategy_does_not_look_at_are_refused(recipe_module, monkeypatch, capsys):
     recipe = recipe_module("command_line")
     for strategy in ("in-batch", "mined-once"):
-        options = ["--strategy", strategy, "--relative_margin", "0.1", "--budget", "batch", "--probe_every", "5"]
+        options = ["--strategy", strategy, "--relative_margin", "0.1", "--candidates", "40", "--probe_every", "5"]
         monkeypatch.setattr(sys, "argv", ["train_nq.py", *options])
         with pytest.raises(SystemExit):
             recipe.parse_arguments("train_nq", "", "data/nq")
-        assert "leave out --budget, --relative_margin, --probe_every" in capsys.readouterr().err
+        assert "leave out --candidates, --relative_margin, --probe_every" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- data

@@ -60,7 +60,8 @@ def test_the_record_says_what_was_done(judged, tmp_path):
     assert told.removed == dict(loss.removed) and told.removed["max_score"] > 0
     assert told.corpus["targets"] == 200 and told.corpus["fingerprint"] == judged.fingerprint
     assert (
-        told.cache["bytes"] == 200 * 24 * 4 and told.cache["fingerprint"].keys() == loss.search.cache.fingerprint.keys()
+        told.cache["bytes"] == 200 * 24 * 4
+        and told.cache["fingerprint"].keys() == loss.corrected.search.cache.fingerprint.keys()
     )
     assert [entry["step"] for entry in record.series] == [2, 4, 6] and "fidelity" in record.series[0]
     assert record.arguments["candidates"] == 9 and "output_dir" not in record.arguments
@@ -94,7 +95,7 @@ def test_the_examples_are_what_is_chosen(judged, tmp_path):
         for each in first.negatives:
             assert each.corrected_score == pytest.approx(each.score, abs=1e-5), "the cache is fresh before training"
         row = judged.qrels("train").queries["text"][:].index(example.query)
-        fresh = loss.comparable(loss.encoder.encode(model, [row, int(last.negatives[0].id)]))
+        fresh = loss.similarity.comparable(loss.encoder.encode(model, [row, int(last.negatives[0].id)]))
         scores = (fresh @ loss.encode_queries([example.query])[0]).tolist()
         assert [last.positive_score, last.negatives[0].score] == pytest.approx(scores, abs=1e-5)
         answer = judged.texts([row])[0].split()[0]
@@ -102,7 +103,9 @@ def test_the_examples_are_what_is_chosen(judged, tmp_path):
     assert any(abs(each.corrected_score - each.score) > 1e-3 for e in examples for each in e.choices[1].negatives)
 
 
-@pytest.mark.parametrize("settings", [{"sampler": "gumbel"}, {"candidates": 8}, {"sampler": "mixed", "max_score": 0.9}])
+@pytest.mark.parametrize(
+    "settings", [{"sampler": "gumbel"}, {"candidates": 8}, {"sampler": "uniform", "max_score": 0.9}]
+)
 def test_recording_changes_nothing(judged, tmp_path, settings):
     weights = []
     for examples in (0, 8):

@@ -21,6 +21,7 @@ from st_corrector import (
 )
 from st_corrector.data import duplicates
 from st_corrector.data.text import contains_answer, normalized
+from st_corrector.losses import corrected
 from st_corrector.negatives.filters import known_positives
 
 
@@ -147,7 +148,7 @@ def own_rows(corpus, text):
 
 
 @pytest.mark.parametrize("make", [symmetric, chains, triplets, questions, titled, held_out])
-def test_a_target_with_the_querys_own_text_is_never_its_negative(make, tmp_path):
+def test_a_target_with_the_querys_own_text_is_never_its_negative(make, tmp_path, monkeypatch):
     corpus = make(tmp_path / "data")
     model = make_static_model()
     with torch.no_grad():  # so that a text and the same with a title are nearest to one another
@@ -155,7 +156,7 @@ def test_a_target_with_the_querys_own_text_is_never_its_negative(make, tmp_path)
     cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
     loss = CorrectedMultipleNegativesLoss(model, corpus, cache, num_negatives=3)
     selected, forbidden = [], []
-    select, candidates = loss.select, loss._candidates
+    select, candidates = loss.select, corrected.candidates_of
 
     def recording(*inputs, **settings):
         selected.append(select(*inputs, **settings))
@@ -166,7 +167,8 @@ def test_a_target_with_the_querys_own_text_is_never_its_negative(make, tmp_path)
         forbidden.append((torch.cat([batch.rows, negative_rows]), found.forbidden))
         return found
 
-    loss.select, loss._candidates = recording, noting
+    loss.select = recording
+    monkeypatch.setattr(corrected, "candidates_of", noting)
     pairs = corpus.pairs("train")[:32]
     loss([model.preprocess(pairs["anchor"]), model.preprocess(pairs["positive"])], torch.tensor(pairs["label"]))
     own = [own_rows(corpus, anchor) for anchor in pairs["anchor"]]

@@ -297,7 +297,7 @@ def test_bad_searches_are_refused():
     for message, arguments in {
         r"Expected queries of shape \(B, 4\), got \(2, 5\)": (torch.randn(2, 5), 1),
         "k must be at least 1, got 0": (torch.randn(2, 4), 0),
-        "sampler 'random' is not one of top_k, gumbel, mixed, uniform": (torch.randn(2, 4), 1, None, "random"),
+        "sampler 'random' is not one of top_k, gumbel, uniform": (torch.randn(2, 4), 1, None, "random"),
         "needs a seed": (torch.randn(2, 4), 1, None, "gumbel"),
     }.items():
         with pytest.raises(InputError, match=message):

@@ -1,4 +1,4 @@
-"""Selection by hand-made vectors: which rows each rule, sampler and budget takes."""
+"""Selection by hand-made vectors: which rows each rule and sampler takes."""
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from st_corrector import (
     InputError,
 )
 from st_corrector.negatives.selector import NegativeSelector
+from st_corrector.negatives.settings import NegativeSettings
 
 ROWS = 40
 NONE = torch.full((3, 1), -1)
@@ -35,7 +36,9 @@ def queries():
 def select(vectors, queries, positive_scores=None, exclude=NONE, encode=None, **settings):
     search = CorrectedSearch(EmbeddingCache.from_tensor(vectors), IdentityCorrector(8), chunk_size=7)
     scores = torch.full((3,), 0.5) if positive_scores is None else positive_scores
-    return NegativeSelector(**settings).select(search, queries, exclude, scores, LABELS, encode)
+    scale = settings.pop("scale", 20.0)
+    selector = NegativeSelector(NegativeSettings(**settings), scale)
+    return selector.select(search, queries, exclude, scores, LABELS, encode)
 
 
 def ranking(vectors, queries):
@@ -217,56 +220,12 @@ def test_a_cross_encoder_is_asked_about_each_pair_once_and_compared_with_the_pos
     assert strict(torch.tensor([2]), rows[:1]).tolist() == [[True, False, False]]
 
 
-# ---------------------------------------------------------------------- samplers and budgets
-
-
-def test_half_of_a_mixed_selection_are_the_hardest_and_half_are_drawn(vectors, queries):
-    expected = ranking(vectors, queries)
-    drawn = torch.zeros(3, ROWS)
-    torch.manual_seed(0)
-    for _ in range(200):
-        rows = select(vectors, queries, num_negatives=5, sampler="mixed", scale=1e-4).rows
-        assert torch.equal(rows[:, :3], expected[:, :3])
-        assert all(len(set(row)) == 5 for row in rows.tolist())
-        drawn.scatter_add_(1, rows[:, 3:], torch.ones(3, 2))
-    others = drawn.gather(1, expected[:, 3:])
-    assert (others > 0).all() and others.std() < 6, "at a low scale the others are drawn alike"
-    torch.testing.assert_close(others.sum(1), torch.full((3,), 400.0))
-    peaked = select(vectors, queries, num_negatives=5, sampler="mixed", scale=1e5).rows
-    assert torch.equal(peaked, expected[:, :5])
-
-
-def test_a_mixed_selection_from_fewer_rows_than_wanted(vectors, queries):
-    selection = select(vectors[:4], queries, num_negatives=7, sampler="mixed", exclude=torch.tensor([[2]] * 3))
-    for row in selection.rows.tolist():
-        assert sorted(n for n in row if n >= 0) == [0, 1, 3]
-
-
-def test_the_batchs_budget_goes_to_those_whose_positive_is_nearest(vectors, queries):
-    scores = queries @ vectors.T
-    # The first query's positive is far ahead, the second's far behind.
-    positive = torch.tensor([5.0, -0.2, 0.6])
-    selection = select(vectors, queries, positive, num_negatives=3, budget="batch")
-    pool = ranking(vectors, queries)[:, :12]
-    margins = {}
-    for query in range(3):
-        for row in pool[query].tolist():
-            margins[row] = max(margins.get(row, -9), (scores[query, row] - positive[query]).item())
-    kept = set(sorted(margins, key=lambda row: -margins[row])[:9])
-    taken = [{row for row in rows if row >= 0} for rows in selection.rows.tolist()]
-    assert set.union(*taken) == kept and len(kept) == 9
-    assert taken == [kept & set(rows) for rows in pool.tolist()], "a row kept for one is every query's that chose it"
-    assert len(taken[1]) == 9 and len(taken[0]) < 9
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"num_negatives": -1}, "num_negatives must not be negative, got -1"),
         ({"num_negatives": 4, "candidates": 4}, "there must be more, got 4"),
         ({"num_negatives": 4, "sampler": "hard"}, "sampler 'hard' is not one of"),
-        ({"num_negatives": 4, "budget": "all"}, "budget 'all' is neither"),
-        ({"num_negatives": 4, "budget": "batch", "sampler": "gumbel"}, "it needs 'top_k', not 'gumbel'"),
         (
             {"num_negatives": 4, "sampler": "gumbel", "false_negatives": FalseNegativeFilter(range_min=2)},
             "set range_max as well",
@@ -279,18 +238,9 @@ def test_the_batchs_budget_goes_to_those_whose_positive_is_nearest(vectors, quer
             {"num_negatives": 4, "candidates": 9, "false_negatives": FalseNegativeFilter(range_max=8)},
             "there must be room for the 9 candidates",
         ),
-        ({"num_negatives": 4, "sampler": "mixed", "candidates": 9}, "takes half by rank and half by chance"),
-        (
-            {"num_negatives": 4, "sampler": "mixed", "false_negatives": FalseNegativeFilter(range_max=8)},
-            "takes half by rank and half by chance",
-        ),
-        (
-            {"num_negatives": 4, "sampler": "mixed", "false_negatives": FalseNegativeFilter(checks=(Odd(),))},
-            "takes half by rank and half by chance",
-        ),
         ({"num_negatives": 4, "scale": 0.0}, "scale must be positive"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
-        NegativeSelector(**settings)
+        NegativeSettings(**settings)

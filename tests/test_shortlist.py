@@ -193,7 +193,7 @@ def test_the_loss_trains_with_a_shortlist_as_without(tmp_path, static_model, cor
         losses[name] = []
         for step in range(6):
             if step == 4:
-                loss.refresh()
+                loss.corrected.refresh()
             batch = batch_of(static_model, corpus, range(8 * step, 8 * step + 8))
             total = sum(loss(*batch).values())
             optimizer.zero_grad()
@@ -202,6 +202,6 @@ def test_the_loss_trains_with_a_shortlist_as_without(tmp_path, static_model, cor
             losses[name].append(total.item())
         metrics = loss.pop_metrics()
         assert ("recall" in metrics) is (shortlist is not None) and metrics.get("recall", 1.0) == 1.0
-    assert isinstance(loss.search, ShortlistSearch)
+    assert isinstance(loss.corrected.search, ShortlistSearch)
     assert losses["Flat"] == pytest.approx(losses["exact"], rel=1e-4)
     assert losses["exact"][-1] != losses["exact"][0]

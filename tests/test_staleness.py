@@ -106,7 +106,9 @@ def test_the_trainer_logs_what_the_steps_measured(corpus, tmp_path):
     assert 0 < logs[0]["seen"] < logs[-1]["seen"] <= 1
     assert logs[-1]["targets_encoded"] == loss.targets_encoded > 12 * 20
     assert logs[-1]["targets_verified"] == loss.targets_verified > 0
-    assert logs[-1]["targets_reencoded"] == loss.targets_reencoded == 12 * 3, "background targets are re-encoded"
+    assert logs[-1]["targets_reencoded"] == loss.corrected.targets_reencoded == 12 * 3, (
+        "background targets are re-encoded"
+    )
 
 
 def test_age_is_counted_from_when_a_row_was_encoded(corpus, tmp_path):
@@ -147,7 +149,7 @@ def test_fidelity_before_the_first_step_and_after_a_refresh_is_complete(corpus, 
     probe = FidelityCallback(loss, every=1, targets=None, k=7)
     measured = probe.measure()
     assert measured["fidelity"] < 1 and probe.targets_encoded == 200
-    loss.refresh()
+    loss.corrected.refresh()
     assert probe.measure()["fidelity"] == 1
     # By hand: overlap of the top 7 by cache and by fresh embeddings, over all queries and targets.
     model = make_static_model()

@@ -30,15 +30,15 @@ class Seen(TrainerCallback):
         self.runs.append(
             {
                 "loss": loss,
-                "num_negatives": loss.num_negatives,
+                "num_negatives": loss.negatives.num_negatives,
                 "scale": loss.scale,
-                "sampler": loss.selector.sampler,
-                "corrector": loss.corrector.name,
-                "candidates": loss.selector.candidates,
-                "steps": loss.search.steps,
-                "written": len(loss.search.overlay),
+                "sampler": loss.negatives.sampler,
+                "corrector": loss.corrected.corrector.name,
+                "candidates": loss.negatives.candidates,
+                "steps": loss.corrected.search.steps,
+                "written": len(loss.corrected.search.overlay),
                 "encoded": loss.targets_encoded,
-                "diverged": loss.diverged,
+                "diverged": loss.corrected.diverged,
                 "policy": self.trainer.guard.policy,
                 "model": loss.model is kwargs["model"],
             }
@@ -106,15 +106,15 @@ def test_a_run_with_a_new_model_is_as_if_it_were_the_first(corpus, tmp_path, kin
     )
     seen.trainer = trainer
     first, loss, log = run(trainer)
-    assert loss.search.steps and loss.targets_encoded and len(log) == 6
-    record, steps = trainer.recorder.record, loss.search.steps
-    loss.diverged = True
-    loss.restart_corrector(diverged=True)
+    assert loss.corrected.search.steps and loss.targets_encoded and len(log) == 6
+    record, steps = trainer.recorder.record, loss.corrected.search.steps
+    loss.corrected.diverged = True
+    loss.corrected.restart(diverged=True)
     trainer.guard.steps_skipped = 3
     second, again, repeated = run(trainer)
     assert all(torch.equal(value, second[name]) for name, value in first.items()) and repeated == log
     assert any(not torch.equal(value, second[name]) for name, value in make_static_model().state_dict().items())
-    assert again is not loss and again.search.steps == steps and trainer.guard.steps_skipped == 0
+    assert again is not loss and again.corrected.search.steps == steps and trainer.guard.steps_skipped == 0
     recorded = trainer.recorder.record
     assert recorded is not record and not any(each.diverged for each in recorded.losses.values())
     assert trainer.model.model_card_data.record is recorded
@@ -122,7 +122,9 @@ def test_a_run_with_a_new_model_is_as_if_it_were_the_first(corpus, tmp_path, kin
     assert told[0] == told[1] and told[0]["model"]
     assert (told[1]["steps"], told[1]["written"], told[1]["encoded"], told[1]["diverged"]) == (0, 0, 0, False)
     if kind == "arguments":
-        assert loss.targets_reencoded == again.targets_reencoded == 200, "refreshed once in each run"
+        assert loss.corrected.targets_reencoded == again.corrected.targets_reencoded == 200, (
+            "refreshed once in each run"
+        )
         assert repeated and recorded.log[0]["fidelity"] == record.log[0]["fidelity"]
     # A trainer of its own gets there too.
     alone = CorrectorTrainer(None, arguments(tmp_path, **settings), corpus=corpus, model_init=model_init, **given)
@@ -142,7 +144,7 @@ def test_each_models_cache_is_its_own(corpus, tmp_path):
     for _ in range(3):
         trainer.train()
         (loss,) = trainer._corrected_losses().values()
-        caches.append(loss.search.cache.path)
+        caches.append(loss.corrected.search.cache.path)
         drift = next(entry["drift"] for entry in trainer.state.log_history if "drift" in entry)
         assert abs(drift) < 1e-5, "at its first step the cache is the model's"
     assert caches[0] == caches[2] != caches[1]
@@ -235,7 +237,7 @@ def test_a_run_with_a_new_model_answers_sigterm_with_a_checkpoint_and_goes_on_fr
     resumed = CorrectorTrainer(None, settings, corpus=corpus, model_init=model_init)
     resumed.train(resume_from_checkpoint=True)
     (loss,) = resumed._corrected_losses().values()
-    assert resumed.state.global_step == 6 and loss.search.steps == 6
+    assert resumed.state.global_step == 6 and loss.corrected.search.steps == 6
     whole = CorrectorTrainer(None, arguments(tmp_path / "whole"), corpus=corpus, model_init=model_init)
     whole.train()
     weights = whole.model.state_dict()
@@ -245,4 +247,4 @@ def test_a_run_with_a_new_model_answers_sigterm_with_a_checkpoint_and_goes_on_fr
 def test_without_model_init_a_second_run_goes_on_with_the_same_loss(corpus, tmp_path):
     trainer = CorrectorTrainer(make_static_model(), arguments(tmp_path), corpus=corpus)
     _, loss, _ = run(trainer)
-    assert run(trainer)[1] is loss and loss.search.steps == 12
+    assert run(trainer)[1] is loss and loss.corrected.search.steps == 12

@@ -27,7 +27,7 @@ class Run:
     def go(self, first, last, refresh_every=None):
         for step in range(first, last):
             if refresh_every and step and step % refresh_every == 0:
-                self.loss.refresh()
+                self.loss.corrected.refresh()
             self.step(step)
         return self
 
@@ -72,8 +72,8 @@ def test_warming_up_ends_once_whatever_is_refreshed_or_resumed(
     for step, rows in whole.taken.items():
         assert (rows is None) == (negatives == "in-batch" and step < warmup), step
         assert rows is None or ((rows != NO_ROW).all() and rows.shape == (BATCH, 3))
-    assert whole.loss.steps == STEPS
-    assert whole.loss.search.steps == (STEPS if refresh_every is None else (STEPS - 1) % refresh_every + 1)
+    assert whole.loss.corrected.steps == STEPS
+    assert whole.loss.corrected.search.steps == (STEPS if refresh_every is None else (STEPS - 1) % refresh_every + 1)
     for step, age in whole.ages.items():
         since = step if refresh_every is None else step % refresh_every
         assert age is None or 0 <= age <= since, "as old as the cache at most"
@@ -83,10 +83,10 @@ def test_warming_up_ends_once_whatever_is_refreshed_or_resumed(
         second = Run(corpus, cache, **settings)
         second.model.load_state_dict(first.model.state_dict())
         load_losses({"loss": second.loss}, tmp_path / str(resumed_at))
-        assert second.loss.steps == resumed_at
+        assert second.loss.corrected.steps == resumed_at
         # Embeddings that a refresh has made are in no checkpoint: they are made anew, and no older than that.
         refreshed = refresh_every is not None and resumed_at > refresh_every
-        assert second.loss.search.steps == (0 if refreshed else first.loss.search.steps)
+        assert second.loss.corrected.search.steps == (0 if refreshed else first.loss.corrected.search.steps)
         second.go(resumed_at, STEPS, refresh_every)
         assert [rows is None for rows in second.taken.values()] == [whole.taken[step] is None for step in second.taken]
         # As is a copy of them that a shortlist has corrected: it may suggest others then.
@@ -102,10 +102,10 @@ def test_the_stale_cache_chooses_while_the_corrector_learns(corpus, cache):
     stale = Run(corpus, cache, corrector="identity").go(0, STEPS)
     at_once = Run(corpus, cache, corrector="ridge").go(0, STEPS)
     for step in range(1, WARMUP):
-        seen = torch.isin(warming.taken[step], warming.loss.search.overlay.rows)
+        seen = torch.isin(warming.taken[step], warming.loss.corrected.search.overlay.rows)
         assert torch.equal(warming.taken[step], stale.taken[step]) or seen.any(), step
     assert any(not torch.equal(warming.taken[step], at_once.taken[step]) for step in range(1, WARMUP))
-    assert warming.loss.corrector.name == "ridge" and warming.loss.corrector.weight.abs().max() > 0
+    assert warming.loss.corrected.corrector.name == "ridge" and warming.loss.corrected.corrector.weight.abs().max() > 0
 
 
 @pytest.mark.parametrize("shortlist", SHORTLISTS)
@@ -116,7 +116,7 @@ def test_one_search_serves_before_and_after(corpus, cache, monkeypatch, shortlis
     monkeypatch.setattr(CorrectedSearch, "choosing_by", _noting(searched, CorrectedSearch.choosing_by), raising=True)
     monkeypatch.setattr(ShortlistSearch, "_make_source", _noting(made, ShortlistSearch._make_source))
     run.go(0, WARMUP + 2)
-    assert searched == [run.loss.search] * (WARMUP + 2)
+    assert searched == [run.loss.corrected.search] * (WARMUP + 2)
     # Copies: at steps 0 and 2 of the stale vectors, at 4 by the corrector.
     assert len(made) == (3 if shortlist == "copied" else 0)
 
@@ -156,17 +156,17 @@ def test_a_resumed_trainer_goes_on_where_it_was(corpus, tmp_path):
         resumed = trainer_of(corpus, tmp_path / str(step), **settings)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         (ours,), (theirs,) = (trainer._corrected_losses().values() for trainer in (whole, resumed))
-        assert theirs.steps == ours.steps == 8
+        assert theirs.corrected.steps == ours.corrected.steps == 8
         same = all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())
         assert same or not exact
 
 
 def test_a_run_that_has_diverged_goes_on_counting(corpus, cache, tmp_path):
     run = Run(corpus, cache, warmup_steps=2).go(0, 3)
-    run.loss.restart_corrector(diverged=True)
+    run.loss.corrected.restart(diverged=True)
     run.go(3, 5)
     save_losses({"loss": run.loss}, tmp_path / "checkpoint")
     again = Run(corpus, cache, warmup_steps=2)
     load_losses({"loss": again.loss}, tmp_path / "checkpoint")
-    assert again.loss.diverged and again.loss.steps == again.loss.search.steps == 5
+    assert again.loss.corrected.diverged and again.loss.corrected.steps == again.loss.corrected.search.steps == 5
     assert all(rows is not None for rows in run.taken.values())

@@ -164,7 +164,7 @@ def test_columns_that_were_prepared_for_no_side_are_refused(model, judged, tmp_p
         loss([model.preprocess(pairs["anchor"]), model.preprocess(pairs["positive"], task="document")], labels)
     with pytest.raises(InputError, match="positives go by the route of the task 'query'"):
         loss([query, model.preprocess(pairs["positive"], task="query")], labels)
-    assert loss.search.steps == 0
+    assert loss.corrected.search.steps == 0
 
 
 @pytest.mark.parametrize("name", ["two heads", "two heads, queries' by default", "two heads at the end"])
@@ -184,9 +184,9 @@ def test_behind_a_shared_encoder_columns_find_their_side_without_a_mapping(model
     model.requires_grad_(False)
     router.sub_modules["query"].requires_grad_(True)
     frozen = CorrectedMultipleNegativesLoss(model, judged, cache, num_negatives=3, corrector="mlp")
-    assert frozen.corrector.name == "identity" and not frozen.write_back
+    assert frozen.corrected.corrector.name == "identity" and not frozen.corrected.writes_back
     router.sub_modules["document"].requires_grad_(True)
-    assert CorrectedMultipleNegativesLoss(model, judged, cache, num_negatives=3).corrector.name == "mlp"
+    assert CorrectedMultipleNegativesLoss(model, judged, cache, num_negatives=3).corrected.corrector.name == "mlp"
 
 
 @pytest.mark.parametrize("place", ["first", "behind an encoder", "in a route"])

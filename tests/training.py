@@ -23,6 +23,7 @@ from st_corrector import (
     Corpus,
     CorpusRetrievalEvaluator,
     CorrectedMultipleNegativesLoss,
+    CorrectionSettings,
     CorrectorTrainer,
     CorrectorTrainingArguments,
     EmbeddingCache,
@@ -35,13 +36,9 @@ from st_corrector.runtime.distributed import Processes
 CASES: dict[str, dict] = {
     "mlp": {"corrector_settings": {"hidden": 16}},
     "ridge, gumbel, int8": {"corrector": "ridge", "sampler": "gumbel", "cache_dtype": "int8"},
-    "mixed, stale warm-up": {"sampler": "mixed", "corrector_warmup_steps": 5, "cache_on_device": True},
+    "uniform, stale warm-up": {"sampler": "uniform", "corrector_warmup_steps": 5, "cache_on_device": True},
     "verified, with background and margin": {"candidates": 12, "background_targets": 7, "relative_margin": 0.02},
-    "the batch's budget, in-batch warm-up": {
-        "budget": "batch",
-        "corrector_warmup_steps": 3,
-        "corrector_warmup_negatives": "in-batch",
-    },
+    "in-batch warm-up": {"corrector_warmup_steps": 3, "corrector_warmup_negatives": "in-batch"},
     "in-batch": {"num_negatives": 0},
     "refreshed": {"refresh_every": 4, "corrector": "identity"},
     "shortlist": {"corrector": "ridge"},
@@ -125,14 +122,13 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
     model, loss = encoder(folder, case), None
     if case in ("shortlist", "Matryoshka"):
         cache = EmbeddingCache.build(model, corpus, folder / "cache", progress=False)
-        settings = {
-            "shortlist": {
-                "corrector": RidgeCorrector(cache.dim, normalize=False),
-                "shortlist": Shortlist("Flat", size=30, check_every=4),
-            },
-            "Matryoshka": {"corrector": MLPCorrector(cache.dim, hidden=16)},
+        correction = {
+            "shortlist": CorrectionSettings(
+                RidgeCorrector(cache.dim, normalize=False), shortlist=Shortlist("Flat", size=30, check_every=4)
+            ),
+            "Matryoshka": CorrectionSettings(MLPCorrector(cache.dim, hidden=16)),
         }[case]
-        loss = CorrectedMultipleNegativesLoss(model, corpus, cache, 5, **settings)
+        loss = CorrectedMultipleNegativesLoss(model, corpus, cache, 5, correction=correction)
         if case == "Matryoshka":
             loss = MatryoshkaLoss(model, loss, [24, 8])
     callbacks: list[TrainerCallback] = [SayStep(folder / "step")]
@@ -188,7 +184,7 @@ def run(folder: Path, case: str, args: argparse.Namespace) -> None:
     began = BeganAt()
     trainer.add_callback(began)
     trainer.train(resume_from_checkpoint=args.resume)
-    search = loss._search
+    search = loss.corrected.search if loss.has_corrected else None
     results = {
         "began_at": began.step,
         "device": trainer.model.device.type,

@@ -8,9 +8,7 @@ from .affine_map import AffineMap
 from .base import Corrector
 from .identity import IdentityCorrector
 from .kernel import KernelRidgeCorrector
-from .mean_shift import MeanShiftCorrector
 from .mlp import MLPCorrector
-from .orthogonal import OrthogonalCorrector
 from .registry import CORRECTORS, LOADABLE, make_corrector
 from .ridge import RidgeCorrector
 from .ridge_mlp import RidgeMLPCorrector
@@ -27,8 +25,6 @@ __all__ = [
     "IdentityCorrector",
     "KernelRidgeCorrector",
     "MLPCorrector",
-    "MeanShiftCorrector",
-    "OrthogonalCorrector",
     "PullBack",
     "RidgeCorrector",
     "RidgeMLPCorrector",

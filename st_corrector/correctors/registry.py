@@ -9,9 +9,7 @@ from .affine_map import AffineMap
 from .base import Corrector
 from .identity import IdentityCorrector
 from .kernel import KernelRidgeCorrector
-from .mean_shift import MeanShiftCorrector
 from .mlp import MLPCorrector
-from .orthogonal import OrthogonalCorrector
 from .ridge import RidgeCorrector
 from .ridge_mlp import RidgeMLPCorrector
 from .settings import configured
@@ -20,8 +18,6 @@ CORRECTORS: dict[str, type[Corrector]] = {
     cls.name: cls
     for cls in (
         IdentityCorrector,
-        MeanShiftCorrector,
-        OrthogonalCorrector,
         RidgeCorrector,
         KernelRidgeCorrector,
         MLPCorrector,

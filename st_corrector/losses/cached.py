@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -14,10 +14,14 @@ from sentence_transformers.base.modules import Router
 from torch import Tensor
 
 from ..cache.embedding_cache import EmbeddingCache
+from ..correctors import Corrector
 from ..data.corpus import Corpus
 from ..data.encoding import unwrap
 from ..errors import InputError
-from .corrected import Column, CorrectedMultipleNegativesLoss
+from ..negatives.settings import NegativeSettings
+from .batch import Column
+from .corrected import CorrectedMultipleNegativesLoss
+from .settings import CorrectionSettings
 
 # Not all of these names of sentence-transformers are public: a release without one must not break our import.
 _NEEDED = ("CachedLossMixin", "_backward_hook", "_minibatch_ranges", "has_static_embedding_input")
@@ -34,10 +38,15 @@ class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, _Mixi
         model: SentenceTransformer,
         corpus: Corpus,
         cache: EmbeddingCache | None = None,
-        num_negatives: int = 16,
+        num_negatives: int | None = None,
+        corrector: str | Corrector | None = None,
+        *,
         mini_batch_size: int = 32,
         show_progress_bar: bool = False,
-        **settings: Any,
+        negatives: NegativeSettings | None = None,
+        correction: CorrectionSettings | None = None,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = None,
+        **earlier: Any,
     ) -> None:
         """
         :class:`CorrectedMultipleNegativesLoss` with gradient caching (`Gao et al. 2021
@@ -50,10 +59,10 @@ class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, _Mixi
         :class:`CorrectedMultipleNegativesLoss`, and so is what the corrector learns.
 
         Args:
-            model, corpus, cache, num_negatives: see :class:`CorrectedMultipleNegativesLoss`.
+            model, corpus, cache, num_negatives, corrector: see :class:`CorrectedMultipleNegativesLoss`.
             mini_batch_size: texts that are encoded with gradient at once. It decides over memory and speed alone.
             show_progress_bar: show the progress over a step's mini-batches.
-            settings: the other settings of :class:`CorrectedMultipleNegativesLoss`.
+            negatives, correction, similarity_fct, earlier: see :class:`CorrectedMultipleNegativesLoss`.
 
         Inputs:
             +--------------------------+----------------------------+
@@ -86,7 +95,17 @@ class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, _Mixi
                 f"{type(own[0]).__name__} takes the task as an argument, which gradient caching does not hand on: use "
                 "CorrectedMultipleNegativesLoss."
             )
-        super().__init__(model, corpus, cache, num_negatives, **settings)
+        super().__init__(
+            model,
+            corpus,
+            cache,
+            num_negatives,
+            corrector,
+            negatives=negatives,
+            correction=correction,
+            similarity_fct=similarity_fct,
+            **earlier,
+        )
         if self.processes.size > 1 and not hasattr(gradcache, "_ddp_replay_context"):
             raise InputError(
                 "This sentence-transformers exchanges gradients after every mini-batch, of which processes may have "

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss
-from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor, nn
 
 from ..cache.embedding_cache import EmbeddingCache
@@ -19,28 +16,19 @@ from ..data.encoding import DocumentEncoder, unwrap
 from ..data.routing import DOCUMENT, QUERY, modules_for
 from ..data.tokens import TokenizedCorpus
 from ..errors import InputError, NonFiniteError
-from ..negatives.selector import NegativeSelector
+from ..negatives.settings import NegativeSettings
 from ..storage.fingerprint import differences
 
 LAYERS = (
     "AdaptiveLayerLoss and Matryoshka2dLoss ask a loss once for each layer of the encoder, while negatives are chosen "
     "once a step, by embeddings of the last layer: train with this loss alone, or in MatryoshkaLoss."
 )
-_SIMILARITIES: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cos_sim, "dot": dot_score}
 _COLUMNS = {QUERY: "queries", DOCUMENT: "targets"}
 
 
-def check_settings(
-    corpus: Corpus,
-    cache: EmbeddingCache | None,
-    selector: NegativeSelector,
-    background_targets: int,
-    similarity_fct: Callable[[Tensor, Tensor], Tensor],
-    split: str | None,
-) -> None:
-    if background_targets < 0:
-        raise InputError(f"background_targets must not be negative, got {background_targets}.")
-    if selector.num_negatives and cache is None:
+def check_settings(corpus: Corpus, cache: EmbeddingCache | None, settings: NegativeSettings) -> None:
+    """Refuse a cache of another size or corpus, and a split that the corpus lacks."""
+    if settings.num_negatives and cache is None:
         raise InputError("Negatives are chosen by a cache: pass EmbeddingCache.build(model, corpus, path).")
     if cache is not None and not isinstance(cache, EmbeddingCache):
         raise InputError(
@@ -52,20 +40,16 @@ def check_settings(
             f"The cache has {cache.corpus_size} rows, the corpus {len(corpus)} targets: they must be the same, in the "
             "same order. Build the cache of this corpus with EmbeddingCache.build."
         )
-    if similarity_fct not in (cos_sim, dot_score):
-        raise InputError(
-            f"similarity_fct must be sentence_transformers.util.cos_sim or dot_score, by which the corpus can be "
-            f"searched; got {similarity_fct!r}."
-        )
-    if other := [check for check in selector.false_negatives.checks if check.split not in (None, split)]:
+    split = settings.train_split
+    if other := [check for check in settings.false_negatives.checks if check.split not in (None, split)]:
         raise InputError(
             f"{other[0]!r} knows the queries of split {other[0].split!r}, the loss is trained on {split!r}: make both "
             "with the same."
         )
     if corpus.splits and split is not None and split not in corpus.splits:
         raise InputError(
-            f"The corpus has no split {split!r}, it has {corpus.splits}: pass the one that is trained on, or None if "
-            "its judgements are not in the corpus."
+            f"The corpus has no split {split!r}, it has {corpus.splits}: pass the one that is trained on as "
+            "train_split, or None if its judgements are not in the corpus."
         )
 
 
@@ -77,35 +61,6 @@ def check_cache(cache: EmbeddingCache, expected: dict[str, Any]) -> None:
             "The cache was built of something else than what is trained:\n  " + "\n  ".join(different) + "\nBuild the "
             "cache again with this model and corpus (or set the model's prompts and max_seq_length before it is built)."
         )
-
-
-def similarity_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """What a model compares by, as a function that the corpus can be searched by."""
-    name = unwrap(model).similarity_fn_name
-    if name not in _SIMILARITIES:
-        raise InputError(
-            f"The model compares by {name!r}, by which a corpus cannot be searched: set model.similarity_fn_name to "
-            f"{' or '.join(map(repr, _SIMILARITIES))} first, or pass similarity_fct=cos_sim or dot_score."
-        )
-    return _SIMILARITIES[name]
-
-
-def compares_unit_vectors(model: nn.Module, similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = None) -> bool:
-    """Whether what is compared is of unit length: by cosine, or because the model makes it so on both sides.
-
-    Args:
-        similarity_fct: by default the model's own.
-
-    Raises:
-        InputError: a corpus cannot be searched by what the model compares by, or a Router lacks a route.
-    """
-    last = [modules_for(unwrap(model), task)[-1] for task in (QUERY, DOCUMENT)]
-    return (similarity_fct or similarity_of(model)) is cos_sim or all(isinstance(each, Normalize) for each in last)
-
-
-def default_scale(model: nn.Module, similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = None) -> float:
-    """The inverse temperature where none is given: 20 for scores up to 1, 1 for dot products that know no bounds."""
-    return 20.0 if compares_unit_vectors(model, similarity_fct) else 1.0
 
 
 def refuse_layers(model: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import ChainMap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -205,11 +205,17 @@ class FalseNegativeFilter:
             of checks.
     """
 
-    max_score: float | None = None
-    absolute_margin: float | None = None
-    relative_margin: float | None = None
-    range_min: int = 0
-    range_max: int | None = None
+    max_score: float | None = field(default=None, metadata={"help": "No negative may score higher."})
+    absolute_margin: float | None = field(
+        default=None, metadata={"help": "Negatives score at least this much less than the positive."}
+    )
+    relative_margin: float | None = field(
+        default=None, metadata={"help": "Negatives score at most (1 - relative_margin) times what the positive does."}
+    )
+    range_min: int = field(default=0, metadata={"help": "Leave out this many of the hardest targets."})
+    range_max: int | None = field(
+        default=None, metadata={"help": "Take negatives from this many of the hardest targets."}
+    )
     checks: tuple[Check, ...] = ()
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,7 @@ from .overlay import Overlay
 from .scoring import Buffers, ChunkScores, Excluded, Scorer
 from .topk import BLOCK, NO_ROW, RunningTopK
 
-Sampler = Literal["top_k", "gumbel", "mixed", "uniform"]
-SAMPLERS: tuple[Sampler, ...] = ("top_k", "gumbel", "mixed", "uniform")
+Sampler = Literal["top_k", "gumbel", "uniform"]
 _UNIT = 1e-6  # how far from 1 rounding takes the norm of a float32 unit vector
 _SCORES = {"cpu": 1 << 23, "cuda": 1 << 25}
 """Scores that are held at once, where nothing else is asked for: each time costs some thirty small operations."""
@@ -218,8 +217,7 @@ class CorrectedSearch:
             exclude: rows that each query must not get, ``(B, m)`` or ``(m,)`` for all, padded with −1.
             sampler: ``"top_k"`` takes the largest scores; ``"gumbel"`` draws without replacement from
                 ``P_h(y|x) ∝ exp(β s)``, Eq. 4 of `Monath et al. 2024 <https://arxiv.org/abs/2409.01890>`_, by
-                adding Gumbel noise to ``β s`` and taking the largest; ``"mixed"`` takes the ``⌈k/2⌉`` largest and
-                draws the others from what is left of ``P_h``; ``"uniform"`` draws without regard to scores.
+                adding Gumbel noise to ``β s`` and taking the largest; ``"uniform"`` draws without regard to scores.
             scale: the inverse temperature β; only sampling depends on it.
             seed: of the random samplers' noise; required for them. The same seed gives the same draw.
             ceiling: each query's highest allowed score ``s``, ``(B,)``.
@@ -230,49 +228,47 @@ class CorrectedSearch:
             CacheError: an embedding of the cache is not finite.
         """
         queries = self._check(queries, k, sampler, seed)
+        seed = None if sampler == "top_k" else seed
         device, batch_size = queries.device, len(queries)
         self.corrector.to(device)
         scorer = Scorer(self.corrector, queries, self.corrects_queries, self._buffers)
         excluded = None if exclude is None else Excluded(exclude.to(device).expand(batch_size, -1))
         limit = None if ceiling is None or (ceiling == math.inf).all() else ceiling - scorer.offset
-        drawn = {"top_k": 0, "gumbel": k, "mixed": k // 2, "uniform": k}[sampler]
-        # Of a mixed selection at most k − drawn are taken as the largest: k drawn leave enough that are others.
-        largest, sampled = RunningTopK(batch_size, k - drawn, device), RunningTopK(batch_size, k, device)
+        best = RunningTopK(batch_size, k, device)  # by score, or where it is sampled by noisy logit
         too_similar = torch.zeros(batch_size, dtype=torch.int64, device=device)
         # Where only the largest are wanted, scores need not be stored to find them.
         fused = self.use_kernel and sampler == "top_k" and limit is None and usable(device)
         # Noise takes more memory than scores do.
         chunk_size = self._chunk_size(batch_size, device)
-        if drawn:
+        if seed is not None:
             chunk_size = max(1, chunk_size // 8)
         elif fused and self.chunk_size is None and self._keeps_only_maxima(device):
             chunk_size = max(chunk_size, _MAXIMA * BLOCK // max(batch_size, BLOCK))
         chunks = on_device(self.cache.chunks(chunk_size), device)
         if fused:
             for first_row, chunk in chunks:
-                self._update_fused(largest, scorer, first_row, chunk, excluded)
+                self._update_fused(best, scorer, first_row, chunk, excluded)
         for scores in () if fused else self._scored(scorer, chunks, chunk_size):
             first_row, keys = scores.first_row, scores.keys
             if excluded is not None:
                 scores.mask(*excluded.between(first_row, first_row + len(keys)))
             if limit is not None:
                 too_similar += scores.mask_above(limit)
-            if drawn < k:
-                largest.update(keys, first_row, scores.maxima)
-            if drawn and seed is not None:
+            if seed is None:
+                best.update(keys, first_row, scores.maxima)
+            else:
                 allowed = keys > -math.inf
-                logits = keys.mul_(scale) if sampler != "uniform" else keys.zero_()
+                logits = keys.mul_(scale) if sampler == "gumbel" else keys.zero_()
                 logits += gumbel_noise(batch_size, first_row, len(keys), seed, device).T
-                sampled.update(logits.masked_fill_(~allowed, -math.inf), first_row)
+                best.update(logits.masked_fill_(~allowed, -math.inf), first_row)
         self._finish_pass()
         too_similar = self.processes.sum(too_similar)
-        best, rows = self._merge(*largest.best)
-        best = best + scorer.offset[:, None]
-        if not drawn:
-            return Found(best, rows, too_similar)
-        keys, others = sampled.best
-        _, others, of_others = self._merge(keys, others, self.score(queries, others))
-        return Found(*_first_others(best, rows, of_others, others, drawn), too_similar)
+        found, rows = best.best
+        if seed is None:
+            found, rows = self._merge(found, rows)
+            return Found(found + scorer.offset[:, None], rows, too_similar)
+        _, rows, found = self._merge(found, rows, self.score(queries, rows))
+        return Found(found, rows, too_similar)
 
     def _merge(self, keys: Tensor, rows: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
         """Of what every process has found, ``(B, k)`` each, the ``k`` largest keys, equal ones by row; what belongs to
@@ -307,8 +303,8 @@ class CorrectedSearch:
             raise InputError(f"Expected queries of shape (B, {self.cache.dim}), got {tuple(queries.shape)}.")
         if k < 1:
             raise InputError(f"k must be at least 1, got {k}.")
-        if sampler not in SAMPLERS:
-            raise InputError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}.")
+        if sampler not in get_args(Sampler):
+            raise InputError(f"sampler {sampler!r} is not one of {', '.join(get_args(Sampler))}.")
         if sampler != "top_k" and seed is None:
             raise InputError(f"sampler={sampler!r} needs a seed: an integer, another one for each draw.")
         if not torch.isfinite(queries).all():
@@ -442,16 +438,3 @@ class CorrectedSearch:
         if self._factors is not None and (self._factors == 1).all():
             self._factors = None
         self._passed = True
-
-
-def _first_others(best: Tensor, rows: Tensor, scores: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Scores and rows: ``rows`` ``(B, n)``, then the first ``count`` of ``others`` ``(B, k)`` that are not among them,
-    then −1.
-    """
-    new = (others != NO_ROW) & (others[:, :, None] != rows[:, None, :]).all(-1)
-    order = (~new).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
-    known = ~new.gather(1, order)
-    scores = scores.gather(1, order).masked_fill(known, -math.inf)
-    return torch.cat([best, scores], dim=1), torch.cat(
-        [rows, others.gather(1, order).masked_fill(known, NO_ROW)], dim=1
-    )

@@ -1,30 +1,60 @@
-"""The training arguments: sentence-transformers' own, and how negatives are chosen."""
+"""The training arguments: sentence-transformers' own, and the settings of negatives and of the corrected corpus."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from sentence_transformers import SentenceTransformerTrainingArguments
 
-from ..correctors import CORRECTORS, read_settings
 from ..errors import InputError
-from ..negatives.filters import FalseNegativeFilter
-from ..search.exact import SAMPLERS
+from ..losses.settings import CorrectionSettings
+from ..negatives.filters import Check, FalseNegativeFilter
+from ..negatives.settings import NegativeSettings
 from .guard import NonFinitePolicy
+
+SETTINGS = (NegativeSettings, FalseNegativeFilter, CorrectionSettings)
+"""Where settings are declared that are arguments too; what their arguments cannot be given by on a command line
+(checks, a shortlist) is given to the trainer or the loss.
+"""
+
+
+def _declared_in(settings: type, name: str) -> Any:
+    """A field of the arguments whose default and help text are those of a setting."""
+    (setting,) = (each for each in fields(settings) if each.name == name)
+    return field(default=setting.default, metadata=setting.metadata)
 
 
 @dataclass
 class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
-    """:class:`~sentence_transformers.SentenceTransformerTrainingArguments`, and how negatives are chosen.
-    :class:`CorrectorTrainer` makes its loss and its cache of them.
-
-    What is not explained here is in :class:`CorrectedMultipleNegativesLoss`.
+    """:class:`~sentence_transformers.SentenceTransformerTrainingArguments`, the settings of
+    :class:`NegativeSettings`, :class:`FalseNegativeFilter` and :class:`CorrectionSettings`, which explain them, and
+    what the trainer itself does. :class:`CorrectorTrainer` makes its loss and its cache by them.
 
     Raises:
         InputError: a setting is out of its range.
     """
+
+    num_negatives: int = _declared_in(NegativeSettings, "num_negatives")
+    sampler: str = _declared_in(NegativeSettings, "sampler")
+    candidates: int | None = _declared_in(NegativeSettings, "candidates")
+    share_negatives: bool = _declared_in(NegativeSettings, "share_negatives")
+    in_batch_negatives: bool = _declared_in(NegativeSettings, "in_batch_negatives")
+    scale: float | None = _declared_in(NegativeSettings, "scale")
+    train_split: str | None = _declared_in(NegativeSettings, "train_split")
+    max_score: float | None = _declared_in(FalseNegativeFilter, "max_score")
+    absolute_margin: float | None = _declared_in(FalseNegativeFilter, "absolute_margin")
+    relative_margin: float | None = _declared_in(FalseNegativeFilter, "relative_margin")
+    range_min: int = _declared_in(FalseNegativeFilter, "range_min")
+    range_max: int | None = _declared_in(FalseNegativeFilter, "range_max")
+    corrector: str = _declared_in(CorrectionSettings, "corrector")
+    corrector_settings: str = _declared_in(CorrectionSettings, "corrector_settings")
+    corrector_warmup_steps: int = _declared_in(CorrectionSettings, "corrector_warmup_steps")
+    corrector_warmup_negatives: str = _declared_in(CorrectionSettings, "corrector_warmup_negatives")
+    corrector_divergence: str = _declared_in(CorrectionSettings, "corrector_divergence")
+    write_back: bool = _declared_in(CorrectionSettings, "write_back")
+    background_targets: int = _declared_in(CorrectionSettings, "background_targets")
 
     cache_path: str | None = field(
         default=None,
@@ -36,93 +66,39 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
     cache_dtype: str = field(
         default="float32", metadata={"help": "What the cache is stored in: float32, bfloat16, float16 or int8."}
     )
-    cache_batch_size: int = field(default=64, metadata={"help": "Targets in one forward pass while it is built."})
+    cache_batch_size: int = field(
+        default=64, metadata={"help": "Targets in one forward pass where the cache is built or refreshed."}
+    )
     cache_on_device: bool = field(
         default=False,
-        metadata={"help": "Hold the cache (of each process, its part) on the model's device: faster, if it fits."},
-    )
-    num_negatives: int = field(default=16, metadata={"help": "Targets that each query takes as negatives."})
-    corrector: str = field(default="mlp", metadata={"help": f"One of {', '.join(CORRECTORS)}."})
-    corrector_settings: str = field(
-        default="{}", metadata={"help": "The corrector's settings as JSON (or a dict), e.g. '{\"hidden\": 128}'."}
-    )
-    corrector_warmup_steps: int = field(
-        default=0, metadata={"help": "Steps in which the corrector learns, but does not choose yet."}
-    )
-    corrector_warmup_negatives: str = field(
-        default="stale", metadata={"help": "What is taken until then: stale or in-batch negatives."}
-    )
-    sampler: str = field(
-        default="top_k",
-        metadata={"help": "top_k: the hardest; gumbel: a sample from the corrected softmax; mixed; uniform."},
-    )
-    budget: str = field(
-        default="query", metadata={"help": "Whether num_negatives are every query's, or the batch's to share out."}
-    )
-    share_negatives: bool = field(
-        default=True, metadata={"help": "Whether every query sees the targets taken by the others of its batch."}
-    )
-    write_back: bool = field(
-        default=True,
-        metadata={"help": "Let freshly encoded targets stand for their stale embeddings from then on."},
-    )
-    candidates: int | None = field(
-        default=None, metadata={"help": "Verify so many targets for each query by encoding them, and keep the hardest."}
-    )
-    background_targets: int = field(
-        default=0, metadata={"help": "Random targets encoded at each step for the corrector alone."}
-    )
-    max_score: float | None = field(default=None, metadata={"help": "No negative may score higher."})
-    absolute_margin: float | None = field(
-        default=None, metadata={"help": "Negatives score at least so much less than the positive."}
-    )
-    relative_margin: float | None = field(
-        default=None, metadata={"help": "Negatives score at most (1 - relative_margin) times what the positive does."}
-    )
-    range_min: int = field(default=0, metadata={"help": "Leave out so many of the hardest targets."})
-    range_max: int | None = field(default=None, metadata={"help": "Take negatives from so many of the hardest."})
-    scale: float | None = field(
-        default=None,
-        metadata={"help": "Inverse temperature of the softmax; by default 20, or 1 where lengths of vectors count."},
+        metadata={"help": "Hold the cache (each process its part) on the model's device: faster, if it fits."},
     )
     mini_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Cache gradients: encode so many texts at once, for batches that do not fit into memory."},
+        metadata={"help": "Cache gradients: encode this many texts at once, for batches that do not fit into memory."},
     )
     refresh_every: int | None = field(
-        default=None, metadata={"help": "Re-embed the whole corpus every so many steps: the dear way."}
+        default=None, metadata={"help": "Re-embed the whole corpus every N steps, which is expensive."}
     )
-    probe_every: int | None = field(
-        default=None,
-        metadata={"help": "Measure every so many steps what of the selection fresh embeddings would make."},
+    probe_every: int | None = field(default=None, metadata={"help": "Measure the selection's fidelity every N steps."})
+    probe_targets: int | None = field(
+        default=4096, metadata={"help": "Targets of the corpus among which fidelity is measured."}
     )
     example_queries: int = field(
         default=8,
         metadata={"help": "Training queries whose negatives, early and late, are recorded for the run's report."},
     )
-    corrector_divergence: str = field(
-        default="identity",
-        metadata={"help": "What to do with a corrector that makes things worse: identity (go on without) or warn."},
-    )
     non_finite: str = field(
         default="stop",
-        metadata={
-            "help": "What to do when something is NaN or infinite: stop, or skip the step, ten in a row at most."
-        },
-    )
-    train_split: str = field(
-        default="train", metadata={"help": "The corpus split that is trained on; its judgements are never negatives."}
+        metadata={"help": "When something is NaN or infinite: stop, or skip the step, at most ten in a row."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         if isinstance(self.corrector_settings, dict):
             self.corrector_settings = json.dumps(self.corrector_settings)
-        read_settings(self.corrector_settings)
-        if self.corrector not in CORRECTORS:
-            raise InputError(f"corrector {self.corrector!r} is not one of {', '.join(CORRECTORS)}.")
-        if self.sampler not in SAMPLERS:
-            raise InputError(f"sampler {self.sampler!r} is not one of {', '.join(SAMPLERS)}.")
+        self.negatives()
+        self.correction()
         if self.non_finite not in get_args(NonFinitePolicy):
             raise InputError(f"non_finite must be 'stop' or 'skip', got {self.non_finite!r}.")
         if self.non_finite == "skip" and self.fp16:
@@ -138,26 +114,19 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
         """Without the token: the trainer pickles its arguments into every checkpoint, and these may be pushed."""
         return {**self.__dict__, "hub_token": None}
 
-    @property
-    def corrector_options(self) -> dict[str, Any]:
-        """:attr:`corrector_settings`, read."""
-        return read_settings(self.corrector_settings)
+    def negatives(self, checks: tuple[Check, ...] = ()) -> NegativeSettings:
+        """How negatives are chosen, as these arguments say.
 
-    @property
-    def loss_settings(self) -> dict[str, Any]:
-        """What of these :class:`CorrectedMultipleNegativesLoss` takes by the same or another name."""
-        names = ("num_negatives", "sampler", "budget", "share_negatives", "write_back", "candidates")
-        return {
-            **{name: getattr(self, name) for name in (*names, "background_targets", "scale")},
-            "warmup_steps": self.corrector_warmup_steps,
-            "warmup_negatives": self.corrector_warmup_negatives,
-            "divergence": self.corrector_divergence,
-            "split": self.train_split,
-            "false_negatives": FalseNegativeFilter(
-                max_score=self.max_score,
-                absolute_margin=self.absolute_margin,
-                relative_margin=self.relative_margin,
-                range_min=self.range_min,
-                range_max=self.range_max,
-            ),
-        }
+        Args:
+            checks: rules on false negatives that look at texts; no command line has them.
+        """
+        filtered = FalseNegativeFilter(**self._of(FalseNegativeFilter), checks=checks)
+        return NegativeSettings(**self._of(NegativeSettings), false_negatives=filtered)
+
+    def correction(self) -> CorrectionSettings:
+        """How the corrected corpus is kept, as these arguments say."""
+        return CorrectionSettings(**self._of(CorrectionSettings))
+
+    def _of(self, settings: type) -> dict[str, Any]:
+        mine = {each.name for each in fields(self)}
+        return {each.name: getattr(self, each.name) for each in fields(settings) if each.name in mine}

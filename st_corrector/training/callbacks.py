@@ -21,7 +21,7 @@ class RefreshCallback(TrainerCallback):
     """Re-embeds the whole corpus every ``every`` optimizer steps or epochs: the dear way that a corrector replaces.
 
     ``every=1`` step is exhaustive: negatives are always chosen by embeddings of the model as it is. What it
-    costs is counted in :attr:`CorrectedMultipleNegativesLoss.targets_reencoded`.
+    costs is counted in :attr:`CorrectedCorpus.targets_reencoded`.
 
     Args:
         loss: the loss whose cache is refreshed.
@@ -50,14 +50,14 @@ class RefreshCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.unit == "step" and state.global_step and state.global_step % self.every == 0:
-            self.loss.refresh(batch_size=self.batch_size)
+            self.loss.corrected.refresh(batch_size=self.batch_size)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         epoch = int((state.epoch or 0.0) + 1e-6)
         if self.unit == "epoch" and epoch and epoch % self.every == 0:
-            self.loss.refresh(batch_size=self.batch_size)
+            self.loss.corrected.refresh(batch_size=self.batch_size)
 
 
 class FidelityCallback(TrainerCallback):
@@ -100,9 +100,9 @@ class FidelityCallback(TrainerCallback):
         seed: int = 0,
         batch_size: int = 256,
     ) -> None:
-        split = split or loss.split
-        k = loss.num_negatives if k is None else k
-        if not loss.num_negatives:
+        split = split or loss.negatives.train_split
+        k = loss.negatives.num_negatives if k is None else k
+        if not loss.negatives.num_negatives:
             raise InputError(
                 "A loss with num_negatives=0 chooses nothing from the corpus whose fidelity could be measured."
             )
@@ -134,14 +134,12 @@ class FidelityCallback(TrainerCallback):
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Measure now, for the next log; returns what goes into it, which is nothing where nothing is finite."""
-        loss, search = self.loss, self.loss.search
-        model = unwrap(loss.model)
-        with loss.metrics.timed("fidelity", model.device):
+        loss, corpus = self.loss, self.loss.corrected
+        with loss.metrics.timed("fidelity", unwrap(loss.model).device):
             queries = loss.encode_queries(self._queries, self.batch_size)
-            fresh = loss.comparable(loss.encoder.encode(model, self._rows, batch_size=self.batch_size))
+            fresh = corpus.encode(self._rows, self.batch_size)
             rows = torch.from_numpy(self._rows).to(fresh.device)
-            search.corrector.to(fresh.device)
-            corrected, cached = search.corrector(search.stale(rows)), search.cached(rows)
+            corrected, cached = corpus.corrected(rows), corpus.cached(rows)
             self.targets_encoded += len(rows)
             usable = [torch.isfinite(each).all(-1) for each in (queries, torch.cat([corrected, fresh], dim=1))]
             if not all(each.all() for each in usable):

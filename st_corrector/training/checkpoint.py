@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError
 from ..losses.corrected import CorrectedMultipleNegativesLoss
 from ..runtime.distributed import Processes
 from ..storage.files import make_folder, whole
-from ..storage.fingerprint import differences
 
 FOLDER = "st_corrector"
-_COUNTERS = ("targets_encoded", "targets_verified", "targets_reencoded")
 _GO_ON = "Then resume from the last checkpoint that is complete."
-_DESCRIBED = {"corrector", "cache", "rows", "steps", "cache_age", "refreshed", "diverged", "removed", *_COUNTERS}
+_DESCRIBED = {
+    *("corrector", "cache", "rows", "steps", "cache_age", "refreshed", "diverged", "removed"),
+    *("targets_encoded", "targets_verified", "targets_reencoded"),
+}
 _DIGESTS = "digests.json"
 _PART = re.compile(r"(?P<name>.+)-(?P<rank>\d{5})-of-(?P<size>\d{5})\.safetensors")
 
@@ -59,9 +59,10 @@ def _save(name: str, loss: CorrectedMultipleNegativesLoss, folder: Path) -> None
         if (match := _PART.fullmatch(old.name)) and match["name"] == name and int(match["size"]) != processes.size:
             old.unlink(missing_ok=True)
     path = folder / f"{name}-{processes.rank:05}-of-{processes.size:05}.safetensors"
-    tensors, description = _state(loss)
+    tensors, description = loss.training_state()
+    on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with whole(path, _GO_ON) as partial:
-        save_file(tensors, partial, {"state": json.dumps(description)})
+        save_file(on_cpu, partial, {"state": json.dumps(description)})
 
 
 def load_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint: str | os.PathLike[str]) -> None:
@@ -82,7 +83,7 @@ def load_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint
                 "another trainer than CorrectorTrainer, or with save_only_model. Training would go on with a corrector "
                 "that has learnt nothing: start anew from this model, with a cache built by it."
             )
-        _restore(loss, [_read(part) for part in parts])
+        loss.load_training_state([_read(part) for part in parts])
 
 
 def seal(checkpoint: str | os.PathLike[str]) -> None:
@@ -156,61 +157,6 @@ def _described(path: Path) -> dict[str, Any]:
         while block := file.read(1 << 20):
             total.update(block)
     return {"bytes": path.stat().st_size, "sha256": total.hexdigest()}
-
-
-def _state(loss: CorrectedMultipleNegativesLoss) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    search = loss.search
-    tensors = {f"overlay.{name}": value for name, value in search.overlay.state_dict().items()}
-    if loss.processes.rank == 0:
-        tensors |= {f"corrector.{name}": value for name, value in search.corrector.state_dict().items()}
-        tensors["divergence"] = loss.divergence_watch.state
-    description = {
-        "corrector": repr(search.corrector),
-        "cache": search.cache.fingerprint,
-        "rows": search.cache.corpus_size,
-        "steps": loss.steps,
-        "cache_age": search.steps,
-        "refreshed": loss.refreshed,
-        "diverged": loss.diverged,
-        "removed": loss.removed,
-        **{name: getattr(loss, name) for name in _COUNTERS},
-    }
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, description
-
-
-def _restore(loss: CorrectedMultipleNegativesLoss, parts: list[tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
-    description = parts[0][1]
-    if loss.diverged != description["diverged"]:
-        loss.restart_corrector(description["diverged"])
-    search = loss.search
-    expected = {
-        "corrector": repr(search.corrector),
-        "cache": json.loads(json.dumps(search.cache.fingerprint)),
-        "rows": search.cache.corpus_size,
-    }
-    refreshed = description["refreshed"] or loss.refreshed
-    compared = ("corrector", "rows") if refreshed else expected
-    there, here = ({name: each[name] for name in compared} for each in (description, expected))
-    if different := differences(there, here):
-        raise InputError(
-            "The checkpoint's corrector has learnt from something else:\n  " + "\n  ".join(different) + "\nGo on with "
-            "the corrector, corpus and cache that the run was begun with."
-        )
-    if refreshed:
-        loss.refresh()  # with the model as it was saved: the embeddings of the refresh before it are gone
-    else:
-        search.corrector.load_state_dict(_under("corrector.", parts[0][0]))
-        search.overlay.load_state_dicts(_under("overlay.", tensors) for tensors, _ in parts)
-        loss.divergence_watch.state = parts[0][0]["divergence"]
-        search.steps = description["cache_age"]
-    loss.steps = description["steps"]
-    loss.removed = Counter(description["removed"])
-    for name in _COUNTERS:
-        setattr(loss, name, description[name])
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _parts(folder: Path, name: str) -> list[Path]:

@@ -7,7 +7,6 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from ..errors import InputError
 from ..losses.corrected import CorrectedMultipleNegativesLoss
 from ..negatives.filters import known_positives, pad_rows
 from ..reporting.record import Choice, Chosen, Example, LossRecord, RunRecord
-from ..search.exact import CorrectedSearch
 from ..search.topk import NO_ROW
 from ..storage.fingerprint import digest_json
 
@@ -119,9 +117,9 @@ class Recorder(TrainerCallback):
             of_loss.counts = {
                 "targets_encoded": loss.targets_encoded,
                 "targets_verified": loss.targets_verified,
-                "targets_reencoded": loss.targets_reencoded,
+                "targets_reencoded": loss.corrected.targets_reencoded if loss.has_corrected else 0,
             }
-            of_loss.removed, of_loss.diverged = dict(loss.removed), loss.diverged
+            of_loss.removed, of_loss.diverged = dict(loss.removed), loss.has_corrected and loss.corrected.diverged
         return record
 
     def write(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -149,7 +147,7 @@ def _model(model: SentenceTransformer) -> dict[str, Any]:
 
 
 def _loss(loss: CorrectedMultipleNegativesLoss) -> LossRecord:
-    corpus, cache = loss.corpus, loss.search.cache if loss.corrector is not None else None
+    corpus, cache = loss.corpus, loss.corrected.cache if loss.has_corrected else None
     return LossRecord(
         settings={name: _plain(value) for name, value in loss.get_config_dict().items()},
         corpus={
@@ -192,59 +190,57 @@ def _plain(value: Any) -> Any:
 
 def _queries(loss: CorrectedMultipleNegativesLoss, count: int) -> list[int]:
     """Positions of some queries of the loss's split, by chance, but always the same."""
-    if loss.split is None or loss.split not in loss.corpus.splits or loss.corrector is None or not loss.num_negatives:
+    split = loss.negatives.train_split
+    if split is None or split not in loss.corpus.splits or not loss.has_corrected or not loss.negatives.num_negatives:
         return []
-    size = len(loss.corpus.qrels(loss.split))
+    size = len(loss.corpus.qrels(split))
     return sorted(np.random.default_rng(0).permutation(size)[:count].tolist())
 
 
 @torch.no_grad()
 def _choices(loss: CorrectedMultipleNegativesLoss, positions: list[int], step: int) -> list[tuple[str, str, Choice]]:
     """What these queries of the loss's split take as negatives now: query, positive, choice."""
-    if not positions or loss.split is None:
+    split = loss.negatives.train_split
+    if not positions or split is None:
         return []
-    qrels, corpus, model = loss.corpus.qrels(loss.split), loss.corpus, unwrap(loss.model)
+    qrels, corpus, corrected = loss.corpus.qrels(split), loss.corpus, loss.corrected
     asked = qrels.queries[positions]
     labels = [int(qrels.rows_of(position)[0]) for position in positions]
     queries = loss.encode_queries(asked["text"])
-
-    def encode(rows: Sequence[int] | np.ndarray) -> torch.Tensor:
-        return loss.comparable(loss.encoder.encode(model, rows))
-
     device = queries.device
-    positive_scores = (queries * encode(labels)).sum(-1)
+    positive_scores = (queries * corrected.encode(labels)).sum(-1)
     finite = torch.isfinite(positive_scores)
     if not finite.all():
         _leave_out(step, [asked["text"][number] for number in (~finite).nonzero().flatten().tolist()])
         kept = [position for position, is_finite in zip(positions, finite.tolist(), strict=True) if is_finite]
         return _choices(loss, kept, step)
     known = pad_rows(known_positives(corpus, qrels, labels)).to(device)
-    # One of its own, with the training's overlay: the training's search is not disturbed, nor its random numbers.
-    training, corrector = loss.search, loss.choosing_corrector
-    search = CorrectedSearch(training.cache, corrector, normalize=training.normalize, processes=training.processes)
-    search.overlay = training.overlay
+    # A search of its own, and random numbers of its own: training is not disturbed.
+    search, corrector = corrected.exact_search(), corrected.choosing_corrector
     chosen = torch.full((len(labels), 0), NO_ROW)
     if loss.is_choosing:
         with torch.random.fork_rng(devices=[]):  # seeds are drawn on the CPU, whatever is searched on
             rows_of_positives = torch.tensor(labels, device=device)
-            chosen = loss.selector.select(search, queries, known, positive_scores, rows_of_positives, encode).rows
+            chosen = loss.selector.select(
+                search, queries, known, positive_scores, rows_of_positives, corrected.encode
+            ).rows
     found: list[tuple[str, str, Choice]] = []
     left_out = []
     for number, (query, answers) in enumerate(zip(asked["text"], asked["answers"], strict=True)):
         rows = chosen[number][chosen[number] != NO_ROW]
         negatives = []
         if len(rows):
-            corrected = (corrector.to(device)(search.stale(rows)) @ queries[number]).tolist()
-            scores = (encode(rows.cpu().numpy()) @ queries[number]).tolist()
-            if not np.isfinite([*corrected, *scores]).all():
+            by_cache = (corrected.corrected(rows, by=corrector) @ queries[number]).tolist()
+            scores = (corrected.encode(rows.cpu().numpy()) @ queries[number]).tolist()
+            if not np.isfinite([*by_cache, *scores]).all():
                 left_out.append(query)
                 continue
             texts, passages = corpus.texts(rows.tolist()), corpus.targets[rows.tolist()]["text"]
-            for text, passage, id, by_cache, score in zip(
-                texts, passages, corpus.ids(rows.tolist()), corrected, scores, strict=True
+            for text, passage, id, corrected_score, score in zip(
+                texts, passages, corpus.ids(rows.tolist()), by_cache, scores, strict=True
             ):
                 has_answer = contains_answer(passage, answers) if answers else None
-                negatives.append(Chosen(id, text[:_SHOWN], by_cache, score, has_answer))
+                negatives.append(Chosen(id, text[:_SHOWN], corrected_score, score, has_answer))
             negatives.sort(key=lambda chosen: -chosen.corrected_score)
         positive = corpus.texts([labels[number]])[0]
         choice = Choice(step, float(positive_scores[number]), negatives)

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -24,14 +24,15 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
 from ..cache.embedding_cache import EmbeddingCache
-from ..correctors import Corrector, Frames, IdentityCorrector, make_corrector
+from ..correctors import Corrector, Frames, IdentityCorrector
 from ..correctors.saving import FOLDER as CORRECTOR_FOLDER
 from ..data.corpus import Corpus
 from ..data.encoding import ONE_PROCESS_FOR_SEVERAL_GPUS, DocumentEncoder
 from ..errors import CheckpointError, InputError, NonFiniteError, ProcessError, StorageError
 from ..losses.cached import CachedCorrectedMultipleNegativesLoss
-from ..losses.checks import LAYERS, compares_unit_vectors
+from ..losses.checks import LAYERS
 from ..losses.corrected import CorrectedMultipleNegativesLoss
+from ..negatives.filters import Check
 from ..reporting.model_card import CorrectorModelCardData
 from ..runtime.distributed import Processes
 from ..runtime.memory import describe_memory, require_memory
@@ -65,6 +66,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         model, args: see :class:`~sentence_transformers.SentenceTransformerTrainer`.
         corpus: the targets. Without ``loss``, :class:`CorrectedMultipleNegativesLoss` is taken (or with
             ``mini_batch_size`` its cached twin); without ``train_dataset``, ``corpus.pairs(args.train_split)``.
+        checks: rules on false negatives that look at texts, e.g. ``[AnswerCheck(corpus)]``, for a loss that is made
+            here.
         kwargs: the other arguments of :class:`~sentence_transformers.SentenceTransformerTrainer`. What the arguments
             say of negatives goes into a loss that is made here, not into one that is passed. With ``model_init``,
             :meth:`train` and every trial of a hyperparameter search begin with a new model, and so with a loss, a
@@ -87,12 +90,13 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         args: CorrectorTrainingArguments | None = None,
         *,
         corpus: Corpus | None = None,
+        checks: Sequence[Check] = (),
         **kwargs: Any,
     ) -> None:
-        self.corpus = corpus
+        self.corpus, self.checks = corpus, tuple(checks)
         self._loss_given = kwargs.get("loss")
         if corpus is not None and kwargs.get("train_dataset") is None:
-            kwargs["train_dataset"] = corpus.pairs("train" if args is None else args.train_split)
+            kwargs["train_dataset"] = corpus.pairs((args and args.train_split) or "train")
         if model is not None:
             model.model_card_data = CorrectorModelCardData.of(model.model_card_data)
         super().__init__(model, args, **kwargs)
@@ -148,14 +152,20 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         self.guard.begin(cast(NonFinitePolicy, self.args.non_finite))
         self.recorder = Recorder(model, losses, self.args.example_queries)
         """Keeps the record of the run."""
+        self.fidelity: FidelityCallback | None = None
+        """Measures fidelity every ``probe_every`` steps."""
         self._of_run = [self.recorder] if losses else []
         if losses and isinstance(model.model_card_data, CorrectorModelCardData):
             model.model_card_data.tell_of(self.recorder.record)
         for loss in losses.values() if self._loss_given is None else ():
-            if self.args.refresh_every is not None:
-                self._of_run.append(RefreshCallback(loss, self.args.refresh_every))
-            if self.args.probe_every is not None:
-                self._of_run.append(FidelityCallback(loss, self.args.probe_every))
+            args, batch_size = self.args, self.args.cache_batch_size
+            if args.refresh_every is not None:
+                self._of_run.append(RefreshCallback(loss, args.refresh_every, batch_size=batch_size))
+            if args.probe_every is not None:
+                self.fidelity = FidelityCallback(
+                    loss, args.probe_every, targets=args.probe_targets, batch_size=batch_size
+                )
+                self._of_run.append(self.fidelity)
         for callback in self._of_run:
             self.add_callback(callback)
 
@@ -191,16 +201,27 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         args = self.args
         if self.corpus is None:
             raise InputError("Pass a loss, or corpus=…, over which CorrectorTrainer makes one.")
-        cache, settings = None, args.loss_settings
-        if args.num_negatives:
-            cache = self._cache(model, self.corpus)
-            options = {"normalize": compares_unit_vectors(model), **args.corrector_options}
-            settings["corrector"] = make_corrector(args.corrector, cache.dim, **options)
-        if args.mini_batch_size is not None:
-            return CachedCorrectedMultipleNegativesLoss(
-                model, self.corpus, cache, mini_batch_size=args.mini_batch_size, **settings
-            )
-        return CorrectedMultipleNegativesLoss(model, self.corpus, cache, **settings)
+        cache = self._cache(model, self.corpus) if args.num_negatives else None
+        negatives, correction = args.negatives(self.checks), args.correction()
+        if args.mini_batch_size is None:
+            return CorrectedMultipleNegativesLoss(model, self.corpus, cache, negatives=negatives, correction=correction)
+        return CachedCorrectedMultipleNegativesLoss(
+            model,
+            self.corpus,
+            cache,
+            mini_batch_size=args.mini_batch_size,
+            negatives=negatives,
+            correction=correction,
+        )
+
+    @contextmanager
+    def in_training_precision(self) -> Iterator[None]:
+        """Compute as training does (``bf16``, ``fp16``) while the block runs: what is embedded or evaluated before the
+        first step compares with what comes after.
+        """
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        with nullcontext() if dtype is None else torch.autocast(self.args.device.type, dtype):
+            yield
 
     def _cache(self, model: SentenceTransformer, corpus: Corpus) -> EmbeddingCache:
         """The cache of the model as it is now, which is where training starts, also where it is resumed."""
@@ -209,9 +230,10 @@ class CorrectorTrainer(SentenceTransformerTrainer):
             fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
             # What begins with "_" the trainer does not push to the Hub.
             path = os.path.join(path or str(args.output_dir), f"_cache-{digest_json(fingerprint)[:12]}")
-        cache = EmbeddingCache.build(
-            model, corpus, path, args.cache_batch_size, args.cache_dtype, progress=not args.disable_tqdm
-        )
+        with self.in_training_precision():
+            cache = EmbeddingCache.build(
+                model, corpus, path, args.cache_batch_size, args.cache_dtype, progress=not args.disable_tqdm
+            )
         if not args.cache_on_device:
             return cache
         return cache.share(args.device)
@@ -352,14 +374,15 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         None where there is none that has learnt anything; where the corpus was re-embedded during the run, from whose
         embeddings it would map, which nobody has; and where there are several, of several data sets.
         """
-        losses = [loss for loss in self._stateful_losses().values() if loss.steps and not loss.refreshed]
-        if len(losses) != 1 or isinstance(losses[0].search.corrector, IdentityCorrector):
+        learnt = [loss.corrected for loss in self._stateful_losses().values()]
+        learnt = [each for each in learnt if each.steps and not each.refreshed]
+        if len(learnt) != 1 or isinstance(learnt[0].corrector, IdentityCorrector):
             return None
-        (loss,) = losses
-        search = loss.search
-        fresh = loss.encoder.fingerprint(self.model)
-        search.corrector.frames = Frames(dict(search.cache.fingerprint), fresh, search.normalize)
-        return search.corrector
+        (corrected,) = learnt
+        fresh = corrected.encoder.fingerprint(self.model)
+        corrector = corrected.corrector
+        corrector.frames = Frames(dict(corrected.cache.fingerprint), fresh, corrected.similarity.normalizes)
+        return corrector
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Here every process writes what it alone has, before the trainer's state says that all is there.
@@ -383,7 +406,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         return {
             quote(name, safe="") or "loss": loss
             for name, loss in self._corrected_losses().items()
-            if loss.corrector is not None
+            if loss.has_corrected
         }
 
     def _corrected_losses(self) -> dict[str, CorrectedMultipleNegativesLoss]:

@@ -58,7 +58,7 @@ CELL = st.one_of(
     st.sampled_from([b"q1", b"1", b"0", b"nan", b"1e999", b"", b"score", b'"', b"\xff"]),
 )
 ROWS = st.lists(st.lists(CELL, max_size=5).map(b"\t".join), max_size=6).map(b"\n".join)
-NAMES = ["ridge", "mlp", "kernel-ridge", "ridge-mlp", "mean-shift", "orthogonal", "identity"]
+NAMES = ["ridge", "mlp", "kernel-ridge", "ridge-mlp", "identity"]
 SETTINGS = ["hidden", "depth", "steps", "seed", "loss", "activation", "learning_rate", "normalize", "dim"]
 SETTINGS += ["num_features", "bandwidth", "regularization", "forgetting", "bias", "self"]
 USUAL = st.one_of(st.sampled_from([1, 2, 0.5, 16, "ce", "mse", "gelu", True, False]), JSON)

@@ -1,0 +1,136 @@
+"""One training step's pairs, of all processes, and what each query is compared with."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.corpus import Corpus
+from ..data.qrels import Qrels
+from ..negatives.filters import is_in, known_positives, pad_rows, repeats_earlier
+from ..negatives.selector import Selection
+from ..negatives.settings import NegativeSettings
+
+
+class Column(NamedTuple):
+    """Embeddings of one column's texts, cut off from what made them.
+
+    Args:
+        pieces: leaves that gather gradients, ``(n, d)`` in all.
+        origin: what :meth:`CorrectedMultipleNegativesLoss._connected` needs to hand these gradients on.
+    """
+
+    pieces: list[Tensor]
+    origin: Any
+
+    @property
+    def embeddings(self) -> Tensor:
+        """``(n, d)``, without gradient."""
+        return torch.cat(self.pieces).detach()
+
+
+class Batch(NamedTuple):
+    """The pairs of all processes, one process after the other.
+
+    Args:
+        counts: pairs of each process.
+        mine: the place of this process's pairs.
+        queries: ``f(x)`` as the search sees them, ``(B, d)``.
+        positives: ``g(y⁺)`` likewise, ``(B, d)``.
+        rows: the positives' corpus rows, ``(B,)``.
+        known: rows that no query may get, ``(B, m)``, padded with −1.
+    """
+
+    counts: list[int]
+    mine: slice
+    queries: Tensor
+    positives: Tensor
+    rows: Tensor
+    known: Tensor
+
+    @property
+    def positive_scores(self) -> Tensor:
+        """``⟨f(x), g(y⁺)⟩``, ``(B,)``."""
+        return (self.queries * self.positives).sum(-1)
+
+
+class Candidates(NamedTuple):
+    """What the queries of this process are compared with.
+
+    Args:
+        counts: of each column of candidates (positives, negatives), how many each process has encoded.
+        target: the place of each of this process's positives among all candidates, ``(b,)``.
+        forbidden: candidates that do not count for a query, ``(b, C)``.
+        weight: of this process's mean over its queries, so that the mean over processes is the mean over all queries.
+    """
+
+    counts: list[list[int]]
+    target: Tensor
+    forbidden: Tensor | None
+    weight: float
+
+
+def known_rows(corpus: Corpus, qrels: Qrels | None, rows: Tensor) -> Tensor:
+    """What no query whose positive is one of ``rows`` ``(B,)`` may get: ``(B, m)``, padded with −1."""
+    return pad_rows(known_positives(corpus, qrels, rows.tolist())).to(rows.device)
+
+
+def in_batch_candidates(rows: Tensor | None, known: Tensor | None, count: int, device: torch.device) -> Candidates:
+    """The positives of one process's own batch as candidates: what evaluation looks at.
+
+    Args:
+        rows, known: the positives' corpus rows, and what no query may get; None where these are unknown.
+        count: pairs in the batch.
+    """
+    target = torch.arange(count, device=device)
+    forbidden = None
+    if rows is not None and known is not None:
+        forbidden = is_in(rows, known) | repeats_earlier(rows)
+        forbidden[target, target] = False
+    return Candidates([[count]], target, forbidden, 1.0)
+
+
+@torch.no_grad()
+def candidates_of(
+    batch: Batch,
+    negative_rows: Tensor,
+    selection: Selection | None,
+    fresh: Tensor,
+    counts: list[list[int]],
+    settings: NegativeSettings,
+) -> Candidates:
+    """Which of all positives and negatives count for which query.
+
+    Args:
+        batch: of all processes.
+        negative_rows: corpus rows of the negatives, ``(C − B,)``.
+        selection: what each query has taken; None if it has taken nothing.
+        fresh: embeddings of positives, then negatives, ``(C, d)``.
+        counts: how many of each of both kinds each process has encoded.
+        settings: what the queries share, and which candidates are false negatives.
+    """
+    mine, rules = batch.mine, settings.false_negatives
+    columns = torch.cat([batch.rows, negative_rows])
+    target = torch.arange(len(batch.rows), device=columns.device)[mine]
+    forbidden = is_in(columns, batch.known[mine])
+    ceiling = rules.ceiling(batch.positive_scores)
+    if selection is not None:
+        ceiling = selection.ceiling
+        if settings.share_negatives:
+            offered = torch.isin(columns, selection.rows.flatten()).repeat(len(target), 1)
+        else:
+            offered = is_in(columns, selection.rows[mine])
+        if settings.in_batch_negatives:
+            offered[:, : len(batch.rows)] = True
+        forbidden |= ~offered | is_in(columns, selection.false_negatives[mine])
+        for check in rules.checks:
+            if check.everywhere:
+                forbidden |= check(batch.rows[mine], columns.expand(len(target), -1))
+    if not torch.isposinf(ceiling).all():
+        forbidden |= batch.queries[mine] @ fresh.T > ceiling[mine, None]
+    forbidden[:, : len(batch.rows)] |= repeats_earlier(batch.rows)  # a positive that two share is one candidate
+    forbidden[torch.arange(len(target), device=target.device), target] = False
+    weight = len(target) * len(batch.counts) / len(batch.rows)
+    return Candidates(counts, target, forbidden, weight)
