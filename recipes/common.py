@@ -74,7 +74,7 @@ def static_encoder(model: str, seed: int = 0, revision: str | None = None) -> Se
 
 
 class Strategy(NamedTuple):
-    """How negatives are come by, and where that is by refreshing the cache, every how many of which unit."""
+    """Where negatives come from; for a strategy that refreshes the cache, how often, in which unit."""
 
     name: str
     every: int | None = None
@@ -85,7 +85,7 @@ class Strategy(NamedTuple):
         """``"refresh:50"`` → every 50 steps, ``"refresh:1-epochs"`` → every epoch; the others have no number.
 
         Raises:
-            argparse.ArgumentTypeError: it is none of :data:`STRATEGIES`.
+            argparse.ArgumentTypeError: it is not one of :data:`STRATEGIES`.
         """
         if match := re.fullmatch(r"refresh:([1-9]\d*)(-epochs?)?", text):
             return cls("refresh", int(match[1]), "epoch" if match[2] else "step")
@@ -217,7 +217,7 @@ def one_at_a_time(shared: Path, args: CorrectorTrainingArguments) -> Iterator[No
 
 
 def evaluated_once(model: SentenceTransformer, evaluator: CorpusRetrievalEvaluator, shared: Path) -> dict[str, float]:
-    """The untrained model's metrics: from beside ``shared``, if an earlier run has left them there."""
+    """The untrained model's metrics: read from next to ``shared`` if an earlier run has left them there."""
     qrels = evaluator.qrels
     asking = [model.prompts, model.default_prompt_name, model.similarity_fn_name]
     judged = [each.tolist() for each in (qrels.query, qrels.row, qrels.grade)]
@@ -318,7 +318,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, str]:
-    """The commit that is run: of this git checkout, or of a copy that is none what ``GIT_COMMIT`` says."""
+    """The commit that runs: that of this git checkout, or in a copy without git the one in ``GIT_COMMIT``."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
     try:
         return {"commit": subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}

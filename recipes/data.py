@@ -1,4 +1,4 @@
-"""What a recipe trains on: whatever --dataset names, told by what is there."""
+"""What a recipe trains on: a folder, files or a Hub repository, recognised by its content."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class DataArguments:
     )
     dataset_config: str | None = field(
         default=None,
-        metadata={"help": "Which config of a Hub id: of the pairs, or, beside corpus and queries, of the judgements."},
+        metadata={"help": "Which config of a Hub id: of the pairs, or of the judgements of a retrieval data set."},
     )
     dataset_revision: str | None = field(
         default=None, metadata={"help": "Commit, branch or tag of the data set on the Hub, to have the same one again."}
@@ -59,7 +59,7 @@ class DataArguments:
     )
     streaming: bool = field(default=False, metadata={"help": "Read from the Hub without downloading files first."})
     max_targets: int | None = field(
-        default=None, metadata={"help": "Keep the first so many targets of a BEIR folder or retrieval data set."}
+        default=None, metadata={"help": "Keep the first N targets of a BEIR folder or retrieval data set."}
     )
     missing_targets: Literal["error", "drop"] = field(
         default="error",
@@ -70,7 +70,7 @@ class DataArguments:
     )
 
 
-# Which of the arguments each kind of data looks at, beside dataset and eval_queries.
+# Which arguments each kind of data uses, in addition to dataset and eval_queries.
 _KINDS = {
     "a BEIR folder": {"max_targets", "missing_targets"},
     "a retrieval data set": {

@@ -107,7 +107,7 @@ def installed_functions(packages: list[str] | None = None, limit: int | None = N
 
     Args:
         packages: top-level names; by default all.
-        limit: keep at most so many, a fixed random choice.
+        limit: keep at most this many, a fixed random choice.
     """
     modules: dict[Path, str] = {}
     for folder in map(Path, site.getsitepackages()):
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--num_negatives", type=int, default=16)
     parser.add_argument("--corrector", default="mlp")
     parser.add_argument("--packages", nargs="+", help="top-level packages to search; by default all that are installed")
-    parser.add_argument("--limit", type=int, default=50_000, help="at most so many functions, a fixed random choice")
+    parser.add_argument("--limit", type=int, default=50_000, help="at most N functions, a fixed random choice")
     parser.add_argument("--dev", type=int, default=1_500, help="docstrings that are held out")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

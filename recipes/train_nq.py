@@ -4,7 +4,7 @@
     python recipes/train_nq.py --dataset data/nq --encoder static        # a BEIR folder, minutes on a CPU
     python recipes/train_nq.py --dataset pairs.parquet                   # pairs of your own, or .jsonl, .csv, a folder
     python recipes/train_nq.py --dataset mteb/fiqa                       # a retrieval data set on the Hub
-    python recipes/train_nq.py --dataset data/nq --strategy exhaustive   # the dear baseline
+    python recipes/train_nq.py --dataset data/nq --strategy exhaustive   # the expensive baseline
 
 All of CorrectorTrainingArguments are understood, sentence-transformers' among them; those of this recipe come first in
 --help.

@@ -479,7 +479,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
     def encode_queries(self, texts: list[str], batch_size: int = 64) -> Tensor:
         """``f(x)`` of ``texts`` by the model as it is now, as the search sees it: ``(B, d)``; nothing is changed by it.
 
-        In full width, as in training, whatever the model's ``truncate_dim``.
+        In full width, as in training; the model's ``truncate_dim`` is ignored.
         """
         model = unwrap(self.model)
         with evaluating(model):

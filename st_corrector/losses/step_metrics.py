@@ -42,7 +42,7 @@ class StepMetrics:
             yield
             end.record(stream)
             self._events.append((part, start, end))
-            if len(self._events) > _EVENTS_KEPT:  # nobody may ever ask
+            if len(self._events) > _EVENTS_KEPT:  # the metrics may never be read
                 self._count_events(_EVENTS_KEPT // 2)
         else:
             started = time.perf_counter()
@@ -50,7 +50,7 @@ class StepMetrics:
             self._seconds[part] += time.perf_counter() - started
 
     def pop(self) -> dict[str, float]:
-        """The means since the last call, and the seconds of all steps since then by part; starts anew."""
+        """The means since the last call, and the seconds of all steps since then by part; then starts again."""
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         self._count_events(len(self._events))
         seconds = {f"seconds_{part}": total for part, total in self._seconds.items()}
@@ -58,7 +58,7 @@ class StepMetrics:
         return means | seconds
 
     def _count_events(self, count: int) -> None:
-        """Turn the oldest ``count`` pairs of events into seconds; those of past steps are waited for no longer."""
+        """Turn the oldest ``count`` pairs of events into seconds; those of past steps have ended by now."""
         for part, start, end in self._events[:count]:
             end.synchronize()
             self._seconds[part] += start.elapsed_time(end) / 1000

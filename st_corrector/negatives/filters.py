@@ -81,7 +81,7 @@ class Check(ABC):
         Args:
             labels: corpus row of each query's positive, ``(B,)``: by it a query is known. Where several queries of
                 the split share it, what is a false negative of any of them is one.
-            rows: corpus rows, ``(B, m)``; whatever is said of −1 is ignored.
+            rows: corpus rows, ``(B, m)``; the answer for −1 is ignored.
         """
 
     def __repr__(self) -> str:
@@ -126,7 +126,7 @@ class CrossEncoderCheck(Check):
     """A target that a cross-encoder finds nearly as relevant as the positive is no negative.
 
     It reads every candidate of every step, twice as many as the negatives that are wanted (or all that are to be
-    verified), beside each query that has this positive: dear, as is everything that reads texts.
+    verified), together with each query that has this positive: expensive, as is everything that reads texts.
 
     Args:
         corpus: its targets are read, titles and all.
@@ -193,8 +193,8 @@ class FalseNegativeFilter:
         max_score: no negative may score higher.
         absolute_margin: a negative must score at least this much less than the query's positive.
         relative_margin: a negative's score must be at most ``(1 − relative_margin)`` times the positive's, e.g. 0.05.
-        range_min: leave out so many of the hardest targets that scores and margins allow.
-        range_max: take negatives from so many of the hardest targets that scores and margins allow; with a random
+        range_min: leave out this many of the hardest targets that scores and margins allow.
+        range_max: take negatives from this many of the hardest targets that scores and margins allow; with a random
             sampler they are drawn from the ranks between ``range_min`` and ``range_max``.
         checks: rules that look at texts, asked about what the others leave: :class:`AnswerCheck`,
             :class:`CrossEncoderCheck`. Twice as many targets as wanted are selected, so that enough remain (or as many

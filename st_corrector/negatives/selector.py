@@ -15,7 +15,7 @@ from ..search.gumbel import gumbel_noise
 from ..search.topk import NO_ROW
 from .settings import NegativeSettings
 
-_CHECKED_FOR_EACH = 2  # so many times the wanted negatives are selected where checks will remove some of them
+_CHECKED_FOR_EACH = 2  # times the wanted negatives are selected where checks will remove some
 
 
 class Selection(NamedTuple):

@@ -18,10 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 class RefreshCallback(TrainerCallback):
-    """Re-embeds the whole corpus every ``every`` optimizer steps or epochs: the dear way that a corrector replaces.
+    """Re-embeds the whole corpus every ``every`` optimizer steps or epochs: the expensive way that a
+    corrector replaces.
 
-    ``every=1`` step is exhaustive: negatives are always chosen by embeddings of the model as it is. What it
-    costs is counted in :attr:`CorrectedCorpus.targets_reencoded`.
+    ``every=1`` step is exhaustive: negatives are always chosen by embeddings of the model as it is. The
+    re-embedded targets are counted in :attr:`CorrectedCorpus.targets_reencoded`.
 
     Args:
         loss: the loss whose cache is refreshed.
@@ -71,7 +72,7 @@ class FidelityCallback(TrainerCallback):
     - ``fidelity_drift``: ``1 − cos(g', g)`` of these targets, the mean;
     - ``seconds_fidelity``: what it took.
 
-    The probe is encoded without gradient and teaches nobody: training is the same with it and without. Queries and
+    The probe is encoded without gradient and does not affect training. Queries and
     targets whose embeddings are not finite are left out, with a warning; where none are left, nothing is measured.
 
     Args:

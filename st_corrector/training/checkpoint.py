@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the model: the corrector, what has been written back, and how far the loss has come.
+"""What a checkpoint holds in addition to the model: the corrector, what has been written back, the loss's counters.
 
 In a checkpoint it is a folder of its own, which is not pushed to the Hub with the model::
 
@@ -69,7 +69,7 @@ def load_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint
     """Take over what :func:`save_losses` has written, with as many processes or another number of them.
 
     Where the cache had been refreshed it is refreshed again, by the model as it was saved, and the corrector starts
-    anew: embeddings of the whole corpus are in no checkpoint.
+    again: no checkpoint holds embeddings of the whole corpus.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -81,7 +81,7 @@ def load_losses(losses: Mapping[str, CorrectedMultipleNegativesLoss], checkpoint
             raise CheckpointError(
                 f"{checkpoint} holds no state of the corrector (no {FOLDER}/{name}-*.safetensors): it was saved by "
                 "another trainer than CorrectorTrainer, or with save_only_model. Training would go on with a corrector "
-                "that has learnt nothing: start anew from this model, with a cache built by it."
+                "that has learnt nothing: start a new run from this model, with a cache built by it."
             )
         loss.load_training_state([_read(part) for part in parts])
 

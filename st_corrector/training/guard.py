@@ -61,7 +61,7 @@ class Guard(TrainerCallback):
             return
 
         def told(number: int, frame: Any) -> None:
-            if self._told:  # twice: whoever says so does not want to wait
+            if self._told:  # a second SIGTERM: do not wait for the checkpoint
                 signal.signal(signal.SIGTERM, before)
                 signal.raise_signal(signal.SIGTERM)
             self._told = True

@@ -96,7 +96,7 @@ class Recorder(TrainerCallback):
             examples = self.record.losses[name].examples
             try:
                 found = _choices(loss, self._queries[name], step)
-            except InputError as error:  # of a corrector that is not finite, say: none of the run's business
+            except InputError as error:  # e.g. a corrector that is not finite: the run itself deals with it
                 logger.warning("Step %d: the examples are left out of the record. %s", step, error)
                 continue
             for query, positive, choice in found:
@@ -189,7 +189,7 @@ def _plain(value: Any) -> Any:
 
 
 def _queries(loss: CorrectedMultipleNegativesLoss, count: int) -> list[int]:
-    """Positions of some queries of the loss's split, by chance, but always the same."""
+    """Positions of some queries of the loss's split: a random choice, always the same."""
     split = loss.negatives.train_split
     if split is None or split not in loss.corpus.splits or not loss.has_corrected or not loss.negatives.num_negatives:
         return []
@@ -219,7 +219,7 @@ def _choices(loss: CorrectedMultipleNegativesLoss, positions: list[int], step: i
     search, corrector = corrected.exact_search(), corrected.choosing_corrector
     chosen = torch.full((len(labels), 0), NO_ROW)
     if loss.is_choosing:
-        with torch.random.fork_rng(devices=[]):  # seeds are drawn on the CPU, whatever is searched on
+        with torch.random.fork_rng(devices=[]):  # the search draws its seed on the CPU
             rows_of_positives = torch.tensor(labels, device=device)
             chosen = loss.selector.select(
                 search, queries, known, positive_scores, rows_of_positives, corrected.encode

@@ -1,4 +1,4 @@
-"""The sentence-transformers trainer, with what the corrected loss needs beside the model: its log, its checkpoints."""
+"""The sentence-transformers trainer, with what the corrected loss needs in addition: its metrics, its checkpoints."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ logger = logging.getLogger(__name__)
 
 
 class CorrectorTrainer(SentenceTransformerTrainer):
-    """:class:`~sentence_transformers.SentenceTransformerTrainer` with what the plain one cannot give a loss:
+    """:class:`~sentence_transformers.SentenceTransformerTrainer` with what the plain trainer cannot give a loss:
 
-    - whatever it reports to (TensorBoard, Weights & Biases, Trackio, the console) shows staleness beside the loss,
-      :meth:`CorrectedMultipleNegativesLoss.pop_metrics`;
+    - the metrics of :meth:`CorrectedMultipleNegativesLoss.pop_metrics` are logged next to the loss (TensorBoard,
+      Weights & Biases, Trackio, the console);
     - checkpoints hold the corrector and what has been written back, so that a resumed run is the run that was not
       interrupted, and ``load_best_model_at_end`` brings back the corrector of that step;
-    - checkpoints that are cut short or damaged are told apart, and passed over when a run is resumed;
+    - checkpoints that are incomplete or damaged are recognised, and skipped when a run is resumed;
     - SIGTERM is answered with a checkpoint, unless ``save_strategy="no"``, and what is NaN or infinite ends the run
       before it has touched the weights, or costs one step: :class:`~st_corrector.training.guard.Guard`;
     - before the first step it prints what choosing negatives will take in memory, and refuses what does not fit;
@@ -75,7 +75,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
             is a function of the model.
 
     Raises:
-        InputError: a loss is to be made without a corpus, a corrected loss is passed ready-made beside ``model_init``,
+        InputError: a loss is to be made without a corpus, a ready-made corrected loss is passed with ``model_init``,
             several data sets are to be trained on by several processes, which may draw different ones in one step,
             batches of a streamed training set are to be dispatched, the encoder's weights are to be cut between
             processes, or one process is to use several GPUs.
@@ -371,8 +371,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
     def trained_corrector(self) -> Corrector | None:
         """The corrector, and between which embeddings it maps: from the cache's to those of the model as it is now.
 
-        None where there is none that has learnt anything; where the corpus was re-embedded during the run, from whose
-        embeddings it would map, which nobody has; and where there are several, of several data sets.
+        None where no corrector has learnt anything; where the corpus was re-embedded during the run, since the
+        corrector would map from embeddings that are not kept; and where there are several, of several data sets.
         """
         learnt = [loss.corrected for loss in self._stateful_losses().values()]
         learnt = [each for each in learnt if each.steps and not each.refreshed]
