@@ -303,7 +303,7 @@ def provoke_process(tmp_path):
 MESSAGES = {
     CorpusError: (lambda path: Corpus.from_texts([]), r"The corpus has no targets"),
     CacheError: (provoke_cache, r"holds no embedding cache: build one with EmbeddingCache\.build"),
-    CheckpointError: (provoke_checkpoint, r"holds no state of the corrector .*: start anew from this model"),
+    CheckpointError: (provoke_checkpoint, r"holds no state of the corrector .*: start a new run from this model"),
     StorageError: (provoke_storage, r"file cannot be written: No such file or directory\. Then call the same again"),
     InputError: (lambda path: CorrectorTrainer(make_static_model()), r"Pass a loss, or corpus=…"),
     NonFiniteError: (
