@@ -1,5 +1,5 @@
 """Stale embeddings of all targets: built, resumed, verified, repaired, read in shards, shared on the Hub.
 
-A model and a corpus in, an :class:`~st_corrector.EmbeddingCache` out, whose fingerprint says what it was made of. What
-is in a cache never changes while a model trains.
+A model and a corpus in, an :class:`~st_corrector.EmbeddingCache` out; its fingerprint says what it was made from. A
+cache never changes while a model trains.
 """

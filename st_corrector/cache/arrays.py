@@ -1,4 +1,4 @@
-"""Embeddings that people bring, whatever made them, as tensors."""
+"""Embeddings from users, of any origin, as tensors."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 from ..errors import StCorrectorError
 
 Embeddings = Tensor | np.ndarray[Any, Any] | Sequence[Any]
-"""What :func:`as_tensor` takes: tensors, arrays, and lists or columns of vectors."""
+"""What :func:`as_tensor` accepts: tensors, arrays, and lists or columns of vectors."""
 _KEPT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def as_tensor(embeddings: Embeddings, error: type[StCorrectorError]) -> Tensor:
     """``embeddings`` as a tensor in float32, bfloat16 or float16, ``(n, d)``, without gradient.
 
-    What is in one of these already, in memory as torch can hold it, is kept and not copied, read-only memory too. Wider
-    numbers become float32; other byte orders, negative strides, and vectors that lie apart are copied.
+    Embeddings in one of these dtypes, in a memory layout that torch supports, are not copied, even if read-only. Wider
+    numbers become float32; other byte orders, negative strides and separate vectors are copied.
 
     Raises:
-        StCorrectorError: of the class ``error``, where they are no such numbers or have another shape.
+        StCorrectorError: of the class ``error``, if they are not such numbers or have another shape.
     """
     tensor = embeddings.detach() if isinstance(embeddings, Tensor) else _from_array(embeddings, error)
     if tensor.dtype == torch.float64:
@@ -49,7 +49,7 @@ def _from_array(embeddings: Any, error: type[StCorrectorError]) -> Tensor:
     array = np.asarray(embeddings)
     if array.dtype.kind != "f":
         raise _refused(error, array.dtype, array.shape)
-    with np.errstate(over="ignore"):  # what is infinite in float32 is found as such
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite and are found
         array = array.astype(array.dtype.newbyteorder("=") if array.itemsize <= 4 else np.float32, copy=False)
     if any(stride < 0 or stride % array.itemsize for stride in array.strides):
         array = np.ascontiguousarray(array)

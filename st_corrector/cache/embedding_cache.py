@@ -1,6 +1,6 @@
-"""The stale buffer: for every target, what the encoder said when the cache was built.
+"""The stale buffer: every target's embedding from when the cache was built.
 
-Nothing writes to it once it is built (:mod:`.cache_folder` has its files); training reads it memory-mapped.
+Nothing writes to it after the build (:mod:`.folder` has its files); training reads it memory-mapped.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class EmbeddingCache:
 
     Args:
         shards: of consecutive rows, all of one dtype.
-        fingerprint: what the embeddings depend on, by component; empty where that is not known.
-        first_row: the corpus row of the first embedding, where it is a :meth:`part` of a cache.
+        fingerprint: what the embeddings depend on, by component; empty if unknown.
+        first_row: the corpus row of the first embedding, for a :meth:`part` of a cache.
         corpus_size: rows of the whole cache, of which it is a part.
     """
 
@@ -60,24 +60,24 @@ class EmbeddingCache:
         self._starts = first_row + np.cumsum([0] + [len(shard.values) for shard in self._shards])
         self.fingerprint = dict(fingerprint or {})
         self.first_row = first_row
-        """The first corpus row that it holds; rows are always counted in the corpus, in a part too."""
+        """The first corpus row that it holds; row numbers always refer to the corpus, also in a part."""
         self.corpus_size = len(self) if corpus_size is None else corpus_size
         """Rows of the whole corpus."""
         self.path: Path | None = None
-        """The folder that it is memory-mapped from, if it is that of one whole cache."""
+        """The folder that it is memory-mapped from, if it is one whole cache."""
 
     # ------------------------------------------------------------------ constructors
 
     @classmethod
     def from_tensor(cls, embeddings: Embeddings) -> EmbeddingCache:
-        """A cache of vectors that are there already (a served index's, say), row ``i`` being target ``i``.
+        """A cache of existing vectors (such as a served index's); row ``i`` is target ``i``.
 
         A tensor or array of float32, bfloat16 or float16 is kept, not copied; wider numbers become float32
-        (:func:`~st_corrector.cache.arrays.as_tensor`). Where it came from is not known, so only its size can be checked
-        against a corpus.
+        (:func:`~st_corrector.cache.arrays.as_tensor`). Its origin is unknown, so only its size can be checked against a
+        corpus.
 
         Args:
-            embeddings: ``(targets, dimension)``; a list or column of vectors will do.
+            embeddings: ``(targets, dimension)``; a list or column of vectors also works.
 
         Raises:
             CacheError: it is not a two-dimensional array of floating-point numbers.
@@ -105,14 +105,14 @@ class EmbeddingCache:
         """A cache in memory of floating-point blocks of consecutive rows, ``(n, d)`` each, stored in ``dtype``.
 
         Args:
-            blocks: ``(n, d)`` each, on the device that is to hold it.
+            blocks: ``(n, d)`` each, on the device that will hold the cache.
             dtype: one of :data:`DTYPES`.
-            first_row, corpus_size: of a part; see :class:`EmbeddingCache`.
-            rows: of all blocks together, where that is known: the cache is then one piece from the start, which a GPU
-                searches faster than many, and which never takes memory twice.
+            first_row, corpus_size: for a part; see :class:`EmbeddingCache`.
+            rows: of all blocks together, if known: then the cache is allocated as one piece, which a GPU searches
+                faster and which never takes memory twice.
 
         Raises:
-            CacheError: the blocks have not so many rows.
+            CacheError: the blocks have a different number of rows.
             NonFiniteError: an embedding is not finite in that dtype.
         """
         stored = _finite((Shard.store(block.detach(), dtype) for block in blocks), first_row)
@@ -132,23 +132,23 @@ class EmbeddingCache:
     ) -> EmbeddingCache:
         """Encode every target of ``corpus`` with ``model`` into the folder ``path``.
 
-        Killed half-way, the same call goes on behind the last finished shard; called on a finished cache, it
-        loads it. Where several processes train together, all call it and each encodes its share of the shards; the
-        folder must be one that all of them see.
+        If it is killed, the same call continues after the last finished shard; called on a finished cache, it loads it.
+        If several processes train together, all call it and each encodes its share of the shards; all must see the
+        folder.
 
         Args:
-            path: a new folder, or one that an earlier call with the same model and corpus began.
+            path: a new folder, or one started by an earlier call with the same model and corpus.
             batch_size: targets in one forward pass; they are sorted by length within a shard.
-            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"int8"`` with one float32 scale a row.
-            shard_size: rows in one file, which is also what a kill loses at most.
+            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"int8"`` with one float32 scale per row.
+            shard_size: rows in one file; a kill loses at most one file.
             progress: show a progress bar.
 
         Raises:
-            CacheError: ``path`` holds a cache of another model, corpus, prompt or dtype (it says which) or is being
-                built in by somebody else, or an unknown dtype is asked for.
+            CacheError: ``path`` holds a cache of another model, corpus, prompt or dtype (it says which), another
+                process is building in it, or the dtype is unknown.
             NonFiniteError: an embedding is NaN or infinite in that dtype.
             StorageError: the disk has no room for it, or cannot be written to.
-            ProcessError: another of several processes has failed, or does not see the same folder.
+            ProcessError: another process has failed, or does not see the same folder.
         """
         if dtype not in DTYPES:
             raise CacheError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
@@ -161,7 +161,7 @@ class EmbeddingCache:
         folder = CacheFolder(Path(path))
         dim = encoder.encode(model, [0]).shape[1]
         description = Description(len(corpus), dim, dtype, shard_size, encoder.fingerprint(model))
-        # The first process answers for the folder; what stops one of them stops all.
+        # The first process handles the folder; an error in one stops all.
         with ExitStack() as held:
             with processes.together("Beginning the cache"):
                 if processes.rank == 0 and folder.is_finished:
@@ -198,12 +198,12 @@ class EmbeddingCache:
     def repair(
         cls, model: SentenceTransformer, corpus: Corpus, path: str | os.PathLike[str], batch_size: int = 64
     ) -> EmbeddingCache:
-        """Encode anew what is damaged or missing in the cache of ``model`` and ``corpus`` in ``path``.
+        """Encode again what is damaged or missing in the cache of ``model`` and ``corpus`` in ``path``.
 
-        All of it is read, and compared with what was written.
+        All of it is read and compared with its digests.
 
         Raises:
-            CacheError: it is a cache of something else, or what :meth:`build` refuses.
+            CacheError: it is a cache of something else, or :meth:`build` refuses it.
         """
         folder, processes = CacheFolder(Path(path)), Processes.current()
         with processes.together("Looking for damage"):
@@ -221,7 +221,7 @@ class EmbeddingCache:
         """Write it into the new folder ``path``, as :meth:`build` would have; returns it memory-mapped from there.
 
         Raises:
-            CacheError: there is something in ``path``, or this is only a part of a cache.
+            CacheError: ``path`` is not empty, or this is only a part of a cache.
             StorageError: the disk has no room for it, or cannot be written to.
         """
         if len(self) != self.corpus_size:
@@ -232,7 +232,7 @@ class EmbeddingCache:
         try:
             self._save(folder)
         except StorageError:
-            shutil.rmtree(path, ignore_errors=True)  # it was ours alone
+            shutil.rmtree(path, ignore_errors=True)  # only this call used it
             raise
         return self.load(path)
 
@@ -254,12 +254,12 @@ class EmbeddingCache:
         """The finished cache in the folder ``path``, memory-mapped: nothing is read until it is used.
 
         Args:
-            verify: read all of it and compare it with what was written, as ``st-corrector cache verify`` does; right
-                where it has been copied or downloaded.
+            verify: read all of it and compare it with its digests, as ``st-corrector cache verify`` does; useful after
+                a copy or download.
 
         Raises:
-            CacheError: there is no cache, its build was not finished, or a shard is missing, cut short, another's or,
-                with ``verify``, damaged.
+            CacheError: there is no cache, its build was not finished, or a shard is missing, cut short, from another
+                cache or, with ``verify``, damaged.
         """
         folder = CacheFolder(Path(path))
         if verify and (damaged := folder.damaged()):
@@ -279,20 +279,20 @@ class EmbeddingCache:
         token: str | bool | None = None,
         verify: bool = True,
     ) -> EmbeddingCache:
-        """The cache that :meth:`push_to_hub` has put into a dataset repository, memory-mapped from a local copy.
+        """A cache from a dataset repository (:meth:`push_to_hub`), memory-mapped from a local copy.
 
-        Interrupted, the same call goes on behind the files that are there; once they are, it only asks whether there is
-        anything newer, and offline (``HF_HUB_OFFLINE=1``) not even that.
+        If it is interrupted, the same call continues after the files already there. When all are there, it only checks
+        for a newer version; offline (``HF_HUB_OFFLINE=1``), it does not check.
 
         Args:
-            path: where the local copy is, or is made; by default among this package's derived files.
+            path: folder of the local copy; by default among this package's derived files.
             revision: branch, tag or commit.
             token: by default the one of ``hf auth login`` or ``HF_TOKEN``.
             verify: read all of it and compare it with what was written.
 
         Raises:
-            CacheError: what the repository holds is no finished cache, what has come is not what was written, or
-                ``path`` holds another cache.
+            CacheError: the repository has no finished cache, the download differs from what was written, or ``path``
+                holds another cache.
             OSError: the Hub cannot be reached, or has no such repository (huggingface_hub's own exceptions).
         """
         from huggingface_hub import snapshot_download
@@ -305,7 +305,7 @@ class EmbeddingCache:
             raise CacheError(
                 f"{path} holds a cache that has not come from the Hub: choose another folder for the copy."
             )
-        # Into a folder of its own: the Hub's shared one holds links, which a cache's folder must not.
+        # Into a separate folder: the Hub's shared one has links, which a cache's folder must not have.
         snapshot_download(
             repo_id,
             repo_type="dataset",
@@ -327,15 +327,15 @@ class EmbeddingCache:
     ) -> str:
         """Upload it into a dataset repository on the Hub, shard by shard; returns the commit's address.
 
-        Called again after it was cut short, it sends only the shards that the Hub has not received. What the repository
-        has of another cache is replaced. Embeddings tell about the texts that they are of: think before you publish
-        those of a private corpus.
+        If it is interrupted, the same call sends only the shards that the Hub has not received. Another cache in the
+        repository is replaced. Embeddings reveal information about their texts: think before you publish those of a
+        private corpus.
 
         Args:
-            repo_id: made if it is not there.
-            private: of a repository that is made here.
+            repo_id: created if missing.
+            private: for a repository created here.
             token: by default the one of ``hf auth login`` or ``HF_TOKEN``.
-            revision: a branch, made if it is not there.
+            revision: a branch, created if missing.
 
         Raises:
             CacheError: it is only a part of a cache.
@@ -361,12 +361,12 @@ class EmbeddingCache:
     # ------------------------------------------------------------------ reading
 
     def __len__(self) -> int:
-        """How many rows it holds."""
+        """The number of rows that it holds."""
         return self.end - self.first_row
 
     @property
     def end(self) -> int:
-        """One beyond the last corpus row that it holds."""
+        """The last corpus row that it holds, plus one."""
         return int(self._starts[-1])
 
     @property
@@ -381,12 +381,12 @@ class EmbeddingCache:
 
     @property
     def device(self) -> torch.device:
-        """Where the embeddings are held; memory-mapped ones count as on the CPU."""
+        """The device that holds the embeddings; memory-mapped ones count as on the CPU."""
         return self._shards[0].values.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the embeddings take as they are stored."""
+        """Bytes of the stored embeddings."""
         return sum(each.nbytes for shard in self._shards for each in shard if each is not None)
 
     def __repr__(self) -> str:
@@ -394,7 +394,7 @@ class EmbeddingCache:
         return f"EmbeddingCache({len(self):,} × {self.dim}, {str(self.dtype).removeprefix('torch.')}{part})"
 
     def part(self, rows: slice) -> EmbeddingCache:
-        """Its rows ``rows.start … rows.stop − 1`` alone, on the same memory, as one of several processes holds them.
+        """Only its rows ``rows.start … rows.stop − 1``, sharing memory, as one of several processes holds them.
 
         Raises:
             CacheError: it does not hold all of these rows, or there are none.
@@ -412,7 +412,7 @@ class EmbeddingCache:
         return EmbeddingCache(shards, self.fingerprint, rows.start, self.corpus_size)
 
     def share(self, device: torch.device | str) -> EmbeddingCache:
-        """The part of it that this process searches where several train together, in ``device``'s memory.
+        """The part that this process searches if several train together, in ``device``'s memory.
 
         Raises:
             CacheError: there are fewer rows than processes.
@@ -457,7 +457,7 @@ class EmbeddingCache:
         scaled = dtype == torch.int8
         size = len(self) * (self.dim * dtype.itemsize + 4 * scaled)
         require_memory({f"embedding cache, {len(self):,} × {self.dim} in {dtype}": size}, device)
-        # In one piece: small shards are good for files, not for a GPU.
+        # In one piece: small shards suit files, not a GPU.
         chunks = (chunk for _, chunk in self.chunks(_ROWS_AT_ONCE))
         stored = (chunk if dtype == self.dtype else Shard.store(chunk.float(), dtype) for chunk in chunks)
         whole = _in_one_piece(_finite(stored, self.first_row), len(self), device)
@@ -488,7 +488,7 @@ cache = EmbeddingCache.from_hub("{repo_id}")
 
 
 def _in_one_piece(shards: Iterable[Shard], rows: int, device: torch.device | None = None) -> Shard:
-    """Shards of ``rows`` consecutive rows together, on ``device`` or where the first of them is."""
+    """Shards of ``rows`` consecutive rows, joined, on ``device`` or the first shard's device."""
     whole: Shard | None = None
     filled = 0
     for shard in shards:
@@ -504,7 +504,7 @@ def _in_one_piece(shards: Iterable[Shard], rows: int, device: torch.device | Non
 
 
 def _finite(shards: Iterable[Shard], first_row: int) -> Iterator[Shard]:
-    """``shards`` of consecutive rows, each as soon as it has been looked through."""
+    """``shards`` of consecutive rows, each as soon as it has been checked."""
     for shard in shards:
         _require_finite(shard, first_row)
         first_row += len(shard.values)

@@ -4,8 +4,8 @@
     manifest.json    written last: the same, and every shard's size and digest
     embeddings-000000.safetensors, embeddings-000001.safetensors, …    "embeddings", and "scales" where they are int8
 
-A folder without ``manifest.json`` is no cache yet, and nothing writes to one that has it. No file's name is read from
-another file, so that a folder from a stranger points to nothing outside of itself.
+A folder without ``manifest.json`` is not yet a cache; nothing writes to one that has it. No file name is read from
+another file, so an untrusted folder cannot refer to anything outside.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ FILES = ("manifest.json", "embeddings-*.safetensors")
 """What a finished cache consists of, as patterns."""
 _MANIFEST, _BUILD, _LOCK = "manifest.json", "build.json", ".lock"
 _KEY, _SCALES, _DIGEST = "embeddings", "scales", "sha256"
-# Of a shard's file: which it is of which cache, and its digest. One entry: safetensors orders several at random.
+# Metadata of a shard's file: its cache, number and digest. In one entry: safetensors orders several at random.
 _SHARD = "shard"
 _LARGEST_JSON = 64 << 20  # of a manifest with billions of targets
-MOST_SHARDS = 1 << 20  # nothing that a file says makes us count further
+MOST_SHARDS = 1 << 20  # limits the work that a file can cause
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a cache is.
+    """The description of a cache.
 
     Args:
         rows: targets ``N``.
@@ -67,11 +67,11 @@ class Description:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.rows))
 
     def bytes_of(self, shard: int) -> int:
-        """What a shard's embeddings take, without its file's header."""
+        """Bytes of a shard's embeddings, without the file's header."""
         return len(self.rows_of(shard)) * (self.dim * DTYPES[self.dtype].itemsize + 4 * (self.dtype == "int8"))
 
     def flat(self) -> dict[str, Any]:
-        """All components on one level, to be compared."""
+        """All components on one level, for comparison."""
         return {**{name: value for name, value in vars(self).items() if name != "fingerprint"}, **self.fingerprint}
 
 
@@ -79,8 +79,8 @@ class CacheFolder:
     """The folder of one cache.
 
     Args:
-        path: it.
-        advice: what to do when what kept it from being written is mended.
+        path: the folder.
+        advice: what to do once the cause of a failed write is fixed.
     """
 
     def __init__(self, path: Path, advice: str = "The same call goes on behind what is finished.") -> None:
@@ -97,7 +97,7 @@ class CacheFolder:
         return (self.path / _BUILD).is_file()
 
     def description(self) -> Description:
-        """Of the cache that is there or is being built.
+        """The description of the cache that is finished or being built.
 
         Raises:
             CacheError: there is none, or its description is damaged.
@@ -106,7 +106,7 @@ class CacheFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other builders out; a lock whose holder has died is free.
+        """Keep other builders out; the lock of a dead process is free.
 
         Raises:
             CacheError: another process is building in it.
@@ -126,10 +126,10 @@ class CacheFolder:
             lock.release()
 
     def require(self, description: Description) -> Description:
-        """What is there, where it is what is described, but for the shards' size.
+        """The description in the folder, if it equals this one except for the shard size.
 
         Raises:
-            CacheError: it is something else; it says in what.
+            CacheError: it differs; the message says how.
         """
         found = self.description()
         if different := differences(found.flat(), {**description.flat(), "shard_size": found.shard_size}):
@@ -140,11 +140,11 @@ class CacheFolder:
         return found
 
     def begin(self, description: Description) -> Description:
-        """Begin a cache, or go on with one; the description of what is there then, whose shard size may be another.
+        """Begin a cache or continue one; returns the folder's description, whose shard size may differ.
 
         Raises:
             CacheError: there is something else in the folder.
-            StorageError: its disk has not enough room, or cannot be written to.
+            StorageError: the disk is too small, or cannot be written to.
         """
         if self.is_finished or self.is_begun:
             description = self.require(description)
@@ -159,12 +159,12 @@ class CacheFolder:
         return description
 
     def missing(self, description: Description) -> list[int]:
-        """The shards that are not there."""
+        """The missing shards."""
         present = {file.name for file in self.path.glob("embeddings-*.safetensors")}
         return [number for number in description.shards if self._shard(number).name not in present]
 
     def write(self, description: Description, number: int, shard: Shard) -> None:
-        """Write a shard of the cache that is described.
+        """Write a shard of the described cache.
 
         Raises:
             StorageError: it cannot be written.
@@ -176,10 +176,10 @@ class CacheFolder:
             path.write_bytes(save(tensors, {_SHARD: f"{_place(description, number)} {_digest(shard)}"}))
 
     def finish(self, description: Description) -> None:
-        """Say that all shards are there.
+        """Mark the cache as complete.
 
         Raises:
-            CacheError: one is not, or is damaged.
+            CacheError: a shard is missing or damaged.
         """
         shards = []
         for number in description.shards:
@@ -205,8 +205,8 @@ class CacheFolder:
         return description, [self._checked(number, description, recorded) for number in description.shards]
 
     def damaged(self) -> dict[int, str]:
-        """Every shard that is not what was written, and why: all that is there is read. A cache that is not finished
-        may lack some, a finished one none.
+        """Every shard that differs from what was written, and why: all existing shards are read. Only an unfinished
+        cache may lack some.
 
         Raises:
             CacheError: there is no cache.
@@ -229,12 +229,12 @@ class CacheFolder:
         return found
 
     def reopen(self, shards: list[int]) -> None:
-        """Make the cache one that lacks ``shards``, so that building completes it."""
+        """Remove ``shards`` from the cache, so that a build completes it."""
         description, _ = self._read_json()
         self._write_json(_BUILD, vars(description))
         for number in shards:
             self._shard(number).unlink(missing_ok=True)
-        # Last: killed before, it is a finished cache that lacks shards, and not one whose damaged shards look new.
+        # Last: if killed before this, it is a finished cache that lacks shards, not one whose damaged shards look new.
         (self.path / _MANIFEST).unlink(missing_ok=True)
 
     def _shard(self, number: int) -> Path:
@@ -255,7 +255,7 @@ class CacheFolder:
         return shard
 
     def _open(self, number: int, description: Description) -> tuple[Shard, str]:
-        """A shard, memory-mapped, and the digest that it had when it was written."""
+        """A shard, memory-mapped, and its digest from when it was written."""
         path = self._shard(number)
         _require_own(path)
         try:
@@ -285,7 +285,7 @@ class CacheFolder:
             path.write_text(json.dumps({"schema": SCHEMA, **value}, indent=2), encoding="utf-8")
 
     def _read_json(self) -> tuple[Description, list[dict[str, Any]] | None]:
-        """The description, and what is recorded of each shard if the cache is finished."""
+        """The description, and the record of each shard if the cache is finished."""
         path = self.path / (_MANIFEST if self.is_finished else _BUILD)
         if not path.is_file():
             raise CacheError(f"{self.path} holds no embedding cache: build one with EmbeddingCache.build.")
@@ -303,7 +303,7 @@ class CacheFolder:
         if (
             not all(type(count) is int and count > 0 for count in counts)
             or -(-description.rows // description.shard_size) > MOST_SHARDS
-            or description.dtype not in list(DTYPES)  # which need not be hashable
+            or description.dtype not in list(DTYPES)  # may be unhashable
             or not isinstance(description.fingerprint, dict)
             or not _is_shallow(description.fingerprint)
             or (path.name == _MANIFEST and not _fit(shards, len(description.shards)))
@@ -316,7 +316,7 @@ _REPAIR = "EmbeddingCache.repair (or `st-corrector cache repair`) encodes its ta
 
 
 def _fit(shards: Any, count: int) -> bool:
-    """Whether what a manifest says of its shards has the form that it should have."""
+    """Whether a manifest's records of shards have the right form."""
     return (
         isinstance(shards, list)
         and len(shards) == count
@@ -328,18 +328,18 @@ def _fit(shards: Any, count: int) -> bool:
 
 
 def _is_shallow(value: Any, depth: int = 16) -> bool:
-    """Whether nothing is nested so deeply that Python cannot compare or print it."""
+    """Whether nesting is shallow enough for Python to compare and print it."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     return depth > 0 and all(_is_shallow(each, depth - 1) for each in inner)
 
 
 def _place(description: Description, number: int) -> str:
-    """Which shard of which cache a file is."""
+    """Identifies a file's cache and shard."""
     return digest_json([description.flat(), number])
 
 
 def _require_own(path: Path) -> None:
-    """Refuse to read what lies elsewhere, to which a folder from a stranger may link."""
+    """Refuse to read files elsewhere, to which an untrusted folder may link."""
     if path.resolve().parent != path.parent.resolve():
         raise CacheError(f"{path} is a link to {path.resolve()}, outside of the cache: put the file itself there.")
 

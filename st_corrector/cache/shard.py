@@ -1,4 +1,4 @@
-"""Embeddings of consecutive rows, in the dtype in which they are stored."""
+"""Embeddings of consecutive rows, in their stored dtype."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Shard(NamedTuple):
 
     Args:
         values: ``(n, d)``, in one of :data:`DTYPES`.
-        scales: what the values of each row are multiplied with, float32 ``(n,)``; only with int8.
+        scales: factor of each row's values, float32 ``(n,)``; only with int8.
     """
 
     values: Tensor
@@ -26,7 +26,7 @@ class Shard(NamedTuple):
 
     @classmethod
     def store(cls, embeddings: Tensor, dtype: torch.dtype) -> Shard:
-        """Floating-point ``embeddings`` ``(n, d)`` in ``dtype``; int8 by the largest absolute value of each row.
+        """Floating-point ``embeddings`` ``(n, d)`` in ``dtype``; int8 is scaled by each row's largest absolute value.
 
         Raises:
             CacheError: ``dtype`` is none of :data:`DTYPES`.
@@ -39,12 +39,12 @@ class Shard(NamedTuple):
         return cls((embeddings / scales.clamp_min(1e-30)[:, None]).round_().to(torch.int8), scales)
 
     def float(self) -> Tensor:
-        """The embeddings in float32, ``(n, d)``: the stored memory itself where it is float32."""
+        """The embeddings in float32, ``(n, d)``: the stored memory itself if it is float32."""
         values = self.values.float()
         return values if self.scales is None else values.mul_(self.scales[:, None])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Shard:
-        """The same with ``function`` applied to what it consists of."""
+        """The same with ``function`` applied to its tensors."""
         return Shard(function(self.values), None if self.scales is None else function(self.scales))
 
     def at(self, rows: slice | Tensor) -> Shard:
@@ -52,13 +52,13 @@ class Shard(NamedTuple):
         return self.map(lambda each: each[rows])
 
     def copy_(self, source: Shard) -> Shard:
-        """Take over the numbers of ``source``, of equal shape and dtype on any device; returns itself."""
+        """Copy the numbers of ``source``, of equal shape and dtype on any device; returns itself."""
         self.values.copy_(source.values)
         if self.scales is not None and source.scales is not None:
             self.scales.copy_(source.scales)
         return self
 
     def not_finite(self) -> Tensor:
-        """Positions of rows that hold what is NaN or infinite, ``(m,)``."""
+        """Positions of rows with NaN or infinite values, ``(m,)``."""
         checked = self.values if self.scales is None else self.scales[:, None]
         return (~torch.isfinite(checked).all(1)).nonzero().flatten()

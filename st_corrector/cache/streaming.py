@@ -1,4 +1,4 @@
-"""Chunks of a cache that is held by the CPU, or on disk, on their way through a GPU."""
+"""Streams chunks of a cache in CPU memory or on disk through a GPU."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .shard import Shard
 def on_device(chunks: Iterable[tuple[int, Shard]], device: torch.device) -> Iterator[tuple[int, Shard]]:
     """``chunks`` on ``device``; while the caller computes with one, the next is read and copied.
 
-    Chunks that are there already are passed on as they are. Otherwise each goes through one of two blocks of pinned
-    memory, from which the GPU copies by itself, on a stream of its own: reading from disk, copying and computing
-    overlap, and the GPU holds three chunks at a time, the one that was asked for last and two that follow it.
+    Chunks already on the device are passed on unchanged. Others go through one of two blocks of pinned memory, from
+    which the GPU copies asynchronously on a separate stream: reading from disk, copying and computing overlap. The GPU
+    holds three chunks at a time, the current one and the next two.
     """
     copying: torch.cuda.Stream | None = None
     staging: list[tuple[Shard, torch.cuda.Event]] = []
@@ -30,7 +30,7 @@ def on_device(chunks: Iterable[tuple[int, Shard]], device: torch.device) -> Iter
             pinned = chunk.map(lambda each: torch.empty_like(each, pin_memory=True))
             staging[number % 2 : number % 2 + 1] = [(pinned, torch.cuda.Event())]
         pinned, read = staging[number % 2]
-        read.synchronize()  # the copy before the last has left this block
+        read.synchronize()  # the copy before the last has finished with this block
         here = pinned.at(slice(0, len(chunk.values))).copy_(chunk)
         with torch.cuda.stream(copying):
             arrived = here.map(lambda each: each.to(device, non_blocking=True))
@@ -44,7 +44,7 @@ def on_device(chunks: Iterable[tuple[int, Shard]], device: torch.device) -> Iter
 
 @functools.cache
 def _stream_for_copies(device: torch.device) -> torch.cuda.Stream:
-    """The same every time: memory that was freed on one stream is not used again on another."""
+    """The same stream every time: memory freed on one stream is not reused on another."""
     return torch.cuda.Stream(device)
 
 
@@ -55,7 +55,7 @@ def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
 
 
 def _awaited(row: int, chunk: Shard, arrived: torch.cuda.Event) -> tuple[int, Shard]:
-    """The chunk, usable on the present stream; its memory is not reused before that has finished with it."""
+    """The chunk, usable on the current stream; its memory is not reused before that stream has finished with it."""
     stream = torch.cuda.current_stream(chunk.values.device)
     stream.wait_event(arrived)
     for each in chunk:

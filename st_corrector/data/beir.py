@@ -1,9 +1,8 @@
 """Readers of the BEIR layout: ``corpus.jsonl[.gz]``, ``queries.jsonl[.gz]``, ``qrels/<split>.tsv``.
 
-What they give, targets, queries and judgements, is the same from a repository on the Hub (:mod:`.beir_hub`).
+A repository on the Hub gives the same targets, queries and judgements (:mod:`.beir_hub`).
 
-Files come from anywhere: whatever is in them, the outcome is records or a :class:`CorpusError`, and at most one line of
-a file is in memory.
+Files may be hostile: any content gives records or a :class:`CorpusError`, and at most one line of a file is in memory.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from ..storage.fingerprint import digest_json
 from .columns import TARGETS, as_number, is_id
 
 LONGEST_LINE = 64 << 20
-"""Bytes; a line beyond that is not a text but a broken file."""
+"""Bytes; a longer line means a broken file."""
 _SHOWN = 5
 SCORE_NAMES = ("score", "relevance", "rel", "label", "grade")
-"""What the column of grades is called."""
+"""Names of the column of grades."""
 
 
 class Judgements(NamedTuple):
     """The judgements of one split.
 
     Attributes:
-        source: what they are read from, as an error says it.
+        source: where they are read from, for error messages.
         triples: ``(query id, target id, score)``; a target is relevant where the score, its grade, is above 0.
     """
 
@@ -44,13 +43,13 @@ class Judgements(NamedTuple):
 
 
 class RetrievalData(NamedTuple):
-    """Targets, queries and judgements, each read when it is iterated over, and once.
+    """Targets, queries and judgements, each read once, during iteration.
 
     Attributes:
-        name: what all of it is called.
+        name: of the data set.
         targets: tables of :data:`~st_corrector.data.columns.TARGETS`.
-        targets_key: a digest of what ``targets`` are read from.
-        targets_source, queries_source: what they are read from, as an error says it.
+        targets_key: a digest of the source of ``targets``.
+        targets_source, queries_source: where they are read from, for error messages.
         queries: records as :func:`read_jsonl` gives them.
         judgements: one for each split.
     """
@@ -65,13 +64,13 @@ class RetrievalData(NamedTuple):
 
 
 def open_folder(folder: Path, max_targets: int | None = None) -> RetrievalData:
-    """What is in a folder of BEIR's layout.
+    """The contents of a folder in BEIR's layout.
 
     Args:
-        max_targets: read no more than so many targets.
+        max_targets: read at most this many targets.
 
     Raises:
-        CorpusError: a file is missing; and, when they are read, what :func:`read_jsonl` and :func:`read_qrels` raise.
+        CorpusError: a file is missing; and, during reading, as :func:`read_jsonl` and :func:`read_qrels`.
     """
     corpus, queries = find_jsonl(folder, "corpus"), find_jsonl(folder, "queries")
     qrels = sorted((folder / "qrels").glob("*.tsv"))
@@ -111,14 +110,14 @@ def find_jsonl(folder: Path, stem: str) -> Path:
 def read_jsonl(path: Path, limit: int | None = None) -> Iterator[dict[str, Any]]:
     """The records of a JSON-lines file of targets or queries, plain or gzipped.
 
-    Each has ``_id`` and ``text``, both strings (a number is taken for an id), and may have ``title``, a string or null,
-    and ``answers``, a list of strings or null; what else it has is left out.
+    Each has ``_id`` and ``text``, both strings (an id may be a number), and may have ``title``, a string or null, and
+    ``answers``, a list of strings or null. Other keys are ignored.
 
     Args:
-        limit: read no further than so many records.
+        limit: read at most this many records.
 
     Raises:
-        CorpusError: the file cannot be read, or lines are not such records: it counts them all and shows the first.
+        CorpusError: the file cannot be read, or lines are not such records: the error counts all and shows the first.
     """
     faults, count = _Faults(path), 0
     for number, line in _lines(path, faults):
@@ -140,14 +139,13 @@ def read_jsonl(path: Path, limit: int | None = None) -> Iterator[dict[str, Any]]
 def read_qrels(path: Path) -> Iterator[tuple[str, str, float]]:
     """``(query id, target id, score)`` for each line of a qrels file; the header line is optional.
 
-    Ids may be quoted as :mod:`csv` writes them (``QUOTE_MINIMAL``), which is what BEIR's own reader reads:
-    ``"a ""b"" c"`` is ``a "b" c``. In an id that does not begin with a quote, quotes are characters like others. A
-    quote that is not closed, from which BEIR's reader would read on through the following lines, is refused, and so is
-    text behind one that is.
+    Ids may be quoted as :mod:`csv` writes them (``QUOTE_MINIMAL``) and BEIR's own reader reads them: ``"a ""b"" c"`` is
+    ``a "b" c``. In an id that does not begin with a quote, quotes are ordinary characters. An unclosed quote is refused
+    (BEIR's reader would continue through the following lines), and so is text after a closing quote.
 
     Raises:
-        CorpusError: the file cannot be read, or lines are not three tab-separated columns, the last a number: it counts
-            them all and shows the first.
+        CorpusError: the file cannot be read, or lines are not three tab-separated columns, the last a number: the error
+            counts all and shows the first.
     """
     faults, first = _Faults(path), True
     for number, line in _lines(path, faults):
@@ -181,7 +179,7 @@ def read_qrels(path: Path) -> Iterator[tuple[str, str, float]]:
 
 
 class _Faults:
-    """What is wrong with the lines of a file: how many are, and what with the first."""
+    """The malformed lines of a file: their number, and the problems of the first."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -205,7 +203,7 @@ class _Faults:
 
 
 def _lines(path: Path, faults: _Faults) -> Iterator[tuple[int, str]]:
-    """The lines that are not empty, with their numbers, without their ends (of Windows, too) or a byte-order mark."""
+    """Non-empty lines with their numbers, without line ends (Windows' included) or a byte-order mark."""
     number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -228,7 +226,7 @@ def _lines(path: Path, faults: _Faults) -> Iterator[tuple[int, str]]:
 
 
 def normal_record(record: dict[str, Any]) -> dict[str, Any]:
-    """A record in which nothing is wrong, with ``_id``, ``text``, ``title`` and ``answers`` and nothing else."""
+    """A valid record, reduced to ``_id``, ``text``, ``title`` and ``answers``."""
     return {
         "_id": str(record["_id"]),
         "text": record["text"],
@@ -238,7 +236,7 @@ def normal_record(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def record_problem(record: Any) -> str | None:
-    """What is wrong with a target's or a query's record, if anything is."""
+    """The problem with a target's or a query's record, if there is one."""
     if not isinstance(record, dict):
         return f"a JSON {type(record).__name__}, expected an object with _id and text"
     missing = [key for key in ("_id", "text") if record.get(key) is None]

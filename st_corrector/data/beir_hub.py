@@ -1,8 +1,8 @@
 """The BEIR layout as a repository on the Hub: configs ``corpus`` and ``queries``, and one of judgements.
 
-MTEB's repositories hold their judgements in a config ``qrels`` or ``default``, with a split each for train, dev and
-test (those of several languages in ``en-qrels`` beside ``en-corpus`` and ``en-queries``, and so on); BeIR's in a second
-repository; sentence-transformers' sets of MS MARCO as ids of triplets, or lists with labels.
+MTEB's repositories have judgements in a config ``qrels`` or ``default``, with splits for train, dev and test (with
+several languages in ``en-qrels`` next to ``en-corpus`` and ``en-queries``, and so on); BeIR's have them in a second
+repository; sentence-transformers' MS MARCO sets have triplets of ids, or lists with labels.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _JUDGED = (
     ("query_id", "positive_id", ()),
     ("query", "positive", ()),
 )
-"""The columns of a judgement: query id, target id (or a list of them), and what its score (or as many) may be called;
-without one it is relevant, but in lists. The last two are of triplets: their negatives are targets that nobody has
-judged."""
+"""The columns of a judgement: query id, target id (or a list of them), and possible names of the score (or list of
+scores). Without a score the target is relevant, except in lists. The last two are for triplets, whose negatives are
+unjudged targets."""
 
 
 def open_repository(
@@ -50,10 +50,12 @@ def open_repository(
     streaming: bool = False,
     max_targets: int | None = None,
 ) -> RetrievalData:
-    """What is in a repository, or in a local folder with a repository's files; :meth:`.Corpus.from_hub` has the rest.
+    """The contents of a repository, or of a local folder with its files; :meth:`.Corpus.from_hub` explains the
+    arguments.
 
     Raises:
-        CorpusError: a repository or config is not there; and, when they are read, a split, a column or a value.
+        CorpusError: a repository or config is missing; during reading, a split or column is missing or a value is
+            wrong.
     """
     repository = _Repository(repo_id, revision, token, streaming)
     if not {corpus_config, queries_config} <= set(repository.configs):
@@ -93,8 +95,7 @@ class _Repository:
 
     def __init__(self, repo_id: str, revision: str | None, token: str | None, streaming: bool) -> None:
         self.repo_id = repo_id
-        # What is loaded from a folder otherwise is copied once, and that copy taken ever after, whatever becomes of the
-        # folder's files.
+        # Without streaming, datasets copies a folder's files once and keeps using that copy, even if the files change.
         self._streaming = streaming or Path(repo_id).is_dir()
         self._revision, self._token = revision, token
         with _reading(repo_id):
@@ -105,7 +106,7 @@ class _Repository:
             return load_dataset_builder(self.repo_id, config, revision=self._revision, token=self._token)
 
     def identity(self, config: str) -> list[Any]:
-        """What tells the files of ``config`` from others: the commit on the Hub, or names and times of a folder's."""
+        """What identifies the files of ``config``: the commit on the Hub, or file names and times of a folder."""
         builder = self._builder(config)
         files = builder.config.data_files or {}
         described = {split: [list(names), names.origin_metadata] for split, names in files.items()}
@@ -123,7 +124,7 @@ class _Repository:
             return prepared
 
     def load_one(self, config: str, split: str | None) -> Dataset | IterableDataset:
-        """The split of ``config`` that is asked for, or that of its own name, or its only one."""
+        """The requested split of ``config``, or the split with the config's name, or its only one."""
         splits = self.load(config)
         for name in (split, config):
             if name is not None and name in splits:
@@ -137,7 +138,7 @@ class _Repository:
 
 
 def _judged_config(repository: _Repository, alone: bool) -> str:
-    """The config that holds the judgements: ``qrels``, ``default``, or the only one of a repository of their own."""
+    """The config that holds the judgements: ``qrels``, ``default``, or the only config of a separate repository."""
     if alone and len(repository.configs) == 1:
         return repository.configs[0]
     found = [config for config in ("qrels", "default") if config in repository.configs]
@@ -213,7 +214,7 @@ def _triples(
 def _columns(
     dataset: Dataset | IterableDataset, source: str, text: Sequence[str], id: Sequence[str]
 ) -> tuple[list[str], str, str]:
-    """All columns' names, and which of them are the text and the id."""
+    """All column names, the text column and the id column."""
     found = column_names(dataset)
     chosen = [next((name for name in names if name in found), None) for names in (text, id)]
     if chosen[0] is None or chosen[1] is None:
@@ -229,10 +230,10 @@ def _is_id(value: Any) -> bool:
 
 @contextmanager
 def _reading(source: str) -> Iterator[None]:
-    """Say of what fails in this block which source it was.
+    """Name the source of any error in this block.
 
     Raises:
-        CorpusError: it is not there, out of reach, or damaged.
+        CorpusError: it is missing, unreachable, or damaged.
     """
     try:
         yield

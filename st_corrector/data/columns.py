@@ -1,4 +1,4 @@
-"""Columns of data sets, whether these are on disk or come in a stream."""
+"""Columns of data sets, on disk or streamed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def as_id(value: Any, what: str) -> str:
     """The id ``value`` as a string.
 
     Args:
-        what: whose id it is, as an error says it.
+        what: whose id it is, for error messages.
 
     Raises:
         CorpusError: it is neither a string nor an integer.
@@ -41,12 +41,12 @@ def as_id(value: Any, what: str) -> str:
 
 
 def as_list(value: Any) -> list[Any]:
-    """The values of a list, tuple, array or set; of one value alone, such as a string, that one."""
+    """The values of a list, tuple, array or set; a single value, such as a string, gives a list of one."""
     return list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else [value]
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number, also where it is written as a string or is a truth value; of anything else None."""
+    """A finite number, also from a string or a bool; None for anything else."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -55,12 +55,12 @@ def as_number(value: Any) -> float | None:
 
 
 def is_transformed(dataset: Dataset | IterableDataset) -> bool:
-    """Whether a function (``with_transform``, ``set_transform``) makes what ``dataset[i]`` gives when it is asked."""
+    """Whether a function (``with_transform``, ``set_transform``) computes ``dataset[i]`` on access."""
     return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
-    """The columns' names; where only the rows know them, as in some streams, those of the first row."""
+    """The column names; if only the rows know them, as in some streams, those of the first row."""
     if is_transformed(dataset):
         return list(dataset[0]) if len(dataset) else []
     return list(next(iter(dataset), {}) if dataset.column_names is None else dataset.column_names)
@@ -69,10 +69,10 @@ def column_names(dataset: Dataset | IterableDataset) -> list[str]:
 def batches(
     dataset: Dataset | IterableDataset, columns: Sequence[str], size: int = BATCH
 ) -> Iterator[dict[str, list[Any]]]:
-    """The columns' values as Python objects, ``size`` rows at a time; what a row of a stream lacks is None.
+    """The columns' values as Python objects, ``size`` rows at a time; a value missing in a stream's row is None.
 
     Raises:
-        CorpusError: a data set's transform gives another number of rows than it got.
+        CorpusError: a data set's transform changes the number of rows.
     """
     if is_transformed(dataset):
         yield from _transformed(dataset, columns, size)
@@ -85,7 +85,7 @@ def batches(
 
 
 def _transformed(dataset: Dataset, columns: Sequence[str], size: int) -> Iterator[dict[str, list[Any]]]:
-    """:func:`batches` of what a data set's transform makes of all its columns."""
+    """:func:`batches` of the output of a data set's transform, which gets all columns."""
     for start, batch in zip(range(0, len(dataset), size), dataset.iter(size), strict=True):
         rows = min(size, len(dataset) - start)
         values = {column: list(batch[column]) if column in batch else [None] * rows for column in columns}
@@ -103,12 +103,12 @@ def label_column(
     """The column that says which positives are relevant, if there is one.
 
     Raises:
-        CorpusError: there are scores in its place, or classes.
+        CorpusError: there are scores or classes instead.
     """
     further = [name for name in found if name not in columns]
     label = next((name for name in ("label", "labels") if name in further), None)
     score = next((name for name in ("score", "scores") if name in further), None)
-    # Beside negatives of their own, positives are positives, whatever they score.
+    # With a column of negatives, positives are relevant, whatever their score.
     if label is None and score is not None and len(columns) == 2 and not any(name.startswith("neg") for name in found):
         raise CorpusError(
             f"Split {split!r} has a column {score!r} beside its pairs, which mine_hard_negatives writes where it puts "
@@ -126,10 +126,10 @@ def label_column(
 
 
 def by_label(found: Any, label: Any, column: str, pair: int, split: str) -> tuple[list[Any], list[Any]]:
-    """The texts of a row's positives that are labelled 1, and those labelled 0; nulls left out.
+    """The texts of a row's positives labelled 1, and those labelled 0; nulls are dropped.
 
     Raises:
-        CorpusError: there is not one label for each, 0 or 1.
+        CorpusError: not every text has one label, 0 or 1.
     """
     positives, labels = (each if isinstance(each, (list, tuple)) else [each] for each in (found, label))
     relevant = [as_number(each) for each in labels]
@@ -144,7 +144,7 @@ def by_label(found: Any, label: Any, column: str, pair: int, split: str) -> tupl
 
 
 def as_texts(value: Any) -> list[Any]:
-    """A column's value as a list of texts: of several, one, or none; nulls left out."""
+    """A column's value as a list of texts: several, one, or none; nulls are dropped."""
     return [text for text in (value if isinstance(value, (list, tuple)) else [value]) if text is not None]
 
 
@@ -174,8 +174,8 @@ def _strings(
 ) -> Iterator[dict[str, pa.Array | pa.ChunkedArray]]:
     """Batches of ``columns`` (role → column) as Arrow strings, by role."""
     names = list(columns.values())
-    # The types of a stream's Arrow batches follow from what is in each: a batch of nulls alone has another. Its values
-    # have no such trouble.
+    # The type of a stream's Arrow batch depends on its contents: a batch with only nulls has another type. Python
+    # values avoid this.
     if isinstance(dataset, Dataset) and not is_transformed(dataset):
         found = dataset.select_columns(names).with_format("arrow").iter(BATCH)
     else:

@@ -46,7 +46,7 @@ from .tokens import TextCorpus, TokenizedCorpus, TokenLayout, are_equal, tokeniz
 logger = logging.getLogger(__name__)
 
 MissingTargets = Literal["error", "drop"]
-"""What becomes of judgements whose target is not in the corpus."""
+"""How to treat judgements whose target is not in the corpus."""
 _QUERIES = pa.schema([("id", pa.string()), ("text", pa.string()), ("answers", pa.list_(pa.string()))])
 _PAIRS = pa.schema([("anchor", pa.string()), ("positive", pa.string()), ("label", pa.int64())])
 
@@ -54,19 +54,19 @@ _PAIRS = pa.schema([("anchor", pa.string()), ("positive", pa.string()), ("label"
 class Corpus:
     """The ordered targets, by row ``0 … len(corpus) - 1``, and the judged queries of each split.
 
-    Texts, ids and token ids are Arrow files, memory-mapped: a corpus of tens of millions of passages
-    costs no memory to hold. Use one of the constructors :meth:`from_texts`, :meth:`from_pairs`,
-    :meth:`from_dataset`, :meth:`from_beir` and :meth:`from_hub`.
+    Texts, ids and token ids are Arrow files, memory-mapped: a corpus of tens of millions of passages takes no memory.
+    Use one of the constructors :meth:`from_texts`, :meth:`from_pairs`, :meth:`from_dataset`, :meth:`from_beir` and
+    :meth:`from_hub`.
 
     Args:
         targets: columns ``id``, ``title`` (may be null) and ``text``, all strings.
         qrels: judged queries by split name.
-        prompt: what precedes each target's text when it is encoded. ``None`` takes the model's own
-            document prompt, as ``model.encode_document`` does; ``""`` means none.
-        cache_dir: folder for the Arrow files that are derived from the corpus.
+        prompt: precedes each target's text when it is encoded. ``None`` uses the model's own document prompt, as
+            ``model.encode_document`` does; ``""`` means none.
+        cache_dir: folder for Arrow files derived from the corpus.
 
     Raises:
-        CorpusError: there are no targets, two of them share an id, or the columns are others.
+        CorpusError: there are no targets, two share an id, or the columns are wrong.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class Corpus:
                 "Corpus.from_dataset reads other columns, and integers as ids."
             )
         targets = targets if targets.format["type"] is None else targets.with_format(None)
-        # What follows reads the Arrow columns, which know nothing of a selection or shuffling of rows.
+        # The Arrow columns, read below, ignore any selection or shuffling of rows.
         targets = targets if targets._indices is None else targets.flatten_indices()
         self.targets = targets
         self.prompt = prompt
         self.name: str | None = None
-        """What model cards and reports call it: set by constructors that know, or by you."""
+        """Its name in model cards and reports: set by constructors that know it, or by you."""
         self._arrow = targets.with_format("arrow")
         self._qrels = dict(qrels or {})
         self._cache_dir = _folder(cache_dir)
@@ -138,8 +138,8 @@ class Corpus:
             titles: as many titles or ``None``; see :func:`~st_corrector.data.text.join_title`.
 
         Raises:
-            CorpusError: one string is given in place of several, the lengths differ, a text is not a string, or an id
-                is neither a string nor an integer.
+            CorpusError: one string is given instead of several, the lengths differ, a text is not a string, or an id is
+                neither a string nor an integer.
         """
         given = {name: values for name, values in (("ids", ids), ("titles", titles)) if values is not None}
         for name, values in ({"texts": texts} | given).items():
@@ -148,7 +148,7 @@ class Corpus:
 
         def records() -> Iterator[dict[str, Any]]:
             row = -1
-            # By their order: what a pandas Series has under the key 3 need not be its fourth value.
+            # By position: a pandas Series' value at key 3 need not be its fourth.
             others = {name: iter(values) for name, values in given.items()}
             for row, text in enumerate(texts):
                 if not isinstance(text, str):
@@ -183,12 +183,12 @@ class Corpus:
         """A corpus from columns of any :class:`datasets.Dataset` or :class:`datasets.IterableDataset`.
 
         Args:
-            dataset: a stream is read from its beginning to its end, by each process and at each call. So is a data set
-                with a transform (``with_transform``), and what that gives is read.
+            dataset: each process reads a stream completely at each call. The same holds for a data set with a transform
+                (``with_transform``), whose output is read.
             text, id, title: the columns' names; without ``id`` each target's row number is its id.
 
         Raises:
-            CorpusError: a column is not there, ids are neither strings nor integers, or a text is null.
+            CorpusError: a column is missing, ids are neither strings nor integers, or a text is null.
         """
         found = column_names(dataset)
         for role, column in (("text", text), ("id", id), ("title", title)):
@@ -198,7 +198,7 @@ class Corpus:
                     f"from_dataset(dataset, {role}='…')."
                 )
         folder, tables = _folder(cache_dir), target_tables(dataset, text, id, title)
-        # What a transform gives may change without the data set's fingerprint, as what it looks up does.
+        # A transform's output may change without the data set's fingerprint, for example with a lookup table.
         if isinstance(dataset, IterableDataset) or is_transformed(dataset):
             targets = _write_by_content(tables, folder)
         else:
@@ -220,26 +220,25 @@ class Corpus:
     ) -> Corpus:
         """A corpus from data sets of (query, positive) pairs or (query, positive, negative …) triplets: its targets are
         the distinct texts of all splits, in the order of their first appearance. Rows with the same query text are one
-        query with several positives. The triplets' negatives are targets among others: which of all targets a step
-        takes as negatives, the model decides.
+        query with several positives. The triplets' negatives are ordinary targets: the model chooses each step's
+        negatives among all targets.
 
-        The outputs of :func:`~sentence_transformers.util.mine_hard_negatives` are read. A column ``label`` or
+        It reads the outputs of :func:`~sentence_transformers.util.mine_hard_negatives`. A column ``label`` or
         ``labels`` says which texts of ``positive`` are relevant (1) and which are negatives (0), as in its
-        ``labeled-pair`` and ``labeled-list``; a query without a relevant text is left out. Anything else in such a
-        column is refused, such as the corpus rows of :meth:`pairs`; so are scores instead of labels, which do not say
-        what is relevant.
+        ``labeled-pair`` and ``labeled-list``; a query without a relevant text is dropped. Anything else in such a
+        column is refused, such as the corpus rows of :meth:`pairs`. Scores instead of labels are refused too, as they
+        do not say what is relevant.
 
         Args:
-            splits: split name → data set; one data set alone is the split ``"train"``. A stream is read from its
-                beginning to its end, by each process and at each call. Of a data set with a transform
-                (``with_transform``), what that gives is read.
+            splits: split name → data set; a single data set is the split ``"train"``. Each process reads a stream
+                completely at each call. A data set's transform (``with_transform``) is applied.
             query: the column of the queries' texts.
-            positive: the column of the positives: a text, or a list of texts that are all relevant.
-            negatives: column or columns of further texts, or lists of texts; what is null in them is left out.
+            positive: the column of the positives: a text, or a list of relevant texts.
+            negatives: column or columns of further texts, or lists of texts; nulls are dropped.
 
         Raises:
-            CorpusError: a split is no data set, a column is not there, a row lacks its query or its positive, or labels
-                or scores do not say which positives are relevant.
+            CorpusError: a split is not a data set, a column is missing, a row lacks its query or its positive, or
+                labels or scores do not say which positives are relevant.
         """
         splits = {"train": splits} if isinstance(splits, (Dataset, IterableDataset)) else splits
         columns = [query, positive, *as_list(negatives)]
@@ -257,7 +256,7 @@ class Corpus:
                         "from_pairs(splits, query='…', positive='…')."
                     )
             labels[split] = label_column(split, dataset, found, columns)
-        # 16 bytes a text instead of the text: what tells targets apart while the splits are streamed.
+        # 16 bytes instead of each text identify the targets while the splits are streamed.
         row_of: dict[bytes, int] = {}
         queries: dict[str, dict[str, int]] = {split: {} for split in splits}
         judged = {split: (array("q"), array("q")) for split in splits}
@@ -327,9 +326,9 @@ class Corpus:
         highest counts.
 
         Args:
-            max_targets: keep the first so many targets, and the judgements that point at them.
-            missing_targets: judgements of targets that the corpus does not have, as ArguAna has one, are an error, or
-                left out (``"drop"``) and counted in a warning. A query that loses all of its own is left out, too.
+            max_targets: keep only the first N targets, and the judgements that point at them.
+            missing_targets: judgements of targets that are not in the corpus (ArguAna has one) are an error, or dropped
+                (``"drop"``) and counted in a warning. A query that loses all its judgements is dropped, too.
 
         Raises:
             CorpusError: a file is missing or malformed, or judgements name unknown queries or targets.
@@ -363,28 +362,28 @@ class Corpus:
         its score is above 0, and the score is its grade; of a pair that is judged twice the highest counts.
 
         Instead of judgements there may be triplets of ids or lists of ids with labels, as in
-        ``Corpus.from_hub("sentence-transformers/msmarco", qrels_config="labeled-list")``. Of a repository with several
-        languages, as MTEB has them, one is named: ``corpus_config="en-corpus"``, ``queries_config="en-queries"``,
+        ``Corpus.from_hub("sentence-transformers/msmarco", qrels_config="labeled-list")``. In a repository with several
+        languages, as in MTEB, name one: ``corpus_config="en-corpus"``, ``queries_config="en-queries"``,
         ``qrels_config="en-qrels"``.
 
         Args:
             repo_id: the repository, or a local folder with such a repository's files.
-            qrels: the repository (or folder) of the judgements, where they have their own, such as ``BeIR/nq-qrels``
-                for ``BeIR/nq``.
-            qrels_config: the config of the judgements, where it is another.
-            corpus_config: the config of the targets, where it is another.
-            queries_config: the config of the queries, where it is another.
-            split: read the judgements of this split alone, and this split of targets and queries where these have
-                several, as in MTEB's data sets for reranking.
+            qrels: the repository (or folder) of the judgements, if it is a separate one, such as ``BeIR/nq-qrels`` for
+                ``BeIR/nq``.
+            qrels_config: the config of the judgements, if not the default.
+            corpus_config: the config of the targets, if not the default.
+            queries_config: the config of the queries, if not the default.
+            split: read only the judgements of this split, and this split of targets and queries if they have several,
+                as in MTEB's reranking data sets.
             revision: commit, branch or tag of ``repo_id``.
             token: by default the one that :mod:`huggingface_hub` finds.
-            streaming: read without downloading the files first; what a corpus needs is kept on disk either way.
-            max_targets: keep the first so many targets, and the judgements that point at them.
+            streaming: read without downloading the files first; the corpus is on disk either way.
+            max_targets: keep only the first N targets, and the judgements that point at them.
             missing_targets: as for :meth:`from_beir`.
 
         Raises:
-            CorpusError: a repository, config, split or column is not there or cannot be told from others, a value is
-                not what it should be, or judgements name unknown queries or targets.
+            CorpusError: a repository, config, split or column is missing or ambiguous, a value is invalid, or
+                judgements name unknown queries or targets.
             InputError: ``missing_targets`` is something else.
         """
         missing_targets = _require_missing(missing_targets)
@@ -421,13 +420,13 @@ class Corpus:
                 f"{data.queries_source} of {data.name} has {len(repeated)} query ids more than once, e.g. "
                 f"{repeated[:3]}: judgements find queries by id, so each needs its own."
             )
-        # The targets are kept under what identifies their source, so that a large corpus is read once.
+        # The targets' file is named after their source, so that a large corpus is read once.
         path = _folder(cache_dir) / f"targets-{data.targets_key}.arrow"
         corpus = cls(read_or_write_arrow(path, TARGETS, data.targets), prompt=prompt, cache_dir=cache_dir)
         corpus.name = data.name
         unjudged = set(texts)
         for split, source, triples in data.judgements:
-            # What a limit has left out was left out on purpose.
+            # Targets beyond the limit are missing on purpose.
             missing = missing_targets if max_targets is None else None
             corpus._judge(split, triples, texts, answers, missing, source, data.queries_source, data.targets_source)
             unjudged.difference_update(corpus.qrels(split).queries["id"])
@@ -450,14 +449,14 @@ class Corpus:
 
         Args:
             queries: query id → text.
-            relevant: query id → ids of the targets that are relevant to it, one id alone, or BEIR's {id: grade}, of
-                which those above 0 are relevant. Queries without a relevant target are left out.
-            answers: query id → answer strings, or one, for question answering.
+            relevant: query id → ids of the targets that are relevant to it, a single id, or BEIR's {id: grade}, where
+                grades above 0 are relevant. Queries without a relevant target are dropped.
+            answers: query id → one or more answer strings, for question answering.
             missing_targets: as for :meth:`from_beir`.
 
         Raises:
-            CorpusError: a judged query is not among ``queries``, a target not in the corpus, a grade no finite number,
-                or an id neither a string nor an integer.
+            CorpusError: a judged query is not in ``queries``, a target is not in the corpus, a grade is not a finite
+                number, or an id is neither a string nor an integer.
             InputError: ``missing_targets`` is something else.
         """
         texts = {as_id(id, "The id of a query"): text for id, text in queries.items()}
@@ -489,10 +488,10 @@ class Corpus:
         """Add a split of (query id, target id, grade) triples.
 
         Args:
-            missing: what becomes of judgements of targets that are not there; None leaves them out without a word.
-            source, queries_source, targets_source: what each is read from, as an error says it.
+            missing: how to treat judgements of missing targets; None drops them silently.
+            source, queries_source, targets_source: where each is read from, for error messages.
         """
-        # What is judged twice is kept once: triplets name each pair with hundreds of negatives.
+        # A pair judged twice is kept once: triplets repeat each pair for hundreds of negatives.
         judged: dict[tuple[str, str], float] = {}
         for query, target, grade in triples:
             if grade > 0:
@@ -525,10 +524,10 @@ class Corpus:
         self._add_split(split, records, of_pair, rows[rows >= 0], grades[rows >= 0])
 
     def hold_out(self, queries: int, split: str = "train", into: str = "dev", seed: int = 0) -> None:
-        """Take ``queries`` of the split's, at random, and make them a split of their own. The targets stay the same.
+        """Move ``queries`` random queries of the split into a new split. The targets stay the same.
 
         Raises:
-            CorpusError: the split has not more than so many queries, or is not there; or the new one is there already.
+            CorpusError: the split does not have more queries than that, or is missing; or the new split exists already.
         """
         qrels = self.qrels(split)
         if into in self._qrels:
@@ -582,11 +581,11 @@ class Corpus:
         return ids
 
     def rows_of(self, ids: Sequence[str | int], missing: int | None = None) -> np.ndarray:
-        """The rows of ``ids``, shape ``(len(ids),)``; one pass over the id column, whatever their number.
+        """The rows of ``ids``, shape ``(len(ids),)``, in one pass over the id column.
 
         Args:
-            ids: strings, or integers, which stand for their digits; a string alone is one id.
-            missing: what an unknown id becomes; by default it is an error.
+            ids: strings, or integers, which stand for their digits; a single string is one id.
+            missing: the row for an unknown id; by default it is an error.
 
         Raises:
             CorpusError: an id is not in the corpus and ``missing`` is not given, or it is neither a string nor an
@@ -626,17 +625,17 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the joined texts in their order: what an embedding cache of this corpus depends on."""
+        """A digest of the joined texts in order, on which an embedding cache of this corpus depends."""
         return self._digests.fingerprint
 
     def duplicates_of(self, row: int) -> np.ndarray:
-        """All rows whose joined text is the same as ``row``'s, itself included, ascending: case, white space and
-        Unicode form do not count (:func:`~st_corrector.data.text.normalized`)."""
+        """All rows with the same joined text as ``row``, itself included, ascending, ignoring case, white space and
+        Unicode form (:func:`~st_corrector.data.text.normalized`)."""
         return self._digests.repeated.get(int(row), np.array([row], dtype=np.int64))
 
     def rows_like(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """For each of ``texts``, the rows that have the same text, with their title or without, ascending: case, white
-        space and Unicode form do not count."""
+        """For each of ``texts``, the rows with the same text, with or without their title, ascending, ignoring case,
+        white space and Unicode form."""
         return self._digests.rows_like(texts)
 
     # ------------------------------------------------------------------ queries
@@ -659,10 +658,10 @@ class Corpus:
         return self._qrels[split]
 
     def pairs(self, split: str) -> Dataset:
-        """The training data of ``split``: one row a (query, positive) judgement, with the columns ``anchor``,
+        """The training data of ``split``: one row per (query, positive) judgement, with the columns ``anchor``,
         ``positive`` (the target's joined text, without the prompt) and ``label``.
 
-        ``label`` is the positive's corpus row: the column that reaches a loss in any sentence-transformers trainer.
+        ``label`` is the positive's corpus row. Any sentence-transformers trainer passes this column to the loss.
         """
         qrels = self.qrels(split)
         anchors = qrels.queries.with_format("arrow")
@@ -684,11 +683,11 @@ class Corpus:
         """The token ids of every target under ``model``'s tokenizer, prepared once and kept on disk.
 
         What :meth:`~st_corrector.data.tokens.TokenizedCorpus.features` returns equals
-        ``model.preprocess(texts, prompt=prompt, task="document")``. Where that cannot be had from rows of token ids,
-        the texts are tokenized again at each step.
+        ``model.preprocess(texts, prompt=prompt, task="document")``. If rows of token ids cannot give that, the texts
+        are tokenized again at each step.
 
         Args:
-            prompt: what precedes each text (already resolved: ``None`` and ``""`` mean nothing).
+            prompt: precedes each text (already resolved: ``None`` and ``""`` mean no prompt).
             progress: show a progress bar while the ids are prepared.
 
         Raises:
@@ -724,7 +723,7 @@ class Corpus:
 
 
 def _some_batches(lengths: np.ndarray) -> list[np.ndarray]:
-    """Rows of some batches: the shortest and the longest together, the longest alone, and a few by chance."""
+    """Rows of some batches: the shortest with the longest, the longest alone, and a few random ones."""
     order = np.argsort(lengths, kind="stable")
     some = np.random.default_rng(0).choice(len(lengths), size=min(6, len(lengths)), replace=False)
     return [order[[0, -1]], order[-1:], some]
@@ -735,7 +734,7 @@ def _folder(cache_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def _is_empty(text: pa.ChunkedArray, title: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Which targets consist of nothing."""
+    """Which targets are empty."""
     return pc.and_(
         *(pc.equal(pc.binary_length(pc.fill_null(column.cast(pa.string()), "")), 0) for column in (text, title))
     )
@@ -754,7 +753,7 @@ def _query(id: str, text: str, answers: Iterable[str] = ()) -> dict[str, Any]:
 def _triples(
     relevant: Mapping[Any, str | int | Iterable[str | int] | Mapping[Any, float]],
 ) -> Iterator[tuple[str, str, float]]:
-    """(query id, target id, grade) of what :meth:`Corpus.add_split` is given."""
+    """(query id, target id, grade) from the arguments of :meth:`Corpus.add_split`."""
     for query, targets in relevant.items():
         graded = targets.items() if isinstance(targets, Mapping) else ((target, 1) for target in as_list(targets))
         for target, given in graded:
@@ -773,7 +772,7 @@ def _require_missing(missing_targets: MissingTargets) -> MissingTargets:
 
 
 def _write_by_content(tables: Iterable[pa.Table], folder: Path) -> Dataset:
-    """Write targets under a name that follows from their content, which is known only afterwards."""
+    """Write targets to a file named after their content, which is known only afterwards."""
     state = hashlib.blake2b(digest_size=16)
 
     def hashed() -> Iterator[pa.Table]:

@@ -1,7 +1,7 @@
-"""Which targets have the same text, told by digests of all texts, which are computed once and kept beside the corpus.
+"""Which targets have the same text, by digests of all texts, computed once and kept next to the corpus.
 
-Of each target three are kept, 64 bits each: of the joined text as it is, which the corpus's fingerprint is made of, and
-of the joined text and the text without its title as they are compared
+Each target has three digests of 64 bits: one of the joined text unchanged, for the corpus's fingerprint, and one each
+of the joined text and the text without title, in the form in which texts are compared
 (:func:`~st_corrector.data.text.normalized`).
 """
 
@@ -28,20 +28,20 @@ Digests = np.ndarray[tuple[int], np.dtype[np.uint64]]
 Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
 _COLUMNS = ("joined", "same", "same_untitled")
 _SCHEMA = pa.schema([(name, pa.uint64()) for name in _COLUMNS])
-_FEWEST_FOR_A_PROCESS = 100_000  # targets; starting processes takes longer than digesting fewer
-# What digests on disk were made by: to be raised when normalized() changes. Unicode's own tables come with Python.
+_FEWEST_FOR_A_PROCESS = 100_000  # targets; for fewer, starting processes takes longer than digesting
+# Version of the rules behind digests on disk: raise it when normalized() changes. Python brings Unicode's own tables.
 _RULES = (1, unicodedata.unidata_version)
 
 
 class TextDigests:
-    """Digests of the targets' texts, and what follows from them.
+    """Digests of the targets' texts, and what is derived from them.
 
-    They are on disk where the targets are: a second start reads no text. Where they are not, each process that asks
-    computes them.
+    If the targets are on disk, so are the digests, and a second start reads no text. Otherwise each process that needs
+    them computes them.
 
     Args:
         targets: columns ``title`` and ``text``.
-        cache_dir: where the digests go.
+        cache_dir: where the digests are stored.
     """
 
     def __init__(self, targets: Dataset, cache_dir: Path) -> None:
@@ -89,7 +89,7 @@ class TextDigests:
 
     @cached_property
     def repeated(self) -> dict[int, Rows]:
-        """Row → all rows whose joined text is the same, ascending; only rows that have a duplicate are in it."""
+        """Row → all rows with the same joined text, ascending; it has only rows with a duplicate."""
         digests = self._column("same")
         order = np.argsort(digests, kind="stable")
         digests = digests[order]
@@ -105,7 +105,7 @@ class TextDigests:
         wanted, position = np.unique(
             np.fromiter((_digest(normalized(text)) for text in texts), np.uint64, len(texts)), return_inverse=True
         )
-        # Of all targets few have the text of a query: only these are sorted.
+        # Only few targets have the text of a query: sort only these.
         columns = [self._column(name) for name in ("same", "same_untitled")]
         found = [np.flatnonzero(np.isin(digests, wanted)) for digests in columns]
         rows = np.concatenate(found)

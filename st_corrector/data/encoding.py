@@ -30,10 +30,10 @@ ONE_PROCESS_FOR_SEVERAL_GPUS = (
 
 
 def unwrap(model: nn.Module) -> SentenceTransformer:
-    """The SentenceTransformer inside what DistributedDataParallel and torch.compile put around it.
+    """The SentenceTransformer inside wrappers of DistributedDataParallel and torch.compile.
 
     Raises:
-        InputError: it is inside of DataParallel.
+        InputError: it is inside DataParallel.
     """
     while not isinstance(model, SentenceTransformer):
         if isinstance(model, nn.DataParallel):
@@ -47,10 +47,10 @@ def unwrap(model: nn.Module) -> SentenceTransformer:
 
 @contextmanager
 def returning_also(model: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
-    """Let ``tensors``, of earlier calls of ``model``, be among what its next call returns.
+    """Make the next call of ``model`` return ``tensors`` of earlier calls, too.
 
-    DistributedDataParallel does not wait for the gradients of parameters on which nothing depends that its last call
-    has returned: of a ``Router``'s two routes, those of the one that was called before.
+    DistributedDataParallel waits only for gradients of parameters that affect the output of its last call. Of a
+    ``Router``'s two routes, it would miss the one called earlier.
     """
     if not tensors or not isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel):
         yield
@@ -63,7 +63,7 @@ def returning_also(model: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
 
 
 def document_prompt(model: SentenceTransformer, prompt: str | None) -> str:
-    """``prompt``, or where that is None the one that ``model.encode_document`` would use (``""`` for none)."""
+    """``prompt``, or if that is None the one that ``model.encode_document`` would use (``""`` for none)."""
     if prompt is not None:
         return prompt
     for name in _DOCUMENT_PROMPTS:
@@ -76,7 +76,7 @@ def document_prompt(model: SentenceTransformer, prompt: str | None) -> str:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run the block with every module in eval mode and without gradient; then restore each module's own mode.
 
-    Module by module, because ``model.train()`` would also switch on what the user has frozen in eval mode.
+    Module by module, because ``model.train()`` would also switch modules that the user keeps in eval mode.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -91,11 +91,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class DocumentEncoder:
     """Encodes corpus rows with a model's document side, always with the same prompt, task and truncation.
 
-    It is the one place where these are resolved, so that the cache, the negatives and the evaluation
-    agree; the loss checks that the positives which the trainer tokenizes agree as well.
+    Only this class resolves them, so the cache, the negatives and the evaluation agree; the loss checks that the
+    trainer's tokenized positives agree as well.
 
     Args:
-        model: the model; of a Router, wherever it stands, the route for documents is used.
+        model: the model; a Router, in any position, uses its route for documents.
         corpus: the targets; its ``prompt`` decides what precedes their texts.
         progress: show a progress bar while the corpus is tokenized for the first time.
 
@@ -106,7 +106,7 @@ class DocumentEncoder:
     def __init__(self, model: SentenceTransformer, corpus: Corpus, progress: bool = True) -> None:
         self.corpus = corpus
         self.by_task = depends_on_task(model)
-        """Whether what the model makes of a text depends on its task."""
+        """Whether the model's output for a text depends on its task."""
         self.prompt = document_prompt(model, corpus.prompt)
         self.tokens = corpus.tokenize(model, self.prompt, progress=progress)
 
@@ -124,10 +124,11 @@ class DocumentEncoder:
         batch_size: int = 64,
         bar: tqdm | None = None,
     ) -> Tensor:
-        """What ``model`` says of ``rows`` now, in eval mode and without gradient; the model's modes stay as they were.
+        """``model``'s current embeddings of ``rows``, in eval mode and without gradient; the model's modes are
+        restored.
 
-        Rows are encoded in batches of similar length. ``model.truncate_dim`` is not applied: training sees the
-        full width, so does the cache.
+        Rows are encoded in batches of similar length. ``model.truncate_dim`` is not applied: training and the cache use
+        the full width.
 
         Returns:
             float32, shape ``(len(rows), d)``, on the model's device.
@@ -151,13 +152,13 @@ class DocumentEncoder:
 
     @staticmethod
     def is_frozen(model: SentenceTransformer) -> bool:
-        """Whether nothing of what encodes documents can be trained: their embeddings do not change then."""
+        """Whether no module that encodes documents is trainable: then embeddings do not change."""
         parameters = (each for module in modules_for(unwrap(model), DOCUMENT) for each in module.parameters())
         return not any(parameter.requires_grad for parameter in parameters)
 
     def fingerprint(self, model: SentenceTransformer, weights: bool = True) -> dict[str, Any]:
-        """What this model's embeddings of this corpus depend on, by component, and nothing else: not the side that
-        encodes queries, not the precision in which the weights were loaded.
+        """Exactly what this model's embeddings of this corpus depend on, by component: neither the query side nor the
+        precision in which the weights were loaded is included.
 
         Args:
             weights: include the digest of all weights, which reads every one of them.

@@ -1,4 +1,4 @@
-"""What an embedding depends on of its model, as short strings and plain values that can be compared and shown."""
+"""What an embedding depends on in its model, as short strings and plain values to compare and show."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from transformers import PretrainedConfig
 from ..errors import InputError
 from ..storage.fingerprint import digest_json
 
-# What a transformer's configuration says beside its architecture. Embeddings do not depend on it: where it was loaded
-# from, by what and in which precision; what a trainer or a task head sets; what is dropped out in training alone.
+# Entries of a transformer's configuration in addition to its architecture. Embeddings do not depend on them: where, by
+# what and in which precision it was loaded; settings of a trainer or a task head; dropout.
 _NOT_ARCHITECTURE = re.compile(
     r"_name_or_path|transformers_version|architectures|(torch_)?dtype|_?attn_implementation(_\w+)?|use_cache|"
     r"gradient_checkpointing|return_dict|output_(hidden_states|attentions)|id2label|label2id|problem_type|"
     r"initializer_\w+|\w*(dropout|layerdrop)\w*|"
-    # Token ids, which a trainer aligns with the tokenizer's: what the encoder sees of these is in what it is given.
+    # Token ids, which a trainer aligns with the tokenizer's: their effect is in the encoder's inputs.
     r"\w+_token_id"
 )
 LONGEST = 20_000
-"""Words of a text that is longer than what any encoder takes."""
+"""Words of a text longer than any encoder's maximum."""
 
 
 def weights_fingerprint(modules: Sequence[nn.Module]) -> str:
@@ -44,7 +44,7 @@ def _tensors(modules: Sequence[nn.Module]) -> Iterator[tuple[str, torch.Tensor]]
         for name, value in sorted(module.state_dict().items()):
             if isinstance(value, torch.Tensor):
                 yield f"{number}.{name}", value
-            # A quantized module keeps its weights packed, which no checkpoint of its model would hold as they are.
+            # A quantized module packs its weights; no checkpoint of its model holds them in that form.
             elif not isinstance(value, torch.dtype):
                 raise InputError(
                     f"{type(module).__name__} holds {name} as a {type(value).__name__}: a quantized model cannot be "
@@ -54,10 +54,10 @@ def _tensors(modules: Sequence[nn.Module]) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def tokenizer_fingerprint(model: SentenceTransformer, modules: Sequence[nn.Module], prompt: str | None = None) -> str:
-    """Digest of what turns a document's text into token ids.
+    """Digest of the conversion from a document's text to token ids.
 
-    It covers vocabulary, rules and special tokens of every tokenizer in ``modules``, and what ``preprocess`` makes of
-    two texts, one of them longer than any maximum: lengths and sides of truncation that are set elsewhere show there.
+    It covers vocabulary, rules and special tokens of every tokenizer in ``modules``, and the output of ``preprocess``
+    for two texts, one longer than any maximum: this shows lengths and sides of truncation that are set elsewhere.
     """
     described: list[Any] = []
     for module in modules:
@@ -74,7 +74,7 @@ def _tokenizer_rules(tokenizer: Any) -> Any:
         return json.loads(tokenizer.to_str())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, Tokenizer):
-        # Padding and truncation are left out: each call sets them on the backend, so they say which came last.
+        # Padding and truncation are excluded: each call sets them on the backend, so they only show the last call.
         rules = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
         return {**rules, "truncation_side": getattr(tokenizer, "truncation_side", None)}
     vocabulary = getattr(tokenizer, "get_vocab", None)
@@ -82,13 +82,13 @@ def _tokenizer_rules(tokenizer: Any) -> Any:
 
 
 def max_lengths(modules: Sequence[nn.Module]) -> str:
-    """The maximum sequence length in tokens; of several modules that have one, those of all, in their order."""
+    """The maximum sequence length in tokens; if several modules have one, all of them in order."""
     lengths = [getattr(module, "max_seq_length", None) for module in modules]
     return " / ".join(dict.fromkeys(str(length) for length in lengths if length is not None)) or "None"
 
 
 def described_modules(modules: Sequence[nn.Module]) -> dict[str, dict[str, Any]]:
-    """Modules and their settings (architecture, pooling, normalisation …), by place and name; plain JSON values."""
+    """Modules and their settings (architecture, pooling, normalisation …), by position and name; plain JSON values."""
     return {f"{number} {type(module).__qualname__}": _settings(module) for number, module in enumerate(modules)}
 
 
@@ -98,7 +98,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     config = getattr(module, "config", None)
     if isinstance(config, PretrainedConfig):
         settings["config"] = _architecture(config.to_dict())
-        # RoBERTa and its kind count positions from the padding token's id on.
+        # RoBERTa and similar models count positions from the padding token's id.
         if starts := {each.padding_idx for each in module.modules() if _counts_from_padding(each)}:
             settings["positions_from"] = sorted(starts)
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))

@@ -1,4 +1,4 @@
-"""Queries and which targets are judged relevant to them."""
+"""Queries and the targets judged relevant to them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Qrels:
     """The judged queries of one split.
 
     Args:
-        queries: one row a query: ``id``, ``text`` and ``answers`` (a list of strings, empty where there are none).
-        query: query position of each (query, positive) pair, shape ``(P,)``; pairs that occur again are dropped.
+        queries: one row per query: ``id``, ``text`` and ``answers`` (a list of strings, possibly empty).
+        query: query position of each (query, positive) pair, shape ``(P,)``; repeated pairs are dropped.
         row: corpus row of each pair's target, shape ``(P,)``.
-        grade: how relevant each target is, above 0, shape ``(P,)``; by default 1. Of a pair that occurs again the
-            highest counts.
-        rows_like: for each of some texts, the corpus rows that have the same text (:meth:`.Corpus.rows_like`).
+        grade: how relevant each target is, above 0, shape ``(P,)``; by default 1. A repeated pair has its highest
+            grade.
+        rows_like: gives for each text the corpus rows with the same text (:meth:`.Corpus.rows_like`).
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Qrels:
     ) -> None:
         query, row = np.asarray(query, dtype=np.int64), np.asarray(row, dtype=np.int64)
         self.queries = queries
-        # Sorted by query, then row; a pair that is judged twice is one pair.
+        # Sorted by query, then row; a pair judged twice is one pair.
         (self.query, self.row), pair = np.unique(np.stack([query, row]), axis=1, return_inverse=True)
         self.grade = np.zeros(len(self.row))
         np.maximum.at(self.grade, pair.reshape(-1), 1.0 if grade is None else np.asarray(grade, dtype=np.float64))
@@ -45,7 +45,7 @@ class Qrels:
         return len(self.queries)
 
     def rows_of(self, query: int) -> np.ndarray:
-        """The corpus rows that are judged relevant to the ``query``-th query, ascending."""
+        """The corpus rows judged relevant to the ``query``-th query, ascending."""
         rows: np.ndarray = self.row[self._starts[query] : self._starts[query + 1]]
         return rows
 
@@ -67,7 +67,7 @@ class Qrels:
 
     @cached_property
     def _same_text(self) -> dict[int, np.ndarray]:
-        """Query → all queries with the same text; only queries that are not the only one are in it."""
+        """Query → all queries with the same text; it has only queries whose text is repeated."""
         by_text: dict[str, list[int]] = {}
         for query, text in enumerate(self.queries["text"][:]):
             by_text.setdefault(normalized(text), []).append(query)
@@ -75,26 +75,26 @@ class Qrels:
 
     @cached_property
     def _own_rows(self) -> dict[int, np.ndarray]:
-        """Query → the corpus rows that have its own text; only queries of which there is one are in it."""
+        """Query → the corpus rows with its own text; it has only queries with such a row."""
         if self._rows_like is None:
             return {}
         return {query: rows for query, rows in enumerate(self._rows_like(self.queries["text"][:])) if len(rows)}
 
     def asking_for(self, row: int) -> np.ndarray:
-        """The positions of the queries that the target at ``row`` is judged relevant to, and of all with the text of
-        one of these, ascending: the same question may have been asked under several ids.
+        """The positions of the queries that the target at ``row`` is judged relevant to, and of all queries with the
+        same text as one of these, ascending: one question may have several ids.
         """
         asking = self.queries_of(row)
         same = [self._same_text[query] for query in asking.tolist() if query in self._same_text]
         return np.unique(np.concatenate([*same, asking])) if same else asking
 
     def co_positives(self, rows: Iterable[int]) -> list[np.ndarray]:
-        """For each of ``rows``: every target that shares a query with it, itself included, and every target that has
-        the text of such a query, ascending.
+        """For each of ``rows``: every target that shares a query with it (itself included), and every target with the
+        text of such a query, ascending.
 
-        A training step knows a query by the corpus row of its positive. Where one target answers several queries, what
-        is relevant to any of them is returned: none of it can safely be called negative. Nor can a query's own text,
-        which a corpus of questions holds.
+        A training step identifies a query by the corpus row of its positive. If one target answers several queries, the
+        targets relevant to any of them are returned: none is a safe negative. Nor is the query's own text, which a
+        corpus of questions contains.
         """
         result = []
         for row in rows:

@@ -1,8 +1,8 @@
-"""Which modules of a model a text goes through, as a query and as a document.
+"""The modules of a model that a text passes through, as a query and as a document.
 
-A ``Router`` may stand anywhere in a model: first, behind an encoder that both sides share, or inside of a route. Which
-way a text takes is said by its *task*, ``"query"`` or ``"document"``, so the task goes into every call, as
-``model.encode_query`` and ``model.encode_document`` have it.
+A ``Router`` may be anywhere in a model: first, after an encoder that both sides share, or inside a route. A text's
+*task*, ``"query"`` or ``"document"``, decides its route, so every call passes the task, as ``model.encode_query`` and
+``model.encode_document`` do.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ QUERY, DOCUMENT = "query", "document"
 
 
 def call(model: nn.Module, features: dict[str, Any]) -> dict[str, Any]:
-    """What ``model`` makes of ``features``, every module of it being told their task, if they have one."""
+    """The output of ``model`` for ``features``; if they have a task, every module gets it."""
     task = features.get("task")
     output: dict[str, Any] = model(features) if task is None else model(features, task=task)
     return output
 
 
 def depends_on_task(model: nn.Module) -> bool:
-    """Whether what a model makes of a text depends on its task: it has a ``Router``, or a module that asks for it."""
+    """Whether a model's output for a text depends on its task: it has a ``Router``, or a module that takes the task."""
     return any("task" in getattr(module, "forward_kwargs", ()) for module in model.modules())
 
 
 def modules_for(model: SentenceTransformer, task: str) -> list[nn.Module]:
-    """The modules that a text with ``task`` goes through, in their order; of a ``Router`` those of the task's route.
+    """The modules that a text with ``task`` passes through, in order; of a ``Router`` those of the task's route.
 
     Raises:
         InputError: a Router has no route for the task.
@@ -52,7 +52,7 @@ def modules_for(model: SentenceTransformer, task: str) -> list[nn.Module]:
 
 
 def _route(router: Router, task: str) -> str:
-    """The route that a Router sends a text with ``task`` to, by the order of its own documentation."""
+    """The route of a text with ``task``, in the lookup order of Router's documentation."""
     for key in ((task, "text"), (task, None), (None, "text"), (None, None)):
         if key in router.route_mappings:
             return str(router.route_mappings[key])

@@ -1,12 +1,11 @@
 """The token ids of every target, prepared once and kept on disk.
 
-Tokenizing is the slowest part of a training step after the encoder itself, and negatives chosen from
-the corpus are tokenized again and again. Here the model's own ``preprocess`` runs once over the
-corpus; its padding is taken off, the ids go into an Arrow file, and a step only gathers rows and pads
-them again. Which keys there are, on which side they are padded and with what is read off a probe of
-``preprocess`` itself, so that the features are the library's, whatever the tokenizer; and on some of the corpus's texts
-they are compared with the library's. Where they would not be the same (weights of tokens, a number for each text, the
-flattened inputs of FlashAttention) the texts are prepared anew at each step (:class:`TextCorpus`).
+Tokenizing is the slowest part of a training step after the encoder itself, and negatives chosen from the corpus would
+be tokenized repeatedly. Here the model's own ``preprocess`` runs once over the corpus; its padding is removed, the ids
+go into an Arrow file, and a step only gathers rows and pads them again. A probe of ``preprocess`` shows the keys, the
+padding side and the padding values, so the features are the library's for any tokenizer; on some of the corpus's texts
+they are compared with the library's. If they would differ (token weights, one number per text, the flattened inputs of
+FlashAttention), the texts are tokenized again at each step (:class:`TextCorpus`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# Two texts of clearly different length under any tokenizer: their batch shows how padding is done.
+# Two texts of clearly different length under any tokenizer: their batch shows the padding.
 _PROBE = ["a", "A much longer text, which takes many more tokens than the first one in any vocabulary."]
 
 
@@ -51,7 +50,7 @@ class TokenLayout:
 
     @classmethod
     def probe(cls, model: SentenceTransformer, prompt: str | None) -> TokenLayout | None:
-        """The layout of ``model.preprocess``, or None where its features cannot be cut into rows."""
+        """The layout of ``model.preprocess``, or None if its features cannot be split into rows."""
         features = model.preprocess(list(_PROBE), prompt=prompt, task="document")
         constants = {key: value for key, value in features.items() if not isinstance(value, Tensor)}
         if not all(isinstance(value, (str, int, float, type(None))) for value in constants.values()):
@@ -73,7 +72,7 @@ class TokenLayout:
         return cls(keys, padding, bool(padded[0, 0]), mask.dtype, constants)
 
     def split(self, features: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Take the padding off: ``(flat ids by key, lengths)`` of one preprocessed batch."""
+        """Remove the padding: ``(flat ids by key, lengths)`` of one preprocessed batch."""
         if self.padding is None:
             ids = features["input_ids"].numpy()
             ends = np.append(features["offsets"].numpy()[1:], len(ids))
@@ -105,7 +104,7 @@ class TokenizedCorpus:
     Obtained from :meth:`st_corrector.Corpus.tokenize`.
 
     Args:
-        tokens: one ``list<int32>`` column for each of ``layout.keys``, one row a target.
+        tokens: one ``list<int32>`` column for each of ``layout.keys``, one row per target.
         layout: how the rows become a batch.
     """
 
@@ -130,7 +129,7 @@ class TokenizedCorpus:
 
 
 class TextCorpus:
-    """The same interface for models whose features cannot be cut into rows: tokenizes at each call."""
+    """The same interface for models whose features cannot be split into rows: it tokenizes at each call."""
 
     def __init__(self, corpus: Any, model: SentenceTransformer, prompt: str | None) -> None:
         self._corpus, self._model, self._prompt = corpus, model, prompt
@@ -144,7 +143,7 @@ class TextCorpus:
 
 
 def are_equal(features: dict[str, Any], others: dict[str, Any]) -> bool:
-    """Whether two batches of features hold the same under the same keys, in the same dtypes."""
+    """Whether two batches of features have the same keys, values and dtypes."""
     return features.keys() == others.keys() and all(
         value.dtype == others[key].dtype and torch.equal(value, others[key])
         if isinstance(value, Tensor) and isinstance(others[key], Tensor)

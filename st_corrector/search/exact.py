@@ -1,7 +1,7 @@
 """Exact search of the corrected corpus: correct, score, select, in one pass over the cache in chunks.
 
-Nothing of size ``N × B`` is ever held, and no corrected copy of the cache: for each chunk of ``C`` rows
-the memory is ``C·d`` for its corrected embeddings and ``B·C`` for their scores.
+It never holds anything of size ``N × B``, nor a corrected copy of the cache: each chunk of ``C`` rows takes ``C·d`` for
+its corrected embeddings and ``B·C`` for their scores.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from .scoring import Buffers, ChunkScores, Excluded, Scorer
 from .topk import BLOCK, NO_ROW, RunningTopK
 
 Sampler = Literal["top_k", "gumbel", "uniform"]
-_UNIT = 1e-6  # how far from 1 rounding takes the norm of a float32 unit vector
+_UNIT = 1e-6  # rounding error of the norm of a float32 unit vector
 _SCORES = {"cpu": 1 << 23, "cuda": 1 << 25}
-"""Scores that are held at once, where nothing else is asked for: each time costs some thirty small operations."""
+"""Default number of scores held at once: each round costs about thirty small operations."""
 _MAXIMA = 1 << 23
-"""Maxima of blocks that are held at once where nothing else is: the kernel scores rows faster than small operations
-follow one another, so that its chunks are larger."""
+"""Default number of block maxima held at once: the kernel scores rows faster than small operations are launched, so its
+chunks are larger."""
 _STRIP = 2_048
-"""Rows that a CPU scores at once, and twice as many as it corrects; a multiple of :class:`RunningTopK`'s blocks."""
-_LIBRARIES = 8 << 20  # what the matrix products' own library packs its operands into
+"""Rows that a CPU scores at once (it corrects half as many); a multiple of :class:`RunningTopK`'s blocks."""
+_LIBRARIES = 8 << 20  # where the matrix library packs its operands
 
 
 class Found(NamedTuple):
-    """What :meth:`CorrectedSearch.search` found.
+    """The result of :meth:`CorrectedSearch.search`.
 
     Args:
-        scores: ``s = ⟨f(x), h(g'(y))⟩``, ``(B, k)``, best first (by noisy logit when sampling); −∞ where there are
-            fewer than ``k`` rows to be had.
+        scores: ``s = ⟨f(x), h(g'(y))⟩``, ``(B, k)``, best first (by noisy logit when sampling); −∞ if fewer than ``k``
+            rows are available.
         rows: corpus rows, ``(B, k)``; −1 where the score is −∞. Equal scores are ordered by row.
-        too_similar: how many rows of each query were left out because they score above its ceiling, ``(B,)``.
+        too_similar: number of rows per query excluded for a score above its ceiling, ``(B,)``.
     """
 
     scores: Tensor
@@ -58,17 +58,16 @@ class Found(NamedTuple):
 class CorrectedSearch:
     """Searches the corrected corpus ``h(𝓑)`` for the targets that score highest with each query.
 
-    Each pass costs what its matrix products cost and little more. Which products these are is chosen by what the
-    corrector is: where it is affine and does not normalise, it is the queries that are transformed and the stale
-    vectors are scored as they are (:attr:`corrects_queries`).
+    Each pass costs little more than its matrix products. These depend on the corrector: if it is affine and does not
+    normalise, the queries are transformed and the stale vectors are scored unchanged (:attr:`corrects_queries`).
 
     Args:
         cache: the stale buffer 𝓑, ``(N, d)``.
-        corrector: ``h``; it is read at every search, so that training it needs no rebuild of anything.
+        corrector: ``h``; it is read at every search, so training it needs no rebuild.
         normalize: bring stale vectors to unit length before they are corrected (cosine similarity).
-        chunk_size: rows that are corrected and scored at once; by default what suits the device.
-        processes: those that search together, each a part of the cache. They must call every method in step, with the
-            same arguments, and all get the same: what one process with the whole cache would have found.
+        chunk_size: rows corrected and scored at once; the default suits the device.
+        processes: the processes that search together, each one part of the cache. All must call every method in step
+            with the same arguments. All get the same result: that of one process with the whole cache.
 
     Raises:
         InputError: the corrector is for another dimension.
@@ -92,21 +91,18 @@ class CorrectedSearch:
         self.processes = processes or Processes()
         self.overlay = Overlay(len(cache), cache.dim, cache.first_row)
         """Rows written back; they are searched instead of the cache's. See :meth:`write_back`."""
-        # What each row of the cache is multiplied with to be of unit length, found out in the first whole pass; None
-        # where that is 1, as in most caches.
+        # Each row's factor to unit length, computed in the first whole pass; None if it is 1, as in most caches.
         self._factors: Tensor | None = None
         self._passed = False
         self._buffers = Buffers()
         self.use_kernel = True
-        """Whether scores may be left to the Triton kernel, where it runs (:func:`.kernels.usable`)."""
+        """Whether the Triton kernel may compute scores, where it runs (:func:`.kernels.usable`)."""
         self.steps = 0
-        """Steps of the loss since the cache was built: how old its embeddings are."""
+        """Steps of the loss since the cache was built: the age of its embeddings."""
 
     @contextmanager
     def choosing_by(self, corrector: Corrector) -> Iterator[CorrectedSearch]:
-        """This search with another corrector while the block runs: what it has found out of the cache, and its memory,
-        serve both.
-        """
+        """This search with another corrector during the block; both share memory and facts about the cache."""
         own, self.corrector = self.corrector, corrector
         try:
             yield self
@@ -115,11 +111,11 @@ class CorrectedSearch:
 
     @property
     def corrects_queries(self) -> bool:
-        """Whether stale vectors are scored as they are, by corrected queries: no pass over the corpus corrects it."""
+        """Whether corrected queries score the unchanged stale vectors, without correcting the corpus."""
         return self.corrector.leaves_corpus(unit=self.normalize and self.overlay.unit)
 
     def memory(self, batch_size: int, k: int, device: torch.device | str, rows_written: int = 0) -> dict[str, int]:
-        """Bytes that searching takes beside the cache, by what they are for; nothing of it grows with ``N × B``.
+        """Bytes that a search takes in addition to the cache, by purpose; none of it grows with ``N × B``.
 
         Args:
             batch_size: number of queries ``B``.
@@ -132,7 +128,7 @@ class CorrectedSearch:
         strip = min(rows, _STRIP) if device.type == "cpu" else rows
         staged = rows * dim * self.cache.dtype.itemsize * 3 if device != self.cache.device else 0
         return {
-            # Scores, and copies where some are masked; vectors in float32, and what the corrector makes of them.
+            # Scores, and copies if some are masked; vectors in float32, and their corrections.
             f"scores of {rows:,} rows": staged + 12 * rows * batch_size,
             f"strips of {strip:,} rows": 4 * strip * (2 * dim + self.corrector.working_width) + _LIBRARIES,
             "norms": 4 * len(self.cache) if self.normalize else 0,
@@ -151,11 +147,11 @@ class CorrectedSearch:
         return self.corrects_queries and self._passed and self.cache.device == device
 
     def cached(self, rows: Tensor) -> Tensor:
-        """What the cache has of ``rows``, whatever was written over it: float32, ``(n, d)``, on their device."""
+        """The cache's vectors of ``rows``, ignoring write-back: float32, ``(n, d)``, on their device."""
         return self._of_all(rows, self._cached_here)
 
     def stale(self, rows: Tensor) -> Tensor:
-        """What the corrector sees of ``rows``: float32, ``(n, d)``, on the device of ``rows``."""
+        """The corrector's input for ``rows``: float32, ``(n, d)``, on the device of ``rows``."""
         return self._of_all(rows, self._stale_here)
 
     def _cached_here(self, rows: Tensor) -> Tensor:
@@ -179,7 +175,7 @@ class CorrectedSearch:
         return self.processes.sum(self.overlay.has(rows).int()).bool()
 
     def age(self, rows: Tensor) -> tuple[float, float]:
-        """Which share of ``rows`` has been written back, and how many steps old the vectors of all are on average."""
+        """The share of ``rows`` that has been written back, and the mean age of all their vectors, in steps."""
         here = rows[self.overlay.has(rows)]
         totals = torch.stack([torch.tensor(len(here), device=rows.device), self.overlay.written_at(here).sum()])
         seen, written_at = self.processes.sum(totals).tolist()
@@ -187,7 +183,7 @@ class CorrectedSearch:
         return seen / count, self.steps - written_at / count
 
     def write_back(self, rows: Tensor, fresh: Tensor) -> PullBack:
-        """Let what the encoder has just said of ``rows`` stand in the stale frame, where later correctors move it on.
+        """Write fresh embeddings of ``rows`` back into the stale frame, where later correctors move them on.
 
         Args:
             rows: distinct corpus rows, ``(n,)``.
@@ -214,12 +210,12 @@ class CorrectedSearch:
         Args:
             queries: ``f(x)``, ``(B, d)``; the search runs on their device.
             k: how many targets a query gets.
-            exclude: rows that each query must not get, ``(B, m)`` or ``(m,)`` for all, padded with −1.
+            exclude: rows forbidden for each query, ``(B, m)``, or for all, ``(m,)``, padded with −1.
             sampler: ``"top_k"`` takes the largest scores; ``"gumbel"`` draws without replacement from
                 ``P_h(y|x) ∝ exp(β s)``, Eq. 4 of `Monath et al. 2024 <https://arxiv.org/abs/2409.01890>`_, by
-                adding Gumbel noise to ``β s`` and taking the largest; ``"uniform"`` draws without regard to scores.
+                adding Gumbel noise to ``β s`` and taking the largest; ``"uniform"`` ignores scores.
             scale: the inverse temperature β; only sampling depends on it.
-            seed: of the random samplers' noise; required for them. The same seed gives the same draw.
+            seed: of the random samplers, which require it. The same seed gives the same draw.
             ceiling: each query's highest allowed score ``s``, ``(B,)``.
 
         Raises:
@@ -236,7 +232,7 @@ class CorrectedSearch:
         limit = None if ceiling is None or (ceiling == math.inf).all() else ceiling - scorer.offset
         best = RunningTopK(batch_size, k, device)  # by score, or where it is sampled by noisy logit
         too_similar = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        # Where only the largest are wanted, scores need not be stored to find them.
+        # To find only the largest, scores need not be stored.
         fused = self.use_kernel and sampler == "top_k" and limit is None and usable(device)
         # Noise takes more memory than scores do.
         chunk_size = self._chunk_size(batch_size, device)
@@ -271,8 +267,8 @@ class CorrectedSearch:
         return Found(found, rows, too_similar)
 
     def _merge(self, keys: Tensor, rows: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
-        """Of what every process has found, ``(B, k)`` each, the ``k`` largest keys, equal ones by row; what belongs to
-        them, rows and others, goes along.
+        """The ``k`` largest keys of all processes' results, ``(B, k)`` each, equal ones by row; with their rows and
+        other values.
         """
         (batch_size, k), size = keys.shape, self.processes.size
         if size == 1 or k == 0:
@@ -298,7 +294,7 @@ class CorrectedSearch:
         return (corrected @ queries[:, :, None]).squeeze(-1).masked_fill(rows == NO_ROW, -math.inf)
 
     def _check(self, queries: Tensor, k: int, sampler: Sampler, seed: int | None) -> Tensor:
-        """The queries as the search needs them."""
+        """The queries in the form that the search needs."""
         if queries.ndim != 2 or queries.shape[1] != self.cache.dim:
             raise InputError(f"Expected queries of shape (B, {self.cache.dim}), got {tuple(queries.shape)}.")
         if k < 1:
@@ -313,8 +309,8 @@ class CorrectedSearch:
         return queries.detach().float()
 
     def _scored(self, scorer: Scorer, chunks: Iterable[tuple[int, Shard]], chunk_size: int) -> Iterator[ChunkScores]:
-        """The scores of all chunks, as many chunks together as make ``chunk_size`` rows: what is done with scores costs
-        by the time, and shards are small. They may be overwritten.
+        """The scores of all chunks, joined to ``chunk_size`` rows: each use of scores has a fixed cost, and shards are
+        small. The caller may overwrite them.
         """
         scores: ChunkScores | None = None
         for first_row, chunk in chunks:
@@ -328,16 +324,16 @@ class CorrectedSearch:
             yield scores
 
     def _score_chunk(self, scorer: Scorer, first_row: int, chunk: Shard, scores: ChunkScores) -> None:
-        """Add the scores of a chunk's rows to ``scores``, those written back by what was written.
+        """Add the scores of a chunk's rows to ``scores``; written-back rows use their written vectors.
 
-        In strips that stay in a CPU's caches from their vectors to the maxima of their scores.
+        It works in strips that stay in the CPU's caches, from vectors to maxima of scores.
         """
         size = strip = chunk.values.shape[0]
         if chunk.values.device.type == "cpu":
             strip = _STRIP if self.corrects_queries else _STRIP // 2
         starts = range(0, size, strip)
         written, slots = self.overlay.between(first_row, first_row + size, chunk.values.device)
-        # Which of the written ones lie in which strip.
+        # Which written rows are in which strip.
         bounds = torch.arange(0, size + strip, strip, device=written.device)
         places = torch.searchsorted(written, bounds).tolist() if written.shape[0] else [0] * (len(starts) + 1)
         factors = self._factors_of(chunk, first_row) if self._passed else None
@@ -355,14 +351,14 @@ class CorrectedSearch:
     def _score_strip(
         self, scorer: Scorer, values: Tensor, factors: Tensor | None, written: Tensor, slots: Tensor, keys: Tensor
     ) -> None:
-        """Scores of ``values`` ``(C, d)``, as they are stored, into ``keys`` ``(C, B)``; those at ``written`` ``(n,)``
-        by the overlay's vectors at ``slots`` ``(n,)`` instead.
+        """Write scores of the stored ``values`` ``(C, d)`` into ``keys`` ``(C, B)``; rows at ``written`` ``(n,)`` use
+        the overlay's vectors at ``slots`` ``(n,)`` instead.
         """
         count, vectors = len(written), self.overlay.vectors
         if count == len(values):
             scorer.score(scorer.gathered(vectors, slots), None, out=keys)
         elif count > len(values) // 8:
-            # Putting it in its place is cheaper than scoring what it replaces in vain.
+            # Inserting it is cheaper than scoring the rows that it replaces.
             others = scorer.gathered(vectors, slots)
             scorer.score(scorer.replaced(values, factors, written, others), None, out=keys)
         else:
@@ -371,13 +367,13 @@ class CorrectedSearch:
                 keys.index_copy_(0, written, scorer.of(scorer.gathered(vectors, slots)))
 
     def _of_written(self, scorer: Scorer, vectors: Tensor) -> Tensor:
-        """Scores of vectors that were written back, ``(n, d)`` → ``(n, B)``."""
+        """Scores of written-back vectors, ``(n, d)`` → ``(n, B)``."""
         return scorer.of(vectors)
 
     def _update_fused(
         self, best: RunningTopK, scorer: Scorer, first_row: int, chunk: Shard, excluded: Excluded | None
     ) -> None:
-        """Let ``best`` take in a chunk, of whose scores only those are stored that it looks at."""
+        """Add a chunk to ``best``; only the scores that it looks at are stored."""
         end = first_row + len(chunk.values)
         factors = self._factors_of(chunk, first_row)
         written, slots = self.overlay.between(first_row, end, chunk.values.device)
@@ -398,7 +394,7 @@ class CorrectedSearch:
             best.take(keys, places + first_row)
 
     def _factors_of(self, chunk: Shard, first_row: int) -> Tensor | None:
-        """What the rows of a chunk are multiplied with before they are corrected, ``(C,)``; None for 1."""
+        """Factors of a chunk's rows before correction, ``(C,)``; None for 1."""
         if not self._passed:
             return self._find_factors(chunk.values, chunk, first_row)
         if not self.normalize:
@@ -409,7 +405,7 @@ class CorrectedSearch:
         return self._factors[self._place(first_row, chunk.values)]
 
     def _find_factors(self, values: Tensor, chunk: Shard, first_row: int) -> Tensor | None:
-        """The same in the first pass, which finds them out and looks whether all is finite."""
+        """The same in the first pass, which computes them and checks that all is finite."""
         norms: Tensor = values.float().norm(dim=-1)
         if not torch.isfinite(norms).all() and len(bad := chunk.not_finite()):
             rows = (bad[:5] + first_row).tolist()
@@ -424,13 +420,13 @@ class CorrectedSearch:
         here = self._place(first_row, values)
         factors = norms.clamp_min_(1e-12).reciprocal_()
         if self.cache.dtype == torch.float32:
-            # Rounding is no reason to multiply; nor may the first pass, after a resumption say, differ from the others.
+            # Rounding alone does not call for a factor; and the first pass (also after a resume) must equal the others.
             factors.masked_fill_((factors - 1).abs() < _UNIT, 1.0)
         self._factors[here] = factors
         return factors
 
     def _place(self, first_row: int, values: Tensor) -> slice:
-        """Where some rows stand among those that the cache holds."""
+        """Positions of some rows among those that the cache holds."""
         start = first_row - self.cache.first_row
         return slice(start, start + len(values))
 

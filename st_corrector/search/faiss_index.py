@@ -19,7 +19,7 @@ from ..storage.fingerprint import differences
 
 _INDEX, _DESCRIPTION = "index.faiss", "index.json"
 _ROWS_AT_ONCE = 65_536
-_TRAINED_ON = 262_144  # rows, at most: FAISS itself asks for 39 to 256 per centroid
+_TRAINED_ON = 262_144  # maximum rows: FAISS itself asks for 39 to 256 per centroid
 
 
 class FaissIndex:
@@ -28,8 +28,8 @@ class FaissIndex:
     Args:
         index: the FAISS index; its ids are corpus rows.
         factory: the string that it was made from.
-        normalize: whether the vectors in it were brought to unit length.
-        parameters: what it is searched with, as FAISS's ``ParameterSpace`` reads it: ``"nprobe=32"``.
+        normalize: whether its vectors were brought to unit length.
+        parameters: search parameters in the syntax of FAISS's ``ParameterSpace``: ``"nprobe=32"``.
     """
 
     def __init__(self, index: Any, factory: str, normalize: bool, parameters: str = "") -> None:
@@ -50,13 +50,13 @@ class FaissIndex:
         normalize: bool = True,
         parameters: str = "",
     ) -> FaissIndex:
-        """Index all vectors of ``cache``; where ``path`` holds this index of this cache already, load it.
+        """Index all vectors of ``cache``; if ``path`` already holds this index of this cache, load it.
 
         Args:
             factory: FAISS's index factory string: ``"Flat"``, ``"IVF4096,Flat"``, ``"HNSW32"``, ``"IVF4096,PQ48"``, …
-            path: a folder to keep it in, such as one inside the cache's; None keeps it in memory.
+            path: its folder, such as one inside the cache's; None keeps it in memory.
             normalize: bring the vectors to unit length (cosine similarity).
-            parameters: what it is searched with, such as ``"nprobe=32"`` or ``"efSearch=128"``.
+            parameters: search parameters, such as ``"nprobe=32"`` or ``"efSearch=128"``.
 
         Raises:
             InputError: FAISS is not installed, does not understand ``factory`` or ``parameters``, or cannot make such
@@ -101,14 +101,14 @@ class FaissIndex:
         """The index in the folder ``path``, memory-mapped where FAISS can.
 
         Args:
-            path: where :meth:`build` has put it.
-            cache: what it is an index of.
+            path: the folder given to :meth:`build`.
+            cache: the indexed cache.
             factory: refuse one made from another string.
-            normalize: refuse one made otherwise.
+            normalize: refuse one with another setting.
             parameters: what it is searched with.
 
         Raises:
-            CacheError: there is none, or it is one of something else.
+            CacheError: there is none, or it belongs to something else.
         """
         faiss, folder = faiss_module(), Path(path)
         expected = {**_identity(cache), "factory": factory, "normalize": normalize}
@@ -142,13 +142,13 @@ class FaissIndex:
 
     @torch.no_grad()
     def search(self, queries: Tensor, k: int, skip: np.ndarray | None = None) -> Tensor:
-        """The rows with the ``k`` largest inner products that the index finds, from the cache's first on: ``(B, k)``,
-        −1 where it finds fewer.
+        """The rows with the ``k`` largest inner products that the index finds, counted from the cache's first row:
+        ``(B, k)``, −1 where it finds fewer.
 
         Args:
             queries: ``(B, d)``.
             k: how many rows.
-            skip: rows that are left out, as a bitmap: bit ``row % 8`` of byte ``row // 8``.
+            skip: excluded rows, as a bitmap: bit ``row % 8`` of byte ``row // 8``.
         """
         faiss = faiss_module()
         faiss.omp_set_num_threads(torch.get_num_threads())
@@ -165,17 +165,17 @@ class FaissIndex:
         with whole(folder / _INDEX) as partial:
             try:
                 faiss_module().write_index(self._index, str(partial))
-            except RuntimeError as error:  # how FAISS tells that a file cannot be written
+            except RuntimeError as error:  # FAISS's error if a file cannot be written
                 raise StorageError(f"{folder / _INDEX} cannot be written ({error}): is the disk full?") from error
         description = {**_identity(cache), "factory": self.factory, "normalize": self.normalize}
         description["bytes"] = (folder / _INDEX).stat().st_size
-        # Last: a folder without it holds no index.
+        # Last: a folder without this file has no index.
         with whole(folder / _DESCRIPTION) as partial:
             partial.write_text(json.dumps(description, indent=2), encoding="utf-8")
 
 
 def _identity(cache: EmbeddingCache) -> dict[str, Any]:
-    """What tells a cache from others; its first rows stand for one whose making is not known."""
+    """Identifies a cache; its first rows are used if its origin is unknown."""
     start = cache[np.arange(cache.first_row, min(cache.first_row + 4, cache.end))].double().sum().item()
     return {
         "rows": len(cache),
@@ -187,7 +187,7 @@ def _identity(cache: EmbeddingCache) -> dict[str, Any]:
 
 
 def _search_parameters(index: Any, selector: Any) -> Any:
-    """FAISS's parameters for one search: a selector, and all else as the index has it."""
+    """FAISS's parameters for one search: a selector, and otherwise the index's own."""
     faiss = faiss_module()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):

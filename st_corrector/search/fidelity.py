@@ -1,4 +1,4 @@
-"""How stale the cache is and how well it is corrected: how far it has drifted, and what it selects."""
+"""Staleness of the cache and quality of the correction: drift, and overlap of selections."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def staleness(cached: Tensor, corrected: Tensor, fresh: Tensor) -> dict[str, Tensor]:
-    """How far rows have drifted, and how much of that the corrector knows; to be asked before it has seen them.
+    """Drift of rows, and how much of it the corrector predicts; call it before the corrector learns from them.
 
     Args:
-        cached: ``g'(y)`` as the cache has it, ``(n, d)``.
-        corrected: ``h`` of what stands for these rows now, ``(n, d)``.
+        cached: ``g'(y)`` from the cache, ``(n, d)``.
+        corrected: ``h`` of these rows' current vectors, ``(n, d)``.
         fresh: ``g(y)``, ``(n, d)``.
 
     Returns:
@@ -27,18 +27,18 @@ def staleness(cached: Tensor, corrected: Tensor, fresh: Tensor) -> dict[str, Ten
 
 
 def overlap_at_k(selected: Tensor, reference: Tensor) -> Tensor:
-    """The share of each query's ``reference`` rows that are in ``selected``, both ``(B, k)``: ``(B,)``."""
+    """The share of each query's ``reference`` rows in ``selected``, both ``(B, k)``: ``(B,)``."""
     return (reference[:, :, None] == selected[:, None, :]).any(-1).float().mean(-1)
 
 
 def selection_fidelity(queries: Tensor, corrected: Tensor, fresh: Tensor, k: int) -> Tensor:
-    """How much of what fresh embeddings would select the corrected ones do: the mean overlap of both top ``k``.
+    """The share of the fresh embeddings' selection that corrected ones also select: mean overlap of both top ``k``.
 
     Args:
         queries: ``f(x)``, ``(B, d)``.
-        corrected: ``h`` of all targets in question, ``(n, d)``.
+        corrected: ``h`` of all targets to compare, ``(n, d)``.
         fresh: ``g(y)`` of the same targets, ``(n, d)``.
-        k: how many of them are selected for a query.
+        k: number of targets selected per query.
     """
     k = min(k, len(fresh))
     return overlap_at_k((queries @ corrected.T).topk(k).indices, (queries @ fresh.T).topk(k).indices).mean()

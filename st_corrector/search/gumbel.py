@@ -1,4 +1,4 @@
-"""Gumbel noise from a counter: the same for the same seed, query and row, however the rows are cut up."""
+"""Gumbel noise from a counter: the same for the same seed, query and row, in whatever chunks."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 def gumbel_noise(queries: int, first_row: int, rows: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """Independent standard Gumbel noise for queries ``0 … queries − 1`` and rows ``first_row …``, ``(queries, rows)``.
 
-    Each number is a function of (seed, query, row) alone (the SplitMix64 hash of a counter), so that a draw
-    does not depend on chunk sizes or on the device.
+    Each number depends only on (seed, query, row) (the SplitMix64 hash of a counter), so a draw does not depend on
+    chunk sizes or the device.
     """
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
     query = torch.arange(queries, dtype=torch.int64, device=device)
     key = _splitmix64(_splitmix64(torch.tensor(_to_int64(seed), device=device)) + query)
-    # Row by row, as scores lie in memory.
+    # Row by row, as scores are stored.
     bits = _splitmix64(key + row[:, None] * _to_int64(0x9E3779B97F4A7C15))
-    # 53 bits, towards 0 in full relative precision: Gumbel's upper tail, which decides the selection, is there.
+    # 53 bits, with full relative precision near 0: there lies Gumbel's upper tail, which decides the selection.
     uniform = (_shift_right(bits, 11).float() + 0.5) * 2.0**-53
     return uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_().T
 

@@ -1,4 +1,4 @@
-"""A Triton kernel that scores rows and keeps only the maximum of each block of them."""
+"""A Triton kernel that scores rows and keeps only the maximum of each block."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from .topk import BLOCK
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU build of torch has none, and needs none
+except ImportError:  # CPU builds of torch neither have nor need it
     triton = None
 
 logger = logging.getLogger(__name__)
-_LOOKED_AT = 1 << 25  # numbers of the cache that are gathered at once
+_LOOKED_AT = 1 << 25  # numbers of the cache gathered at once
 
 
 class Tiles(NamedTuple):
-    """How :func:`block_maxima` cuts up its product.
+    """How :func:`block_maxima` tiles its product.
 
-    What is chosen here keeps every dtype in registers (but for 8 bytes, int8 and 128 queries on 8.6 and 8.9) and in the
-    99 KB of shared memory that GPUs of compute capability 8.6, 8.9 and 12.0 have, as Triton 3.6 compiles it, and reads
-    a batch of up to 128 queries' rows once.
+    As compiled by Triton 3.6, the choice here keeps every dtype in registers (except 8 bytes, int8 with 128 queries on
+    8.6 and 8.9) and in the 99 KB of shared memory of GPUs with compute capability 8.6, 8.9 and 12.0. It reads rows once
+    for a batch of up to 128 queries.
 
     Args:
-        queries: that one program scores.
-        rows: that it scores, a multiple of the block.
-        dim: coordinates that it multiplies at once.
-        warps: that it runs on.
-        stages: tiles that are on their way from memory at once, and the one that is multiplied.
+        queries: scored by one program.
+        rows: scored by one program, a multiple of the block.
+        dim: coordinates multiplied at once.
+        warps: per program.
+        stages: tiles in flight from memory, plus the one being multiplied.
     """
 
     queries: int
@@ -49,8 +49,8 @@ class Tiles(NamedTuple):
 def usable(device: torch.device) -> bool:
     """Whether :func:`block_maxima` runs on ``device``: a CUDA GPU with tensor cores, or Triton's interpreter.
 
-    On a GPU it is tried: Triton compiles not only the kernel but what launches it, by a C compiler that may be missing.
-    Searches then go without, and a warning says why.
+    On a GPU this runs it once: Triton also compiles the kernel's launcher, with a C compiler that may be missing. Then
+    searches do without the kernel, and a warning says why.
     """
     if triton is None or triton.knobs.runtime.interpret:
         return triton is not None
@@ -60,7 +60,7 @@ def usable(device: torch.device) -> bool:
     left_out = torch.zeros(BLOCK, dtype=torch.bool, device=device)
     try:
         return block_maxima(values, probes, None, left_out, BLOCK).item() == 16
-    except Exception as error:  # Triton's, a compiler's or the driver's: of whatever class
+    except Exception as error:  # from Triton, a compiler or the driver, of any class
         logger.warning(
             "Searches on %s go without the Triton kernel, which is slower: it cannot be compiled or launched there "
             "(%s: %s).",
@@ -76,12 +76,12 @@ def _has_tensor_cores(device: torch.device) -> bool:
 
 
 class BlockScores:
-    """The scores of a chunk of rows, of which only the maximum of each block is computed until more is asked for.
+    """The scores of a chunk of rows; at first only the maximum of each block is computed.
 
     Args:
         values: ``(C, d)``, as stored.
         probes: ``(d, B)``.
-        factors: what each row is multiplied with, ``(C,)``, or None for 1.
+        factors: factor of each row, ``(C,)``, or None for 1.
         left_out: rows that count as −∞ for every query, bool ``(C,)``.
         excluded: rows and queries of the pairs that count as −∞, ``(m,)`` each.
     """
@@ -102,7 +102,7 @@ class BlockScores:
         if excluded is not None and len(excluded[0]):
             row, query = excluded
             self._excluded = row * len(self._queries) + query
-            # What is excluded may have been a maximum.
+            # An excluded score may have been a maximum.
             block, query = torch.stack([row // BLOCK, query], dim=1).unique(dim=0).T
             self.maxima[block, query] = self.of(block, query).amax(1)
 
@@ -140,21 +140,20 @@ def block_maxima(
     """The largest score of each block of rows for each query, ``(⌈C / block⌉, B)``; the scores are never stored.
 
     Scores are ``factors · values @ probes``. On tensor cores, with float32 accumulation: bfloat16 and float16 values
-    are exact there, and the queries are given as the sum of two or three numbers of that type; float32 values are
-    multiplied by three TF32 products. What comes out is meant to be as near to a float32
-    product as another order of summation.
+    are exact there, and each query is split into a sum of two or three numbers of that type; float32 values take three
+    TF32 products. The result should be as close to a float32 product as another order of summation.
 
     Args:
         values: ``(C, d)``, float32, bfloat16, float16 or int8.
         probes: ``(d, B)``, float32.
-        factors: what each row is multiplied with, float32 ``(C,)``, or None for 1.
+        factors: factor of each row, float32 ``(C,)``, or None for 1.
         left_out: rows that count as −∞, bool ``(C,)``.
         block: rows in a block; a divisor of 128.
-        tiles: how the product is cut up; by default what suits the batch.
+        tiles: how the product is tiled; the default suits the batch.
     """
     rows, dim = values.shape
     batch_size = probes.shape[1]
-    if values.stride(1) != 1:  # each row is read as it lies in memory
+    if values.stride(1) != 1:  # each row is read contiguously
         values = values.contiguous()
     tiles = tiles or Tiles(queries=64 if batch_size <= 64 else 128)
     count = triton.cdiv(rows, block)
@@ -170,7 +169,7 @@ def block_maxima(
     else:
         split = probes[None].contiguous()
     grid = (triton.cdiv(rows, tiles.rows) * triton.cdiv(batch_size, tiles.queries),)
-    with torch.cuda.device_of(values):  # Triton launches on the present device, whatever it is given
+    with torch.cuda.device_of(values):  # Triton launches on the current device, whatever its arguments
         _block_maxima[grid](
             values,
             split,
@@ -197,7 +196,7 @@ def block_maxima(
 
 
 if triton is not None:
-    # Not one kernel for numbers of rows that 16 divides and another for the others.
+    # Avoids a separate kernel for numbers of rows divisible by 16.
     @triton.jit(do_not_specialize=("rows", "count"))  # type: ignore[untyped-decorator]
     def _block_maxima(  # type: ignore[no-untyped-def]  # Triton reads annotations as types of its own
         values,
@@ -218,7 +217,7 @@ if triton is not None:
         TILE_QUERIES: tl.constexpr,
         TILE_DIM: tl.constexpr,
     ):
-        # Programs that read the same rows for other queries follow one another: they find them in the L2 cache.
+        # Programs that read the same rows for different queries run in succession and find them in the L2 cache.
         of_queries = tl.cdiv(batch_size, TILE_QUERIES)
         tile = tl.program_id(0).to(tl.int64) // of_queries
         row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
@@ -235,7 +234,7 @@ if triton is not None:
             if z.dtype == tl.int8:
                 z = z.to(tl.float32)
             z = z.to(split.dtype.element_ty)
-            # The small parts first: they are added before anything large swallows them.
+            # Small parts first: added to a large sum, they would be lost.
             for part in tl.static_range(PARTS):
                 q = tl.load(
                     split + ((PARTS - 1 - part) * DIM + coordinate[:, None]) * batch_size + query[None, :],
@@ -250,7 +249,7 @@ if triton is not None:
             scores *= tl.load(factors + row, mask=row < rows, other=0)[:, None]
         gone = tl.load(left_out + row, mask=row < rows, other=1)
         scores = tl.where((gone != 0)[:, None], float("-inf"), scores)
-        # A maximum would drop what is not a number; as +∞ it is looked at, and found.
+        # A maximum would drop NaN; as +∞ it is looked at and found.
         scores = tl.where(scores != scores, float("inf"), scores)
         of_block = tl.max(tl.reshape(scores, (TILE_ROWS // BLOCK, BLOCK, TILE_QUERIES)), axis=1)
         number = tile * (TILE_ROWS // BLOCK) + tl.arange(0, TILE_ROWS // BLOCK)

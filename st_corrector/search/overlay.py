@@ -1,4 +1,4 @@
-"""Rows written back during a run: they lie over the cache, which itself never changes."""
+"""Rows written back during a run: an overlay over the cache, which itself never changes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ _SMALLEST = 1_024
 
 
 class Overlay:
-    """Vectors that stand for some of the cache's rows from the moment they were written.
+    """Vectors that replace some of the cache's rows once they are written.
 
-    A training step encodes some targets afresh. Writing what it learnt back, *in the frame of the stale
-    embeddings* (:meth:`Corrector.pull_back`), keeps rows of every age in one frame: later correctors move the
-    written row on with the drift that they have learnt since. Memory: 4 bytes for each target of the corpus, and
-    a float32 vector for each row written.
+    A training step encodes some targets again. Writing them back *in the frame of the stale embeddings*
+    (:meth:`Corrector.pull_back`) keeps rows of every age in one frame: later correctors move a written row along with
+    the drift learnt since. Memory: 4 bytes for each target of the corpus, and a float32 vector for each row written.
 
     Args:
         size: number of targets ``N``.
         dim: dimension ``d``.
-        first_row: the first of these targets' row, where they are a part of the corpus. Of the others nothing is kept.
+        first_row: row of the first target, if they are a part of the corpus. Other rows are not kept.
     """
 
     def __init__(self, size: int, dim: int, first_row: int = 0) -> None:
@@ -32,15 +31,15 @@ class Overlay:
         self._written_at = torch.empty(0, dtype=torch.int64)
         self._used = 0
         self.unit = True
-        """Whether all that has been written is of unit length."""
+        """Whether all written vectors are of unit length."""
 
     def __len__(self) -> int:
-        """How many rows have been written."""
+        """The number of written rows."""
         return self._used
 
     @property
     def rows(self) -> Tensor:
-        """The rows that have been written, in the order of their first writing."""
+        """The written rows, in order of their first write."""
         return self._rows[: self._used]
 
     @property
@@ -49,10 +48,10 @@ class Overlay:
         return self._vectors[: self._used]
 
     def memory(self, rows: int) -> dict[str, int]:
-        """Bytes that the overlay takes at most while ``rows`` are written, by what they are for."""
+        """Bytes that the overlay takes at most while ``rows`` are written, by purpose."""
         size, dim = len(self._slot), self._vectors.shape[1]
         capacity = min(max(2 * rows, _SMALLEST), size) if rows else 0
-        # Growing holds the old and the new, of twice its size, for a moment.
+        # While growing, it holds the old memory and the new one of twice the size.
         vectors = capacity * 3 // 2 * (4 * dim + 16)
         return {f"overlay of up to {min(rows, size):,} written rows": vectors, f"its index of {size:,} rows": 4 * size}
 
@@ -61,24 +60,24 @@ class Overlay:
         return self.slots(rows) >= 0
 
     def holds(self, rows: Tensor) -> Tensor:
-        """Which of ``rows`` are among the targets that it is for."""
+        """Which of ``rows`` are among its targets."""
         return (rows >= self._first_row) & (rows < self._first_row + len(self._slot))
 
     def slots(self, rows: Tensor) -> Tensor:
-        """Where each of ``rows`` stands in :attr:`rows` and :attr:`vectors`, −1 where it has not been written."""
+        """Position of each of ``rows`` in :attr:`rows` and :attr:`vectors`, −1 if it has not been written."""
         self.to(rows.device)
         local = (rows - self._first_row).clamp(0, len(self._slot) - 1)
         return torch.where(self.holds(rows), self._slot[local].long(), -1)
 
     def written_at(self, rows: Tensor) -> Tensor:
-        """The step at which each of ``rows`` ``(n,)``, all of them written, was written last: ``(n,)``."""
+        """The step of the last write of each of ``rows`` ``(n,)``, which must be written rows: ``(n,)``."""
         return self._written_at[self.slots(rows)]
 
     def write(self, rows: Tensor, vectors: Tensor, step: int | Tensor = 0) -> None:
-        """Let ``vectors`` ``(n, d)`` stand for the distinct ``rows`` ``(n,)`` from now on, that is from ``step``."""
+        """Write ``vectors`` ``(n, d)`` for the distinct ``rows`` ``(n,)`` at ``step``."""
         self.to(vectors.device)
         vectors = vectors.detach().float()
-        # Of all that are written, the others' too: whether the queries are corrected must not differ between parts.
+        # For all written vectors, other parts' too: all parts must agree on whether to correct the queries.
         self.unit = self.unit and _are_unit(vectors)
         step = torch.as_tensor(step, device=rows.device).expand(len(rows))
         mine = self.holds(rows)
@@ -94,7 +93,7 @@ class Overlay:
         self._written_at[written] = step
 
     def _reserve(self, used: int) -> None:
-        """Room for ``used`` rows; it doubles, so that writing stays linear in what is written."""
+        """Room for ``used`` rows; it doubles, so that the cost of writing stays linear."""
         capacity = len(self._rows)
         if used <= capacity:
             return
@@ -107,8 +106,8 @@ class Overlay:
         self._rows, self._vectors, self._written_at = grown_rows, grown_vectors, grown_times
 
     def between(self, first_row: int, end: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """What has been written of rows ``first_row … end − 1``: places from the first ``(n,)``, ascending, and where
-        each is in :attr:`vectors` ``(n,)``.
+        """The written rows among ``first_row … end − 1``: offsets from the first ``(n,)``, ascending, and positions in
+        :attr:`vectors` ``(n,)``.
         """
         self.to(device)
         slot = self._slot[first_row - self._first_row : end - self._first_row] if self._used else self._slot[:0]
@@ -116,26 +115,26 @@ class Overlay:
         return written, slot[written]
 
     def replace(self, stale: Tensor, rows: Tensor) -> Tensor:
-        """``stale`` ``(n, d)``, the cache's vectors of ``rows``, with those rows replaced that have been written."""
+        """``stale`` ``(n, d)``, the cache's vectors of ``rows``, with written rows replaced."""
         if not self._used:
             return stale
         self.to(stale.device)
         slot = self.slots(rows)
         written = (slot >= 0).nonzero().flatten()
-        # Out of place: the cache's own memory may lie under ``stale``.
+        # Out of place: ``stale`` may be the cache's own memory.
         return stale.index_copy(0, written, self._vectors[slot[written]]) if len(written) else stale
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The written rows, their vectors, and when they were written."""
+        """The written rows, their vectors, and their steps."""
         written_at = self._written_at[: self._used]
         return {"rows": self.rows.clone(), "vectors": self.vectors.clone(), "written_at": written_at.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` of an overlay of the same corpus returned."""
+        """Restore the :meth:`state_dict` of an overlay of the same corpus."""
         self.load_state_dicts([state])
 
     def load_state_dicts(self, states: Iterable[dict[str, Tensor]]) -> None:
-        """The same from overlays of parts of the corpus, one after the other; of them what is for its targets."""
+        """The same from overlays of successive parts of the corpus; only its own targets are kept."""
         self._slot.fill_(-1)
         self._used, self.unit = 0, True
         for state in states:

@@ -13,35 +13,35 @@ from .topk import BLOCK
 
 
 class Buffers:
-    """Memory that one search after another uses again: fresh memory has to be mapped, page by page."""
+    """Memory that successive searches reuse: new memory must be mapped page by page."""
 
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
 
     def get(self, name: str, rows: int, width: int, device: torch.device) -> Tensor:
-        """Uninitialised float32 memory ``(rows, width)``, the same for the same name as long as it is large enough."""
+        """Uninitialised float32 memory ``(rows, width)``, the same for each name as long as it is large enough."""
         tensor = self._tensors.get(name)
         if tensor is None or tensor.device != device or tensor.numel() < rows * width:
             tensor = self._tensors[name] = torch.empty(rows * width, device=device)
         return tensor[: rows * width].view(rows, width)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` lies in this memory."""
+        """Whether ``tensor`` is in this memory."""
         return any(tensor.data_ptr() == mine.data_ptr() for mine in self._tensors.values())
 
 
 class Scorer:
-    """Scores vectors for the queries of one search, in the way that is cheapest for its corrector.
+    """Scores vectors for the queries of one search, in the cheapest way for its corrector.
 
-    Without normalisation by queries into which the end of the correction is folded, if there are fewer of them than
-    dimensions, or if nothing of the vectors needs to be corrected then; otherwise by corrected vectors. It is the
-    scores that are divided by the norms: there are fewer of them than of the vectors' coordinates.
+    Without normalisation, the end of the correction is folded into the queries, if there are fewer queries than
+    dimensions or if the vectors then need no correction at all; otherwise vectors are corrected. Norms divide the
+    scores, which are fewer than the vectors' coordinates.
 
     Args:
         corrector: ``h``.
         queries: ``f(x)``, ``(B, d)``.
         corrects_queries: whether the queries are corrected instead of the vectors.
-        buffers: where it keeps scores and converted vectors.
+        buffers: memory for scores and converted vectors.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Scorer:
     ) -> None:
         self._corrector, self._buffers = corrector, buffers or Buffers()
         self.offset = queries.new_zeros(len(queries))
-        """What is missing from each query's scores, the same for all rows, ``(B,)``."""
+        """An offset missing from each query's scores, the same for all rows, ``(B,)``."""
         side = None
         if corrects_queries or (not corrector.normalize and len(queries) < corrector.dim):
             side = corrector.on_query_side(queries)
@@ -60,24 +60,24 @@ class Scorer:
             self._of_features = None if side.of_features is None else side.of_features.T.contiguous()
 
     def as_float(self, values: Tensor) -> Tensor:
-        """``values`` in float32; in a buffer of its own where they are not that already."""
+        """``values`` in float32; in a separate buffer unless they already are."""
         if values.dtype == torch.float32:
             return values
         return self._buffers.get("values", len(values), values.shape[1], values.device).copy_(values)
 
     def multiplied(self, values: Tensor, factors: Tensor | None) -> Tensor:
-        """``values`` ``(C, d)`` with each row multiplied by its factor, in place only where that harms nobody."""
+        """``values`` ``(C, d)`` with each row multiplied by its factor, in place only where that is safe."""
         if factors is None:
             return values
         return values.mul_(factors[:, None]) if self._buffers.holds(values) else values * factors[:, None]
 
     def gathered(self, vectors: Tensor, slots: Tensor) -> Tensor:
-        """``vectors[slots]``, ``(n, d)``, in a buffer of its own."""
+        """``vectors[slots]``, ``(n, d)``, in a separate buffer."""
         out = self._buffers.get("gathered", len(slots), vectors.shape[1], vectors.device)
         return torch.index_select(vectors, 0, slots, out=out)
 
     def replaced(self, values: Tensor, factors: Tensor | None, places: Tensor, others: Tensor) -> Tensor:
-        """``values`` ``(C, d)``, of any dtype, multiplied by ``factors`` ``(C,)``, but ``others`` ``(n, d)`` at
+        """``values`` ``(C, d)``, of any dtype, multiplied by ``factors`` ``(C,)``, except ``others`` ``(n, d)`` at
         ``places`` ``(n,)``: in a buffer.
         """
         out = self._buffers.get("values", len(values), values.shape[1], values.device).copy_(values)
@@ -100,13 +100,13 @@ class Scorer:
                 out.mul_(factors[:, None])
 
     def room(self, rows: int, first_row: int) -> ChunkScores:
-        """Room for the scores of so many rows, the same memory each time."""
+        """Room for the scores of that many rows, the same memory each time."""
         batch_size, device = len(self.offset), self.offset.device
         keys = self._buffers.get("keys", rows, batch_size, device)
         return ChunkScores(keys, self._buffers.get("maxima", rows // BLOCK, batch_size, device), first_row)
 
     def operands(self, values: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What :meth:`score` multiplies: vectors ``(C, d)`` of any dtype, probes ``(d, B)``, and factors ``(C,)``."""
+        """The operands of :meth:`score`: vectors ``(C, d)`` of any dtype, probes ``(d, B)``, and factors ``(C,)``."""
         if self._corrects_vectors:
             corrected = self._corrector.unnormalized(self.multiplied(self.as_float(values), factors))
             norms = corrected.norm(dim=-1).clamp_min_(1e-12) if self._corrector.normalize else None
@@ -125,7 +125,7 @@ class Scorer:
 
 
 class Excluded:
-    """Rows that queries must not get, ordered so that each chunk finds its own without looking at the others.
+    """Rows forbidden for queries, sorted so that each chunk finds its own directly.
 
     Args:
         rows: ``(B, m)``, padded with −1.
@@ -138,13 +138,13 @@ class Excluded:
         self._row_on_host = row.cpu().numpy()
 
     def between(self, first_row: int, end: int) -> tuple[Tensor, Tensor]:
-        """Rows, counted from the first, and queries of the pairs with rows ``first_row … end − 1``, ``(m,)`` each."""
+        """Row offsets and queries of the pairs with rows ``first_row … end − 1``, ``(m,)`` each."""
         here = slice(*np.searchsorted(self._row_on_host, [first_row, end]))
         return self._row[here] - first_row, self._query[here]
 
 
 class ChunkScores:
-    """Scores of consecutive rows, beside the largest of each whole block of 64 of them; it is filled from the start.
+    """Scores of consecutive rows, and the maximum of each whole block of 64; it is filled from the start.
 
     Args:
         keys: room for scores, ``(C, B)``.
@@ -162,7 +162,7 @@ class ChunkScores:
 
     @property
     def keys(self) -> Tensor:
-        """The scores that are there, ``(len(self), B)``."""
+        """The scores so far, ``(len(self), B)``."""
         return self._keys[: self._rows]
 
     @property
@@ -171,11 +171,11 @@ class ChunkScores:
         return self._maxima[: self._rows // BLOCK]
 
     def room(self, rows: int) -> Tensor:
-        """Where the scores of the next rows belong, ``(rows, B)``."""
+        """Memory for the scores of the next rows, ``(rows, B)``."""
         return self._keys[self._rows : self._rows + rows]
 
     def add(self, rows: int) -> None:
-        """Count in the next rows, whose scores are in their place: their maxima are found while they are at hand."""
+        """Add the next rows, whose scores are in place, and find their maxima while the scores are still in cache."""
         before, self._rows = self._rows, self._rows + rows
         blocks = slice(before // BLOCK, self._rows // BLOCK)
         torch.amax(self._blocks[blocks], 1, out=self._maxima[blocks])
@@ -189,7 +189,7 @@ class ChunkScores:
         self.maxima[block, query] = self._blocks[block, :, query].amax(1)
 
     def mask_above(self, limit: Tensor) -> Tensor:
-        """Set scores above their query's ``limit`` ``(B,)`` to −∞; returns how many, ``(B,)``."""
+        """Set scores above their query's ``limit`` ``(B,)`` to −∞; returns their number, ``(B,)``."""
         counts = torch.zeros(self.keys.shape[1], dtype=torch.int64, device=self.keys.device)
         block, query = (self.maxima > limit).nonzero(as_tuple=True)
         if len(block):

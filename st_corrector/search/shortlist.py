@@ -1,4 +1,4 @@
-"""Approximate search: a shortlist from something cheaper, rescored by the present corrector."""
+"""Approximate search: a shortlist from a cheaper search, rescored by the current corrector."""
 
 from __future__ import annotations
 
@@ -31,27 +31,26 @@ _CORRECTED_AT_ONCE = 16_384
 
 @dataclass(frozen=True)
 class Shortlist:
-    """How candidates are found before the present corrector scores them.
+    """How candidates are found before the current corrector scores them.
 
-    Where the queries are corrected instead of the corpus (``normalize=False`` and an affine corrector), the index of
-    the stale vectors is searched by the corrected queries, serves for the whole run, and what it finds is what a search
-    of the corrected corpus would find. Otherwise the stale vectors (or a copy corrected some steps ago, with ``every``)
-    only suggest candidates, and ``size`` decides how many of the best are among them.
+    If the queries are corrected instead of the corpus (``normalize=False`` and an affine corrector), they search the
+    index of the stale vectors. That index serves the whole run and finds what a search of the corrected corpus would
+    find. Otherwise the stale vectors (or, with ``every``, a copy corrected some steps ago) only suggest candidates, and
+    ``size`` decides how many of the best are among them.
 
     Args:
-        index: ``"exact"``, a FAISS index factory string, or a :class:`FaissIndex` of the cache, made before.
-        size: candidates for each query before exclusions; by default the number asked for where the queries are
-            corrected, and 8 times as many where they are not.
-        every: correct the whole cache into a copy in bfloat16, ``2·N·d`` bytes, and search that, made anew whenever so
-            many steps have passed; None searches the stale vectors as they are. A FAISS index is built anew each time.
-            No checkpoint holds the copy: a run that is resumed makes it anew at once, by the corrector as it is then.
-        parameters: what a FAISS index made from a string is searched with, such as ``"nprobe=32"``.
-        check_every: at the first search, and once in so many, some queries are searched exactly as well, which measures
-            recall.
-        min_recall: a measured recall below it is warned of.
+        index: ``"exact"``, a FAISS index factory string, or an existing :class:`FaissIndex` of the cache.
+        size: candidates for each query before exclusions; by default the number requested if the queries are corrected,
+            otherwise 8 times as many.
+        every: search a corrected copy of the whole cache in bfloat16, ``2·N·d`` bytes, renewed every N steps; None
+            searches the stale vectors. A FAISS index is built again each time. Checkpoints do not hold the copy: a
+            resumed run makes it again at once, with the corrector of that step.
+        parameters: search parameters of a FAISS index made from a string, such as ``"nprobe=32"``.
+        check_every: at the first search and every N searches, some queries are also searched exactly to measure recall.
+        min_recall: a measured recall below it causes a warning.
 
     Raises:
-        InputError: a number is out of range, or a ready-made index is to be made anew.
+        InputError: a number is out of range, or ``every`` is given with an existing index.
     """
 
     index: str | FaissIndex = "exact"
@@ -80,7 +79,7 @@ class ShortlistSearch(CorrectedSearch):
         shortlist: how candidates are found.
 
     Raises:
-        InputError: an index of other vectors, or one that FAISS cannot make.
+        InputError: the index is of other vectors, or FAISS cannot make it.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class ShortlistSearch(CorrectedSearch):
         super().__init__(cache, corrector, normalize=normalize, chunk_size=chunk_size, processes=processes)
         self.shortlist = shortlist
         self.recall: float | None = None
-        """Of the ``k`` that an exact search selects, the share that was selected too, when it was last measured."""
+        """The last measured recall: the share of an exact search's ``k`` targets that was selected."""
         self._searches = 0
         self._copied_at = 0
         self._copied_by: Corrector | None = None
@@ -115,10 +114,10 @@ class ShortlistSearch(CorrectedSearch):
         seed: int | None = None,
         ceiling: Tensor | None = None,
     ) -> Found:
-        """As :meth:`CorrectedSearch.search`, among the shortlist; ``too_similar`` counts what was in it.
+        """As :meth:`CorrectedSearch.search`, within the shortlist, to which ``too_similar`` is limited.
 
         Raises:
-            InputError: a sampler that needs the scores of all rows, besides what an exact search refuses.
+            InputError: the sampler needs the scores of all rows, or an exact search would refuse the arguments.
         """
         queries = self._check(queries, k, sampler, seed)
         if sampler != "top_k":
@@ -157,7 +156,7 @@ class ShortlistSearch(CorrectedSearch):
         scores = scores.masked_fill(above, -math.inf)
         rows = torch.cat([candidates, best.rows], dim=1)
         scores = torch.cat([scores, best.scores], dim=1)
-        # Equal scores in the order of their rows, as everywhere.
+        # Equal scores are ordered by row, as everywhere.
         rows, order = rows.sort(dim=1)
         scores = scores.gather(1, order)
         scores, order = (each[:, :k] for each in scores.sort(dim=1, descending=True, stable=True))
@@ -169,7 +168,7 @@ class ShortlistSearch(CorrectedSearch):
         """The best of all rows that have been written back, exactly."""
         overlay = self.overlay.to(queries.device)
         scorer = Scorer(self.corrector, queries, self.corrects_queries)
-        # As if the written rows were the corpus: a query's excluded rows are where they stand among them.
+        # Treats the written rows as the corpus: excluded rows become positions among them.
         excluded = None
         if exclude is not None:
             excluded = Excluded(overlay.slots(exclude.clamp(min=0)).masked_fill(exclude < 0, NO_ROW))
@@ -188,7 +187,7 @@ class ShortlistSearch(CorrectedSearch):
         return Found(found + scorer.offset[:, None], rows, too_similar)
 
     def _candidates(self, queries: Tensor, count: int) -> Tensor:
-        """Rows that have not been written back, which the source takes for the best: ``(B, count)``, padded with −1."""
+        """The best rows by the source, without written-back ones: ``(B, count)``, padded with −1."""
         every = self.shortlist.every
         if every is not None and (self._copied_by is not self.corrector or self.steps - self._copied_at >= every):
             self._source = self._make_source(self._corrected_copy(queries.device), normalize=False)
@@ -210,7 +209,7 @@ class ShortlistSearch(CorrectedSearch):
         return _Indexed(index, self.overlay, cache.first_row)
 
     def _corrected_copy(self, device: torch.device) -> EmbeddingCache:
-        """The whole cache as the corrector has it now, in bfloat16."""
+        """The whole cache, corrected by the current corrector, in bfloat16."""
         size = len(self.cache) * self.cache.dim * torch.bfloat16.itemsize
         require_memory({f"corrected copy, {len(self.cache):,} × {self.cache.dim} in bfloat16": size}, device)
         rows = torch.arange(self.cache.first_row, self.cache.end, device=device)
@@ -237,7 +236,7 @@ class ShortlistSearch(CorrectedSearch):
 
 
 class _Scan(CorrectedSearch):
-    """Candidates by an exact search of the vectors as they are, without the rows that have been written back."""
+    """Candidates by an exact search of the unchanged vectors, without written-back rows."""
 
     def __init__(self, cache: EmbeddingCache, normalize: bool, chunk_size: int | None, overlay: Overlay) -> None:
         super().__init__(
@@ -259,7 +258,7 @@ class _Scan(CorrectedSearch):
 
 
 class _Indexed:
-    """Candidates from a FAISS index, without the rows that have been written back."""
+    """Candidates from a FAISS index, without written-back rows."""
 
     def __init__(self, index: FaissIndex, overlay: Overlay, first_row: int) -> None:
         self._index, self._overlay, self._first_row = index, overlay, first_row
@@ -267,7 +266,7 @@ class _Indexed:
         self._skipped = 0
 
     def candidates(self, queries: Tensor, count: int) -> Tensor:
-        if len(self._overlay) < self._skipped:  # it has been loaded anew
+        if len(self._overlay) < self._skipped:  # it has been loaded again
             self._skip[:], self._skipped = 0, 0
         rows = self._overlay.rows[self._skipped :].cpu().numpy() - self._first_row
         np.bitwise_or.at(self._skip, rows // 8, np.left_shift(1, rows % 8).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""The exact top k over rows that come in blocks, at little more than the price of reading their scores once."""
+"""The exact top k over blocks of rows, for little more than the cost of reading their scores once."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..errors import InputError
 
 NO_ROW = -1
 BLOCK = 64
-"""Rows whose maximum is looked at before they are: few enough that little is read in vain, many enough to be few."""
+"""Rows per block; its maximum is checked before its rows. Small blocks waste few reads, large ones have few maxima."""
 
 
 class RunningTopK:
-    """The ``k`` largest scores of each query over blocks of rows that come one after another.
+    """The ``k`` largest scores of each query over successive blocks of rows.
 
-    Exact, and independent of how the rows are cut into blocks: equal scores are ordered by row, the smaller first, also
-    where only some of them fit.
+    Exact, and independent of how rows are split into blocks: equal scores are ordered by row, the smaller first, also
+    if only some of them fit.
 
-    Every score is read once, for the maximum of its block of 64 rows. Only blocks whose maximum exceeds what the query
-    would still accept are looked into: at first its ``k``-th largest block maximum, since ``k`` blocks hold a score at
-    least as large; then the ``k``-th best score found so far. In ``N`` rows that come in no special order the latter
-    lets through some ``k·ln(N)`` scores for each query.
+    Every score is read once, for the maximum of its block of 64 rows. Only blocks whose maximum exceeds the query's
+    threshold are searched. The threshold is first the ``k``-th largest block maximum, since ``k`` blocks have a score
+    at least as large; then the ``k``-th best score so far. For ``N`` rows in random order the latter passes about
+    ``k·ln(N)`` scores per query.
 
     Args:
         batch_size: number of queries ``B``.
@@ -36,15 +36,14 @@ class RunningTopK:
         self._scores = torch.full((batch_size, k), -math.inf, device=device)
         self._rows = torch.full((batch_size, k), NO_ROW, dtype=torch.int64, device=device)
         self._accepts_above = torch.full((batch_size,), -math.inf, device=device)
-        # (query, score, row) of what exceeded the threshold and has not been ranked yet, in the order of the rows.
+        # (query, score, row) of unranked scores above the threshold, in the order of the rows.
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._waiting_count = 0
 
     def update(self, scores: Tensor, first_row: int, maxima: Tensor | None = None) -> None:
-        """Take in ``scores`` ``(C, B)`` of the rows ``first_row … first_row + C − 1``; −∞ is never selected.
+        """Add ``scores`` ``(C, B)`` of the rows ``first_row … first_row + C − 1``; −∞ is never selected.
 
-        Earlier rows must come first. ``maxima`` ``(C // 64, B)`` of the whole blocks need not be found if they are
-        given.
+        Earlier rows must come first. ``maxima`` ``(C // 64, B)`` of the whole blocks, if given, are not computed.
 
         Raises:
             InputError: a score is not a number.
@@ -59,20 +58,20 @@ class RunningTopK:
             self._take_blocks(rest, rest.amax(1), first_row + whole)
 
     def update_blocks(self, maxima: Tensor, scores_of: Callable[[Tensor, Tensor], Tensor], first_row: int) -> None:
-        """The same for scores that are not there yet, but for the maximum of every 64 of them.
+        """The same for scores not computed yet, of which only every block's maximum is known.
 
         Args:
             maxima: the largest score of each block for each query, ``(blocks, B)``.
-            scores_of: blocks ``(m,)`` and queries ``(m,)`` to the scores of these blocks' rows for these queries,
+            scores_of: maps blocks ``(m,)`` and queries ``(m,)`` to the scores of these blocks' rows for these queries,
                 ``(m, 64)``, −∞ where there is no row.
-            first_row: the first block's.
+            first_row: of the first block.
         """
-        # What scores_of says of the same row may be rounded otherwise: either may be the larger.
+        # scores_of may round the same row differently: either score may be larger.
         slack = 1e-5 * maxima.nan_to_num(posinf=0.0, neginf=0.0).abs().amax(0)
         self._look_into(maxima + slack, scores_of, first_row, BLOCK, lambda: self._kth(maxima) - slack, rounded=True)
 
     def take(self, scores: Tensor, rows: Tensor) -> None:
-        """Take in ``scores`` ``(n, B)`` of ``rows`` ``(n,)``, whatever rows these are; ties may go to either row.
+        """Add ``scores`` ``(n, B)`` of any ``rows`` ``(n,)``; ties may go to either row.
 
         Raises:
             InputError: a score is not a number.
@@ -82,16 +81,16 @@ class RunningTopK:
 
     @property
     def best(self) -> tuple[Tensor, Tensor]:
-        """Scores and rows of the ``k`` best so far, ``(B, k)`` each, best first; −∞ and −1 where there are fewer."""
+        """Scores and rows of the ``k`` best so far, ``(B, k)`` each, best first; −∞ and −1 if there are fewer."""
         self._rank()
         return self._scores, self._rows
 
     def _take_blocks(self, blocks: Tensor, maxima: Tensor, first_row: int) -> None:
-        """Take in the scores of consecutive blocks of rows, ``(blocks, rows of each, B)``, and the blocks' maxima."""
+        """Add the scores of consecutive blocks of rows, ``(blocks, rows of each, B)``, and the blocks' maxima."""
         count, height, batch_size = blocks.shape
 
         def kth() -> Tensor:
-            # Where there are too few blocks, it takes the scores themselves.
+            # With too few blocks, use the scores themselves.
             return self._kth(maxima if count >= self.k else blocks.view(-1, batch_size))
 
         self._look_into(maxima, lambda block, query: blocks[block, :, query], first_row, height, kth)
@@ -111,16 +110,16 @@ class RunningTopK:
         kth: Callable[[], Tensor],
         rounded: bool = False,
     ) -> None:
-        """Keep what exceeds the threshold. As many scores as the ``k`` largest block maxima reach the smallest of
-        these, ``kth()``: it is asked for where the threshold lets too much through. If the maxima are ``rounded``
-        otherwise than the scores, it chooses among blocks only: fewer than ``k`` of the scores may reach it.
+        """Keep what exceeds the threshold. At least ``k`` scores reach the ``k``-th largest block maximum, ``kth()``,
+        which is computed if the threshold passes too many. If maxima are ``rounded`` differently from scores, ``kth()``
+        only chooses among blocks: fewer than ``k`` scores may reach it.
         """
-        # Written so that what is not a number is promising, and found.
+        # Written so that NaN passes, and is found.
         accepts_above = self._accepts_above
         block, query = (~(maxima <= accepts_above)).nonzero(as_tuple=True)
         if len(block) > 2 * self._scores.numel():
             bound = kth()
-            # Just below it, since those that equal it may be needed.
+            # Just below it, since scores equal to it may be needed.
             bound = torch.nextafter(bound, torch.full_like(bound, -math.inf))
             accepts_above = torch.fmax(accepts_above, bound)
             block, query = (~(maxima <= accepts_above)).nonzero(as_tuple=True)
@@ -151,9 +150,9 @@ class RunningTopK:
         queries = torch.arange(batch_size, device=found.device)
         kept = (queries[:, None].expand_as(found)[found], self._scores[found], self._rows[found])
         query, score, row = (torch.cat(parts) for parts in zip(kept, *self._waiting, strict=True))
-        # By query and row, the latter first: one number that held both would be too short for many queries. Then one
-        # row of a matrix for each query, as wide as the longest, sorted by score: stable, so that equal scores stay in
-        # the order of their rows.
+        # Sort by row, then by query: one number for both would overflow with many queries. Then each query gets one row
+        # of a matrix, as wide as the longest, sorted by score: stable, so that equal scores stay in the order of their
+        # rows.
         order = row.argsort()
         order = order[query[order].argsort(stable=True)]
         query, score, row = query[order], score[order], row[order]
@@ -164,6 +163,6 @@ class RunningTopK:
         rows = self._rows.new_full((batch_size, width), NO_ROW).index_put_((query, place), row)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         self._scores, self._rows = scores[:, : self.k].contiguous(), rows.gather(1, order[:, : self.k])
-        # A later row must exceed the k-th best: where it is equal, the earlier row stays.
+        # A later row must exceed the k-th best: if equal, the earlier row stays.
         self._accepts_above = torch.maximum(self._accepts_above, self._scores[:, -1])
         self._waiting, self._waiting_count = [], 0
