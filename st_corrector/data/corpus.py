@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-from ..errors import CorpusError, InputError
+from ..errors import CorpusError
 from ..storage.arrow import batched_tables, default_cache_dir, half_character, read_or_write_arrow, write_arrow
 from ..storage.fingerprint import digest, digest_json
 from .beir import RetrievalData, open_folder
@@ -27,17 +26,14 @@ from .columns import (
     TARGETS,
     as_id,
     as_list,
-    as_number,
-    as_texts,
-    batches,
-    by_label,
     column_names,
     is_transformed,
-    label_column,
     target_tables,
 )
 from .duplicates import TextDigests
+from .judging import MissingTargets, Sources, judged_queries, query_record, require_missing, triples_of
 from .model_fingerprint import max_lengths, tokenizer_fingerprint
+from .pairs import PairReader, text_tables
 from .qrels import Qrels
 from .routing import DOCUMENT, modules_for
 from .text import join_title
@@ -45,8 +41,6 @@ from .tokens import TextCorpus, TokenizedCorpus, TokenLayout, are_equal, tokeniz
 
 logger = logging.getLogger(__name__)
 
-MissingTargets = Literal["error", "drop"]
-"""How to treat judgements whose target is not in the corpus."""
 _QUERIES = pa.schema([("id", pa.string()), ("text", pa.string()), ("answers", pa.list_(pa.string()))])
 _PAIRS = pa.schema([("anchor", pa.string()), ("positive", pa.string()), ("label", pa.int64())])
 
@@ -141,32 +135,7 @@ class Corpus:
             CorpusError: one string is given instead of several, the lengths differ, a text is not a string, or an id is
                 neither a string nor an integer.
         """
-        given = {name: values for name, values in (("ids", ids), ("titles", titles)) if values is not None}
-        for name, values in ({"texts": texts} | given).items():
-            if isinstance(values, str):
-                raise CorpusError(f"{name} is one string, expected one for each target, as in [{values!r:.40}].")
-
-        def records() -> Iterator[dict[str, Any]]:
-            row = -1
-            # By position: a pandas Series' value at key 3 need not be its fourth.
-            others = {name: iter(values) for name, values in given.items()}
-            for row, text in enumerate(texts):
-                if not isinstance(text, str):
-                    raise CorpusError(f"Text {row} is a {type(text).__name__}, expected a string: {text!r:.80}")
-                for name, values in given.items():
-                    if row >= len(values):
-                        raise CorpusError(f"There are more texts than {name} ({len(values)}): give one for each text.")
-                of_row = {name: next(values) for name, values in others.items()}
-                yield {
-                    "id": str(row) if ids is None else as_id(of_row["ids"], f"The id of text {row}"),
-                    "title": of_row.get("titles"),
-                    "text": text,
-                }
-            for name, values in given.items():
-                if len(values) != row + 1:
-                    raise CorpusError(f"{row + 1} texts but {len(values)} {name}: give one for each text, or none.")
-
-        tables = batched_tables(records(), TARGETS)
+        tables = text_tables(texts, ids, titles)
         return cls(_write_by_content(tables, _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
 
     @classmethod
@@ -240,73 +209,10 @@ class Corpus:
             CorpusError: a split is not a data set, a column is missing, a row lacks its query or its positive, or
                 labels or scores do not say which positives are relevant.
         """
-        splits = {"train": splits} if isinstance(splits, (Dataset, IterableDataset)) else splits
-        columns = [query, positive, *as_list(negatives)]
-        labels: dict[str, str | None] = {}
-        for split, dataset in splits.items():
-            if not isinstance(dataset, (Dataset, IterableDataset)):
-                raise CorpusError(
-                    f"Split {split!r} is a {type(dataset).__name__}, expected a datasets.Dataset or IterableDataset."
-                )
-            found = column_names(dataset)
-            for column in columns:
-                if column not in found:
-                    raise CorpusError(
-                        f"Split {split!r} has no column {column!r}; it has {found}. Say which ones: "
-                        "from_pairs(splits, query='…', positive='…')."
-                    )
-            labels[split] = label_column(split, dataset, found, columns)
-        # 16 bytes instead of each text identify the targets while the splits are streamed.
-        row_of: dict[bytes, int] = {}
-        queries: dict[str, dict[str, int]] = {split: {} for split in splits}
-        judged = {split: (array("q"), array("q")) for split in splits}
-
-        def records() -> Iterator[dict[str, Any]]:
-            for split, dataset in splits.items():
-                numbers, (of_pair, row_of_pair) = queries[split], judged[split]
-                label = labels[split]
-                read = columns if label is None else [*columns, label]
-                unanswered: set[str] = set()
-                rows = (row for each in batches(dataset, read) for row in zip(*map(each.get, read), strict=True))
-                for pair, (question, found, *others) in enumerate(rows):
-                    if label is None:
-                        positives, irrelevant = as_texts(found), list[Any]()
-                    else:
-                        positives, irrelevant = by_label(found, others.pop(), label, pair, split)
-                    further = [*irrelevant, *(text for other in others for text in as_texts(other))]
-                    if not (positives or irrelevant) or not all(
-                        isinstance(text, str) for text in (question, *positives, *further)
-                    ):
-                        raise CorpusError(
-                            f"Pair {pair} of split {split!r} is not {'two strings' if not others else 'all strings'}: "
-                            f"{' and '.join(f'{value!r:.60}' for value in (question, found, *others[:3]))}. "
-                            "Filter such pairs out first."
-                        )
-                    if not positives:
-                        unanswered.add(question)
-                    for place, text in enumerate([*positives, *further]):
-                        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-                        if key not in row_of:
-                            row_of[key] = len(row_of)
-                            yield {"id": str(row_of[key]), "title": None, "text": text}
-                        if place < len(positives):
-                            of_pair.append(numbers.setdefault(question, len(numbers)))
-                            row_of_pair.append(row_of[key])
-                unanswered -= numbers.keys()
-                if unanswered and not numbers:
-                    raise CorpusError(
-                        f"No label in column {label!r} of split {split!r} is 1, so nothing is relevant to any query. "
-                        f"If the column says something else, leave it out: dataset.remove_columns({label!r})."
-                    )
-                if unanswered:
-                    logger.warning(
-                        "%d queries of split %r have no text with label 1 and are left out.", len(unanswered), split
-                    )
-
-        tables = batched_tables(records(), TARGETS)
-        corpus = cls(_write_by_content(tables, _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
-        for split, (of_pair, row_of_pair) in judged.items():
-            corpus._add_split(split, [_query(text, text) for text in queries[split]], of_pair, row_of_pair)
+        pairs = PairReader(splits, query, positive, as_list(negatives))
+        corpus = cls(_write_by_content(pairs.targets(), _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
+        for split, (queries, of_pair, row_of_pair) in pairs.judged.items():
+            corpus._add_split(split, [query_record(text, text) for text in queries], of_pair, row_of_pair)
         return corpus
 
     @classmethod
@@ -334,7 +240,7 @@ class Corpus:
             CorpusError: a file is missing or malformed, or judgements name unknown queries or targets.
             InputError: ``missing_targets`` is something else.
         """
-        missing_targets = _require_missing(missing_targets)
+        missing_targets = require_missing(missing_targets)
         data = open_folder(Path(folder), max_targets)
         return cls._from_retrieval_data(data, max_targets, missing_targets, prompt, cache_dir)
 
@@ -386,7 +292,7 @@ class Corpus:
                 judgements name unknown queries or targets.
             InputError: ``missing_targets`` is something else.
         """
-        missing_targets = _require_missing(missing_targets)
+        missing_targets = require_missing(missing_targets)
         data = open_repository(
             os.fspath(repo_id),
             qrels=None if qrels is None else os.fspath(qrels),
@@ -428,7 +334,8 @@ class Corpus:
         for split, source, triples in data.judgements:
             # Targets beyond the limit are missing on purpose.
             missing = missing_targets if max_targets is None else None
-            corpus._judge(split, triples, texts, answers, missing, source, data.queries_source, data.targets_source)
+            sources = Sources(source, data.queries_source, data.targets_source)
+            corpus._judge(split, triples, texts, answers, missing, sources)
             unjudged.difference_update(corpus.qrels(split).queries["id"])
         if unjudged:
             logger.info(
@@ -471,8 +378,8 @@ class Corpus:
             as_id(id, "The id of a query"): [] if strings is None else as_list(strings)
             for id, strings in (answers or {}).items()
         }
-        missing, source = _require_missing(missing_targets), f"Split {split!r}"
-        self._judge(split, _triples(relevant), texts, given, missing, source, "`queries`", "the corpus")
+        sources = Sources(f"Split {split!r}", "`queries`", "the corpus")
+        self._judge(split, triples_of(relevant), texts, given, require_missing(missing_targets), sources)
 
     def _judge(
         self,
@@ -481,47 +388,10 @@ class Corpus:
         texts: Mapping[str, str],
         answers: Mapping[str, Sequence[str]],
         missing: MissingTargets | None,
-        source: str,
-        queries_source: str,
-        targets_source: str,
+        sources: Sources,
     ) -> None:
-        """Add a split of (query id, target id, grade) triples.
-
-        Args:
-            missing: how to treat judgements of missing targets; None drops them silently.
-            source, queries_source, targets_source: where each is read from, for error messages.
-        """
-        # A pair judged twice is kept once: triplets repeat each pair for hundreds of negatives.
-        judged: dict[tuple[str, str], float] = {}
-        for query, target, grade in triples:
-            if grade > 0:
-                judged[query, target] = max(grade, judged.get((query, target), 0.0))
-        if unknown := sorted({query for query, _ in judged} - texts.keys()):
-            raise CorpusError(
-                f"{source} judges {len(unknown)} queries that {queries_source} does not have, e.g. {unknown[:3]}."
-            )
-        rows = self.rows_of([target for _, target in judged], missing=-1)
-        numbers: dict[str, int] = {}
-        of_pair = [
-            numbers.setdefault(query, len(numbers)) for (query, _), row in zip(judged, rows, strict=True) if row >= 0
-        ]
-        if missing is not None and len(of_pair) < len(judged):
-            lost = sorted({target for (_, target), row in zip(judged, rows, strict=True) if row < 0})
-            found = f"{source} judges {len(lost)} targets that {targets_source} does not have, e.g. {lost[:3]}"
-            if missing == "error":
-                raise CorpusError(
-                    f"{found}. Get the corpus that was judged, or leave such judgements out: missing_targets='drop'."
-                )
-            left_out = len({query for query, _ in judged} - numbers.keys())
-            logger.warning(
-                "%s: %d judgements are left out, and with them %d queries that have no others.",
-                found,
-                len(judged) - len(of_pair),
-                left_out,
-            )
-        grades = np.fromiter(judged.values(), np.float64, len(judged))
-        records = [_query(id, texts[id], answers.get(id, ())) for id in numbers]
-        self._add_split(split, records, of_pair, rows[rows >= 0], grades[rows >= 0])
+        """Add a split of (query id, target id, grade) triples; see :func:`judged_queries`."""
+        self._add_split(split, *judged_queries(triples, texts, answers, self.rows_of, missing, sources))
 
     def hold_out(self, queries: int, split: str = "train", into: str = "dev", seed: int = 0) -> None:
         """Move ``queries`` random queries of the split into a new split. The targets stay the same.
@@ -743,32 +613,6 @@ def _is_empty(text: pa.ChunkedArray, title: pa.ChunkedArray) -> pa.ChunkedArray:
 def _joined(table: pa.Table) -> list[str]:
     titles, texts = table.column("title").to_pylist(), table.column("text").to_pylist()
     return [join_title(title, text) for title, text in zip(titles, texts, strict=True)]
-
-
-def _query(id: str, text: str, answers: Iterable[str] = ()) -> dict[str, Any]:
-    """The record of a judged query."""
-    return {"id": id, "text": text, "answers": list(answers)}
-
-
-def _triples(
-    relevant: Mapping[Any, str | int | Iterable[str | int] | Mapping[Any, float]],
-) -> Iterator[tuple[str, str, float]]:
-    """(query id, target id, grade) from the arguments of :meth:`Corpus.add_split`."""
-    for query, targets in relevant.items():
-        graded = targets.items() if isinstance(targets, Mapping) else ((target, 1) for target in as_list(targets))
-        for target, given in graded:
-            grade = as_number(given)
-            if grade is None:
-                raise CorpusError(
-                    f"The grade of target {target!r:.40} for query {query!r:.40} is {given!r:.40}, expected a number."
-                )
-            yield as_id(query, "The id of a query"), as_id(target, f"A target of query {query!r:.40}"), grade
-
-
-def _require_missing(missing_targets: MissingTargets) -> MissingTargets:
-    if missing_targets not in ("error", "drop"):
-        raise InputError(f"missing_targets is {missing_targets!r}, expected 'error' or 'drop'.")
-    return missing_targets
 
 
 def _write_by_content(tables: Iterable[pa.Table], folder: Path) -> Dataset:
