@@ -441,7 +441,7 @@ class CorrectedSearch:
 
 
 def _first_others(best: Tensor, rows: Tensor, scores: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Scores and rows: ``rows`` ``(B, n)``, then the first ``count`` other ``others`` ``(B, k)``, then −1."""
+    """Scores and rows: ``rows`` ``(B, n)``, then ``count`` new rows of ``others`` ``(B, k)``, then −1."""
     new = (others != NO_ROW) & (others[:, :, None] != rows[:, None, :]).all(-1)
     order = (~new).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
     known = ~new.gather(1, order)
