@@ -1,4 +1,4 @@
-"""The least that can be corrected: the drift that all targets share."""
+"""The simplest correction: the drift that all targets share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .affine import AffineCorrector
 
 
 class MeanShiftCorrector(AffineCorrector):
-    """``h(z) = z + b``, ``b`` the mean of ``g(y) − z`` over the steps so far, with exponential forgetting.
+    """``h(z) = z + b``, where ``b`` is the mean of ``g(y) − z`` over the steps so far, with exponential forgetting.
 
-    Costs ``d`` operations a target in the search.
+    Costs ``d`` operations per target in the search.
 
     Args:
         dim: dimension ``d`` of the embeddings.
-        forgetting: ρ, the weight that is left of a pair after one more step, in ``(0, 1]``.
+        forgetting: ρ, a pair's remaining weight after each further step, in ``(0, 1]``.
         normalize: see :class:`Corrector`.
 
     Raises:

@@ -10,17 +10,17 @@ from .affine import AffineCorrector
 
 
 class OrthogonalCorrector(AffineCorrector):
-    """``h(z) = zQ`` with ``QᵀQ = I``: keeps all angles between targets, and can turn them only together.
+    """``h(z) = zQ`` with ``QᵀQ = I``: keeps all angles between targets and only rotates them together.
 
     ``Q = UVᵀ`` of the singular value decomposition ``λI + Σ_t ρ^{T−t} Z_tᵀG_t = UΣVᵀ`` minimises
     ``Σ_t ρ^{T−t} ‖Z_t Q − G_t‖² + λ‖Q − I‖²`` over rotations (`Schönemann 1966
-    <https://doi.org/10.1007/BF02289451>`_). Costs ``2·d²`` operations a target in the search, and one decomposition
-    of size ``d`` a step.
+    <https://doi.org/10.1007/BF02289451>`_). Costs ``2·d²`` operations per target in the search, and one decomposition
+    of size ``d`` per step.
 
     Args:
         dim: dimension ``d`` of the embeddings.
         regularization: λ, the pull towards no rotation.
-        forgetting: ρ, the weight that is left of a pair after one more step, in ``(0, 1]``.
+        forgetting: ρ, a pair's remaining weight after each further step, in ``(0, 1]``.
         normalize: see :class:`Corrector`.
 
     Raises:
