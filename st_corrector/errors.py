@@ -1,4 +1,4 @@
-"""The exceptions of this package: each says what was wrong, what was expected and how to mend it."""
+"""The exceptions of this package: each says what was wrong, what was expected and how to fix it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CheckpointError(StCorrectorError, ValueError):
 
 
 class StorageError(StCorrectorError, OSError):
-    """A file cannot be written: the disk is full, may not be written to, or is gone."""
+    """A file cannot be written: the disk is full, read-only, or gone."""
 
 
 class InputError(StCorrectorError, ValueError):
@@ -32,4 +32,4 @@ class NonFiniteError(InputError):
 
 
 class ProcessError(StCorrectorError, RuntimeError):
-    """Of several processes another one has failed, or they no longer agree."""
+    """Another process has failed, or the processes no longer agree."""

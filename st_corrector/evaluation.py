@@ -23,6 +23,7 @@ from .data.encoding import DocumentEncoder, evaluating
 from .data.routing import QUERY, modules_for
 from .data.text import contains_answer
 from .errors import InputError
+from .runtime.precision import in_float32
 from .search.topk import RunningTopK
 
 logger = logging.getLogger(__name__)
@@ -33,34 +34,34 @@ _SCORES_AT_ONCE = 2**27  # half a GB
 
 
 class CorpusRetrievalEvaluator(SentenceEvaluator):
-    """Encodes the whole corpus with the model as it is, searches it exactly for every query of a split, and scores.
+    """Encodes the whole corpus with the current model, searches it exactly for every query of a split, and scores.
 
     Metrics (all in ``[0, 1]``): ``recall@{1,5,20,100}`` (the share of a query's relevant targets found), ``mrr@10``,
     ``ndcg@10``, ``map@100``, as :func:`ranking_metrics` defines them; and, where the queries have answers,
-    ``answer_recall@{1,5,20,100}``: whether one of the first k targets' texts (titles left out) contains one of the
-    answers as open-domain question answering scores it (:func:`~st_corrector.data.text.contains_answer`).
+    ``answer_recall@{1,5,20,100}``: whether one of the first k targets' texts (without titles) contains one of the
+    answers, as scored in open-domain question answering (:func:`~st_corrector.data.text.contains_answer`).
 
-    Works on the corpus's token ids, in chunks: the embeddings of the corpus are never held at once. Titles,
-    prompts and truncation are those of training. Nothing that training depends on is changed.
+    Works on the corpus's token ids, in chunks: the embeddings of the corpus are never held at once. Titles, prompts and
+    truncation are those of training. It does not affect training.
 
-    Where the queries are targets themselves, as in Quora or ArguAna, each is usually the first that is found for
-    itself. By default it stands in its ranking like any other target, so that even a perfect model's ``mrr@10`` is 0.5.
-    BEIR leaves it out, and so does ``ignore_identical_ids=True``.
+    If the queries are targets themselves, as in Quora or ArguAna, each usually finds itself first. By default it is
+    ranked like any other target, so even a perfect model's ``mrr@10`` is 0.5. BEIR leaves it out, and so does
+    ``ignore_identical_ids=True``.
 
     Args:
         corpus: the targets and their judged queries.
         split: the queries to evaluate.
         name: precedes every metric, as in sentence-transformers' evaluators.
         batch_size: texts in one forward pass.
-        chunk_size: targets that are encoded and scored at once, at most.
+        chunk_size: targets encoded and scored at once, at most.
         write_csv: append a line to a CSV file in the ``output_path`` of each call.
         show_progress_bar: show the encoding's progress.
-        ignore_identical_ids: leave the target that has the query's id out of its ranking, as BEIR does. The judgements
-            stay: where a query is judged relevant to itself, it counts as not found.
+        ignore_identical_ids: leave the target with the query's id out of its ranking, as BEIR does. Judgements stay: a
+            query judged relevant to itself counts as not found.
 
     Raises:
         CorpusError: the corpus has no such split.
-        InputError: the split has no queries, or the model compares by something else than cosine or dot product.
+        InputError: the split has no queries, or the model's similarity is neither cosine nor dot product.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
         self.primary_metric = "ndcg@10"
         self.csv_file = f"corpus-retrieval_evaluation{'_' + name if name else ''}_results.csv"
         self.ignore_identical_ids = ignore_identical_ids
-        # One more, so that 100 are left without the query's own.
+        # One more, so that 100 remain without the query's own.
         self._retrieved = _DEPTH + ignore_identical_ids
         self._answers: list[list[str]] = self.qrels.queries["answers"][:]
 
@@ -102,7 +103,7 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
         return metrics
 
     def score(self, rows: Tensor) -> dict[str, float]:
-        """The metrics of what was retrieved.
+        """The metrics of retrieved rows.
 
         Args:
             rows: corpus rows for each query, best first, −1 beyond the last: ``(Q, 100)``; see :meth:`retrieve`.
@@ -113,15 +114,15 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
 
     @torch.no_grad()
     def retrieve(self, model: SentenceTransformer, embeddings: EmbeddingCache | None = None) -> Tensor:
-        """The first 100 corpus rows for each query, best first: ``(Q, 100)`` on the CPU, −1 beyond a smaller corpus;
-        without the query's own where ``ignore_identical_ids`` is set.
+        """The first 100 corpus rows for each query, best first: ``(Q, 100)`` on the CPU, padded with −1 for a smaller
+        corpus; without the query's own if ``ignore_identical_ids`` is set.
 
         Args:
-            embeddings: search these, as an index that is served would be, instead of encoding the corpus.
+            embeddings: search these, like a served index, instead of encoding the corpus.
 
         Raises:
-            InputError: the model compares by something else than cosine or dot product, a Router of its has no route
-                for a side, or the embeddings are of another corpus or width.
+            InputError: the model's similarity is neither cosine nor dot product, its Router lacks a route for a side,
+                or the embeddings are of another corpus or width.
         """
         if model.similarity_fn_name not in ("cosine", "dot"):
             raise InputError(f"The model compares by {model.similarity_fn_name!r}; expected 'cosine' or 'dot'.")
@@ -147,7 +148,7 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
                 rows = np.arange(start, min(start + chunk_size, len(self.corpus)))
                 if getattr(model, "_distributed_inference", None) is None:
                     fresh = encoder.encode(model, rows, batch_size=self.batch_size, bar=bar)
-                else:  # in a trainer of several processes the others wait to serve encode(), and nothing else
+                else:  # with several processes, the others only wait to serve encode()
                     fresh = model.encode(
                         self.corpus.texts(rows),
                         prompt=encoder.prompt,
@@ -157,8 +158,8 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
                         show_progress_bar=False,
                     ).float()
                     bar.update(len(rows))
-                # encode_query cuts to model.truncate_dim where that is set; the targets are cut to the same width.
-                best.update(compare(fresh[:, : queries.shape[1]]) @ queries.T, start)
+                # encode_query truncates to model.truncate_dim if set; targets are truncated to the same width.
+                best.update(_scores(compare(fresh[:, : queries.shape[1]]), queries), start)
         return self._ranking(best)
 
     def _search(self, queries: Tensor, embeddings: EmbeddingCache, compare: Callable[[Tensor], Tensor]) -> RunningTopK:
@@ -169,16 +170,16 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
             )
         best = RunningTopK(len(queries), self._retrieved, queries.device)
         for row, chunk in embeddings.chunks(max(1, min(self.chunk_size, _SCORES_AT_ONCE // len(queries)))):
-            best.update(compare(chunk.float().to(queries.device)) @ queries.T, row)
+            best.update(_scores(compare(chunk.float().to(queries.device)), queries), row)
         return best
 
     def _ranking(self, best: RunningTopK) -> Tensor:
-        """The rows that were found, best first, without the query's own if that is asked for."""
+        """The found rows, best first, without the query's own if requested."""
         rows = best.best[1].cpu()
         if not self.ignore_identical_ids:
             return rows
         own = torch.from_numpy(self.corpus.rows_of(self.qrels.queries["id"], missing=-1))
-        # The query's own, or the last, goes behind all others, which keep their order, and is cut off.
+        # The query's own row, or the last, moves behind all others, which keep their order, and is cut off.
         return rows.gather(1, (rows == own[:, None]).int().argsort(dim=1, stable=True))[:, :_DEPTH]
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -194,7 +195,7 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
         return "Corpus Retrieval"
 
     def _grades(self, rows: np.ndarray) -> np.ndarray:
-        """The grade of what was found at each rank, 0 where it is not relevant, ``(Q, depth)``."""
+        """The grade at each rank, 0 if not relevant, ``(Q, depth)``."""
         grades = np.zeros(rows.shape)
         for query, found in enumerate(rows):
             _, ranks, judged = np.intersect1d(found, self.qrels.rows_of(query), return_indices=True)
@@ -236,22 +237,27 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
             writer.writerow([epoch, steps, *metrics.values()])
 
 
+@in_float32
+def _scores(targets: Tensor, queries: Tensor) -> Tensor:
+    """``(C, d), (Q, d) → (C, Q)``, in float32 under a caller's autocast too."""
+    return targets @ queries.T
+
+
 def ranking_metrics(grades: np.ndarray, total: np.ndarray, best: np.ndarray | None = None) -> dict[str, float]:
-    """Mean ranking metrics over queries, as trec_eval (and with it BEIR and MTEB) has them.
+    """Mean ranking metrics over queries, as in trec_eval (and so BEIR and MTEB).
 
-    A target is relevant if its grade is above 0, and for recall, the reciprocal rank and average precision nothing else
-    of the grade counts. nDCG's gain is the grade itself
-    (`Järvelin and Kekäläinen 2002 <https://doi.org/10.1145/582415.582418>`_): it is the sum of
-    ``grade / log2(rank + 1)`` over the first ten, divided by that of all judged targets in the order of their grades.
-    Grades of 0 and below gain nothing, as in trec_eval.
+    A target is relevant if its grade is above 0; recall, reciprocal rank and average precision ignore the grade
+    otherwise. nDCG's gain is the grade itself (`Järvelin and Kekäläinen 2002
+    <https://doi.org/10.1145/582415.582418>`_): it is the sum of ``grade / log2(rank + 1)`` over the first ten, divided
+    by that of all judged targets in order of grade. Grades of 0 and below gain nothing, as in trec_eval.
 
-    :class:`~sentence_transformers.sentence_transformer.evaluation.InformationRetrievalEvaluator` knows no grades: where
-    all of them are 1, its figures are the same, elsewhere its nDCG is another. Two things are as in that one, and not
-    as in trec_eval: average precision of a query with more than 100 relevant targets is divided by 100, and queries
-    without any are left out of the mean, where trec_eval counts them with 0.
+    :class:`~sentence_transformers.sentence_transformer.evaluation.InformationRetrievalEvaluator` ignores grades: if all
+    are 1, its figures are the same, otherwise its nDCG differs. Two things follow that class, not trec_eval: average
+    precision of a query with more than 100 relevant targets is divided by 100, and the mean leaves out queries without
+    any, which trec_eval counts as 0.
 
     Args:
-        grades: of the target at each rank, 0 where it is not relevant, ``(Q, depth)``, best first.
+        grades: of the target at each rank, 0 if not relevant, ``(Q, depth)``, best first.
         total: how many relevant targets each query has, ``(Q,)``.
         best: each query's ten highest grades, highest first, 0 beyond the last, ``(Q, 10)``; by default all are 1.
     """
@@ -261,7 +267,7 @@ def ranking_metrics(grades: np.ndarray, total: np.ndarray, best: np.ndarray | No
         best = np.arange(10) < total[:, None]
     rank = np.arange(1, depth + 1)
     discount = 1 / np.log2(rank + 1)
-    # Summed one after the other: so the sums of ones are to the bit what they are without grades.
+    # Summed one by one, so that grades of 1 give bit-identical sums to no grades.
     ideal = np.cumsum(best * discount[:10], axis=1)[:, -1]
     first = np.where(relevant[:, :10].any(1), relevant[:, :10].argmax(1) + 1, np.inf)
     precision = np.cumsum(relevant, axis=1) / rank

@@ -1,8 +1,7 @@
-"""A second use for a corrector: embeddings that are already served are carried over to a newer model.
+"""A second use for a corrector: carrying served embeddings over to a newer model.
 
-To map what an earlier encoder has said to what the present one would say is what a corrector is trained for while the
-encoder changes, and it is what an index needs when the encoder behind it is replaced: instead of encoding all its texts
-again, each of its vectors is mapped.
+A corrector is trained to map an earlier encoder's embeddings to the current one's. An index needs the same when its
+encoder is replaced: instead of encoding all its texts again, we map each of its vectors.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ from ..search.fidelity import overlap_at_k
 from .fitting import drawn
 
 ROWS_AT_ONCE = 16_384
-"""Embeddings that are mapped at once."""
+"""Number of embeddings mapped at once."""
 _DEPTHS = (10, 100, 1000)
 
 
 def upgrade_embeddings(embeddings: Embeddings, corrector: Corrector) -> Tensor:
-    """Embeddings of an earlier model as ``corrector`` maps them to a newer one's: float32, ``(n, d) → (n, d')``.
+    """Map embeddings of an earlier model to a newer one's: float32, ``(n, d) → (n, d')``.
 
     Files and indices of any size: :func:`~st_corrector.carry_over.vectors.upgrade_file`, or
     ``st-corrector upgrade-index``.
 
     Args:
-        embeddings: of the model that the corrector maps from, floating-point, ``(n, d)``; a list of vectors will do.
+        embeddings: of the model that the corrector maps from, floating-point, ``(n, d)``; a list of vectors also works.
         corrector: of a training run (:meth:`Corrector.from_pretrained`), or of :func:`fit_corrector`.
 
     Raises:
-        InputError: they are not floating-point, or of another dimension than the corrector maps from.
+        InputError: they are not floating-point, or not of the corrector's input dimension.
         NonFiniteError: one is NaN or infinite, or becomes so.
     """
     stale = as_tensor(embeddings, InputError)
@@ -50,7 +49,7 @@ def upgrade_embeddings(embeddings: Embeddings, corrector: Corrector) -> Tensor:
             f"shape {tuple(stale.shape)}."
         )
     unit = corrector.normalize if corrector.frames is None else corrector.frames.unit
-    # A corrector that comes from training may be on a GPU.
+    # A corrector from training may be on a GPU.
     device = next(iter(corrector.state_dict().values()), stale).device
     mapped = []
     for start in range(0, len(stale), ROWS_AT_ONCE):
@@ -63,17 +62,17 @@ def upgrade_embeddings(embeddings: Embeddings, corrector: Corrector) -> Tensor:
 
 @dataclass
 class CarryOverEstimate:
-    """What carrying an index over keeps, estimated on targets that were really encoded again.
+    """Estimate of what carrying an index over keeps, from targets that were really encoded again.
 
     Args:
         targets: of the corpus.
-        sample: how many of them were encoded again.
-        queries: by how many it was asked.
-        cosine: of the carried-over and the fresh embeddings, the mean.
-        cosine_unchanged: of the old embeddings and the fresh ones; None where the widths differ.
-        recall: by depth ``k``: of the ``k`` targets that a re-embedded index would return first, the share that the
-            carried-over one does, the mean over queries.
-        recall_unchanged: the same for the old index, asked by the new model; empty where the widths differ.
+        sample: number of targets encoded again.
+        queries: number of queries used.
+        cosine: mean between carried-over and fresh embeddings.
+        cosine_unchanged: mean between old and fresh embeddings; None if the widths differ.
+        recall: by depth ``k``: the share of a re-embedded index's first ``k`` targets that the carried-over index also
+            returns, mean over queries.
+        recall_unchanged: the same for the old index with the new model's queries; empty if the widths differ.
         standard_error: of :attr:`recall`, over queries.
     """
 
@@ -109,19 +108,19 @@ def estimate_carry_over(
     queries: list[str],
     batch_size: int = 64,
 ) -> CarryOverEstimate:
-    """What of a re-embedded index a carried-over one keeps, without re-embedding more than a sample.
+    """Estimate how much of a re-embedded index a carried-over one keeps, by re-embedding only a sample.
 
-    In a sample of ``n`` of ``N`` targets the first ``k·n/N`` stand for the first ``k`` of all, since a random sample
-    keeps the order; depths of which that is less than one are left out. Where it is few, the estimate tends to be too
-    low: by some two points where five stand for a hundred (``benchmarks/results/carry-over``).
+    In a sample of ``n`` of ``N`` targets the first ``k·n/N`` represent the first ``k`` of all, since a random sample
+    keeps the order. Depths with less than one are left out. With few, the estimate tends to be too low: by about two
+    points if five represent a hundred (``benchmarks/results/carry-over``).
 
     Args:
         old: embeddings of the sample by the earlier model, ``(n, d)``.
         rows: the sample's corpus rows, ``(n,)``; see :func:`sample_rows`.
-        corrector: that carries them over.
+        corrector: the corrector that carries them over.
         new: the model that they are carried over to; it encodes the sample and the queries.
         corpus: the targets.
-        queries: as users ask them; some hundred.
+        queries: real user queries; a few hundred.
         batch_size: texts in one forward pass.
 
     Raises:
@@ -164,7 +163,7 @@ def estimate_carry_over(
 
 
 def estimated_depths(sample: int, targets: int) -> list[int]:
-    """The depths ``k`` of which a sample of so many of all ``targets`` can say something.
+    """The depths ``k`` that a sample of this size from all ``targets`` can estimate.
 
     Raises:
         InputError: there is none.
@@ -180,11 +179,11 @@ def estimated_depths(sample: int, targets: int) -> list[int]:
 def sample_rows(
     corpus: Corpus, sample: int, without: np.ndarray[Any, Any] | None = None
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Rows of ``corpus`` by chance, for :func:`estimate_carry_over`, ascending.
+    """Random rows of ``corpus`` for :func:`estimate_carry_over`, ascending.
 
     Args:
         sample: how many.
-        without: rows that are left out: those that a corrector was fitted on, which it knows better than others.
+        without: excluded rows: those that a corrector was fitted on, which it maps better than others.
     """
     others = np.arange(len(corpus)) if without is None else np.setdiff1d(np.arange(len(corpus)), without)
     chosen: np.ndarray[Any, np.dtype[np.int64]] = others[drawn(len(others), sample, seed=1)]

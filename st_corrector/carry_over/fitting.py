@@ -1,4 +1,4 @@
-"""Correctors fitted at once on pairs of embeddings, instead of step by step while an encoder trains."""
+"""Correctors fitted at once on pairs of embeddings, instead of step by step during training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 FITTED = tuple(name for name in LOADABLE if name != IdentityCorrector.name)
 """The correctors that can be fitted, by name."""
 _SMALLEST_SAMPLE = 20
-_HELD_OUT = 0.1  # of the sample, to choose settings by
+_HELD_OUT = 0.1  # share of the sample used to choose settings
 _REGULARIZATIONS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 _EPOCHS, _PATIENCE, _BATCH = 100, 5, 256  # of networks
 
@@ -38,28 +38,27 @@ def fit_corrector(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Corrector:
-    """A corrector from the embeddings of one model to those of another, fitted on targets that both have encoded.
+    """Fit a corrector from one model's embeddings to another's, on targets encoded by both.
 
-    The two models need have nothing in common. Where their embeddings have different widths, ``"ridge"`` is an affine
-    map (:class:`AffineMap`). A tenth of the sample is held out: to choose the regularisation by, or when to stop.
+    The two models may be unrelated. If their embeddings differ in width, ``"ridge"`` is an affine map
+    (:class:`AffineMap`). A tenth of the sample is held out to choose the regularisation or when to stop.
 
     Args:
-        old: the model that the embeddings are of, or a cache of its embeddings of ``corpus``, so that only ``new`` has
-            to encode.
-        new: the model to which they are to be carried over.
+        old: the old model, or a cache of its embeddings of ``corpus``, so that only ``new`` must encode.
+        new: the new model.
         corpus: the targets.
-        sample: how many of them, drawn by chance, are encoded; all, where there are fewer.
+        sample: how many random targets are encoded; all, if there are fewer.
         corrector: one of :data:`FITTED`.
-        seed: of the draw, and of a network's start.
+        seed: of the draw and of a network's initialisation.
         batch_size: targets in one forward pass.
         progress: show progress bars.
 
     Returns:
-        The corrector; its :attr:`~Corrector.frames` say what it maps between.
+        The corrector; its :attr:`~Corrector.frames` describe the embeddings that it maps between.
 
     Raises:
-        InputError: the models' widths differ and the corrector cannot, its name is unknown, the sample is below 20, or
-            the cache is of another corpus.
+        InputError: the models' widths differ and the corrector does not support that, its name is unknown, the sample
+            is below 20, or the cache is of another corpus.
     """
     if sample < _SMALLEST_SAMPLE:
         raise InputError(f"sample must be at least {_SMALLEST_SAMPLE}, got {sample}.")
@@ -83,14 +82,14 @@ def fit_corrector(
 def fit_to_pairs(
     stale: Embeddings, fresh: Embeddings, corrector: str = "ridge", unit: bool = True, seed: int = 0
 ) -> Corrector:
-    """A corrector fitted on pairs of embeddings; see :func:`fit_corrector`.
+    """Fit a corrector on pairs of embeddings; see :func:`fit_corrector`.
 
     Args:
         stale: ``g'(y)``, ``(n, d)``.
         fresh: ``g(y)`` of the same targets, ``(n, d')``.
         corrector: one of :data:`FITTED`.
-        unit: whether embeddings are compared by cosine: all are brought to unit length then.
-        seed: of what is held out, and of a network's start.
+        unit: whether embeddings are compared by cosine; then all are brought to unit length.
+        seed: of the held-out split and of a network's initialisation.
     """
     stale, fresh = (as_tensor(each, InputError).float() for each in (stale, fresh))
     dim, new_dim = stale.shape[1], fresh.shape[1]
@@ -136,7 +135,7 @@ def require_fitted(corrector: str) -> None:
 
 
 def drawn(size: int, sample: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """``sample`` of the rows ``0 … size − 1`` by chance, or all, ascending."""
+    """``sample`` random rows of ``0 … size − 1``, or all, ascending."""
     return np.sort(np.random.default_rng(seed).permutation(size)[:sample])
 
 
@@ -148,14 +147,14 @@ def _choices(kind: type[Corrector], base: dict[str, Any]) -> Sequence[dict[str, 
 
 
 def _solve(kind: type[Corrector], dim: int, settings: dict[str, Any], stale: Tensor, fresh: Tensor) -> Corrector:
-    """A corrector in closed form: one step that sees all pairs at once."""
+    """A closed-form corrector: one step on all pairs at once."""
     corrector = configured(kind, dim, settings)
     corrector.learn(stale, fresh, fresh, 1.0)
     return corrector
 
 
 def _train(corrector: Corrector, pairs: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]) -> Corrector:
-    """A network, trained until it gets no better on what is held out."""
+    """A network, trained until it stops improving on the held-out pairs."""
     stale, fresh = pairs
     generator = torch.Generator().manual_seed(0)
     best, kept, waited = _error(corrector, *held_out), corrector.state_dict(), 0
@@ -172,5 +171,5 @@ def _train(corrector: Corrector, pairs: tuple[Tensor, Tensor], held_out: tuple[T
 
 
 def _error(corrector: Corrector, stale: Tensor, fresh: Tensor) -> float:
-    """``‖h − g‖²``, the mean; of unit vectors that is ``2 − 2 cos``."""
+    """The mean of ``‖h − g‖²``; for unit vectors ``2 − 2 cos``."""
     return (corrector(stale) - fresh).square().sum(-1).mean().item()

@@ -1,4 +1,5 @@
-"""Files of served embeddings, read in blocks and written anew: NumPy, safetensors, FAISS, and embedding caches."""
+"""Files of served embeddings, read in blocks and written to new files: NumPy, safetensors, FAISS, and embedding
+caches."""
 
 from __future__ import annotations
 
@@ -27,15 +28,15 @@ from ..storage.fingerprint import differences, digest
 from .estimate import ROWS_AT_ONCE as _ROWS_AT_ONCE
 from .estimate import upgrade_embeddings
 
-_TRAINED_ON = 262_144  # rows, at most, of an index that has to be trained anew
+_TRAINED_ON = 262_144  # maximum rows for training a new index
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Vectors(ABC):
-    """Embeddings in a file or folder, row by row those of a corpus: open them with :func:`open_vectors`.
+    """Embeddings in a file or folder, one row per corpus row: open them with :func:`open_vectors`.
 
     Args:
-        path: where they are.
+        path: the file or folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,25 +51,25 @@ class Vectors(ABC):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What they depend on, by component; empty where that is not known."""
+        """What they depend on, by component; empty if unknown."""
         return {}
 
     def require_rows(self) -> None:  # noqa: B027
-        """Refuse where it is not known which row is which target of the corpus.
+        """Refuse if it is unknown which target each row belongs to.
 
         Raises:
-            InputError: it is not.
+            InputError: it is unknown.
         """
 
     @abstractmethod
     def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
-        """Write into ``path``, in the form that these have, what ``corrector`` has made of them."""
+        """Write the output of ``corrector`` into ``path``, in the same format as the input."""
 
     def check(self, corrector: Corrector) -> None:
-        """Refuse a corrector that maps from something else.
+        """Refuse a corrector that maps from other embeddings.
 
         Raises:
-            InputError: its dimension is another, or as far as is known, what it maps from.
+            InputError: its dimension differs or, as far as known, the embeddings that it maps from.
         """
         if corrector.dim != self.dim:
             raise InputError(
@@ -76,12 +77,12 @@ class Vectors(ABC):
             )
 
     def upgrade(self, corrector: Corrector, path: Path, progress: bool = True) -> None:
-        """Write into ``path`` what the corrector makes of them, block by block; they stay as they are.
+        """Write the corrected embeddings into ``path``, block by block; the originals stay unchanged.
 
         Raises:
-            InputError: the corrector does not fit, or there is something in ``path``.
+            InputError: the corrector does not fit, or ``path`` exists.
             NonFiniteError: an embedding is NaN or infinite, or becomes so.
-            StorageError: ``path`` cannot be written; nothing of it is left.
+            StorageError: ``path`` cannot be written; partial output is removed.
         """
         self.check(corrector)
         if path.exists():
@@ -99,15 +100,15 @@ class Vectors(ABC):
 
 
 def open_vectors(path: str | os.PathLike[str], tensor: str | None = None, factory: str | None = None) -> Vectors:
-    """What is in ``path``: a ``.npy`` or ``.safetensors`` file, the folder of an :class:`EmbeddingCache`, or, by any
-    other name, a FAISS index whose vectors can be reconstructed.
+    """Open ``path``: a ``.npy`` or ``.safetensors`` file, the folder of an :class:`EmbeddingCache`, or, with any other
+    name, a FAISS index whose vectors can be reconstructed.
 
     Args:
-        tensor: of a safetensors file, which of its tensors; by default the only one of two dimensions.
-        factory: of a FAISS index, the string by which the new one is made; by default it is of the same kind.
+        tensor: name of the tensor in a safetensors file; by default the only two-dimensional one.
+        factory: factory string for a new FAISS index; by default it is of the same kind.
 
     Raises:
-        InputError: there is nothing, or nothing that holds floating-point embeddings, one a row.
+        InputError: there is nothing, or no floating-point embeddings, one per row.
         CacheError: the cache is damaged or not finished.
     """
     file = Path(path)
@@ -150,7 +151,7 @@ class NumpyVectors(Vectors):
     def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
         with whole(path) as partial:
             form = {"descr": np.lib.format.dtype_to_descr(self._array.dtype), "fortran_order": False}
-            # Written, not mapped: on a full disk a mapped file ends the process instead of raising anything.
+            # Written, not mapped: on a full disk a mapped file kills the process instead of raising an error.
             with partial.open("wb") as file:
                 np.lib.format.write_array_header_1_0(file, {**form, "shape": (self.count, width_after(corrector))})
                 for block in blocks:
@@ -158,7 +159,7 @@ class NumpyVectors(Vectors):
 
 
 class SafetensorsVectors(Vectors):
-    """A tensor of a ``.safetensors`` file, memory-mapped; the others of the file are kept as they are."""
+    """A tensor of a ``.safetensors`` file, memory-mapped; its other tensors are kept unchanged."""
 
     def __init__(self, path: Path, tensor: str | None) -> None:
         super().__init__(path)
@@ -185,7 +186,7 @@ class SafetensorsVectors(Vectors):
         if len(rows) and rows[-1] - rows[0] == len(rows) - 1:  # a block
             block: Tensor = self._slice[int(rows[0]) : int(rows[-1]) + 1]
             return block.float()
-        mapped: Tensor = self._file.get_tensor(self.name)  # of which only these rows are read
+        mapped: Tensor = self._file.get_tensor(self.name)  # only these rows are read
         return mapped[torch.from_numpy(rows)].float()
 
     def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
@@ -232,7 +233,7 @@ class CacheVectors(Vectors):
 
     def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
         fresh = dict(corrector.frames.fresh) if corrector.frames else {}
-        # They are not what the new model says, only near to it.
+        # They only approximate the new model's embeddings.
         fresh["carried_over_by"] = digest(*(each.numpy().tobytes() for each in _state(corrector)))
         dtype = str(self.cache.dtype).removeprefix("torch.")
         description = Description(self.count, width_after(corrector), dtype, _ROWS_AT_ONCE, fresh)
@@ -247,17 +248,17 @@ class CacheVectors(Vectors):
                     folder.write(description, number, shard)
                 folder.finish(description)
             except BaseException:
-                shutil.rmtree(path, ignore_errors=True)  # it was ours alone
+                shutil.rmtree(path, ignore_errors=True)  # only this call used it
                 raise
 
 
 def width_after(corrector: Corrector) -> int:
-    """The dimension of what a corrector makes."""
+    """The dimension of a corrector's output."""
     return corrector.new_dim if isinstance(corrector, AffineMap) else corrector.dim
 
 
 def _stored(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """A block as it is stored, if that is finite."""
+    """A block in its stored dtype, checked to be finite."""
     if not np.isfinite(block).all():
         raise NonFiniteError(f"An embedding is not finite in {block.dtype}: store the old ones in a wider dtype first.")
     return block
@@ -268,22 +269,22 @@ def _state(corrector: Corrector) -> list[Tensor]:
 
 
 class FaissVectors(Vectors):
-    """A FAISS index whose vectors can be reconstructed; those that are compressed only as well as it keeps them.
+    """A FAISS index whose vectors can be reconstructed; compressed ones only approximately.
 
-    The new index has the same kind, metric, parameters and ids. What it has learnt about where vectors lie
-    (rotations, centroids, codebooks) it learns anew from the new ones: so the kinds are those of which that is known,
-    Flat, SQ, PQ, HNSW over Flat, IVF over Flat, SQ or PQ (with centroids in Flat or HNSW), these behind PCA, OPQ or a
-    random rotation, and IDMap of them. Others need ``factory``.
+    The new index has the same kind, metric, parameters and ids. Its trained parts (rotations, centroids, codebooks) are
+    trained again on the new vectors. So only kinds whose trained parts are known are supported: Flat, SQ, PQ, HNSW over
+    Flat, IVF over Flat, SQ or PQ (with centroids in Flat or HNSW), these after PCA, OPQ or a random rotation, and IDMap
+    of them. Others need ``factory``.
 
-    Its rows are in the order of their ids; ids may repeat. Those that do are in the order in which they were added, but
-    for an IVF index without IDMap, which does not know that order: see :meth:`require_rows`.
+    Rows are ordered by id; ids may repeat. Repeated ids are in the order in which they were added, except in an IVF
+    index without IDMap, which does not know that order: see :meth:`require_rows`.
 
     Args:
         path: the index's file.
-        factory: makes the new index from this string instead, as it must where the width changes.
+        factory: makes the new index from this string instead; required if the width changes.
 
     Raises:
-        InputError: it is no FAISS index, its vectors cannot be reconstructed, or no new one of its kind can be made.
+        InputError: it is not a FAISS index, its vectors cannot be reconstructed, or no new one of its kind can be made.
     """
 
     def __init__(self, path: Path, factory: str | None = None) -> None:
@@ -312,7 +313,7 @@ class FaissVectors(Vectors):
     def _require_known(self) -> None:
         faiss, base = self._faiss, self._layers.base
         kind = type(base).__name__
-        # Whose vectors cannot be asked for at all: it would end the process.
+        # Asking for its vectors would kill the process.
         if isinstance(base, (faiss.IndexIVFFastScan, faiss.IndexFastScan)):
             raise InputError(
                 f"{self.path} is an {kind}, whose vectors FAISS cannot give back: carry over the vectors that it was "
@@ -338,7 +339,7 @@ class FaissVectors(Vectors):
         )
 
     def _stored(self) -> tuple[Ids, Ids]:
-        """The keys by which the innermost index reconstructs its vectors, and the ids of these vectors."""
+        """The keys by which the innermost index reconstructs its vectors, and these vectors' ids."""
         faiss, base = self._faiss, self._layers.base
         keys = ids = np.arange(self.count)
         self._direct_map = faiss.DirectMap.NoMap
@@ -350,8 +351,8 @@ class FaissVectors(Vectors):
                     f"{self.path} is an {type(base).__name__} that keeps {sum(sizes):,} of {self.count:,} vectors: "
                     "carry over the vectors that it was made of, and build it again."
                 )
-            # FAISS's own map from ids to places keeps one place of each id. So a key is a number of ours instead, and
-            # what it is mapped to is a list's number and a place in that list.
+            # FAISS's own map from ids to places keeps one place per id. So we use our own numbers as keys, mapped to a
+            # list's number and a place in that list.
             places = np.concatenate([(number << 32) + np.arange(size) for number, size in enumerate(sizes)])
             ids = np.concatenate([self._in_list(lists, number, size) for number, size in enumerate(sizes)])
             self._direct_map = base.direct_map.type
@@ -359,7 +360,7 @@ class FaissVectors(Vectors):
             base.direct_map.type = faiss.DirectMap.Array
             faiss.copy_array_to_vector(places, base.direct_map.array)
         for id_map in reversed(self._layers.id_maps):
-            # Inside of an IDMap, an id is the position of the one outside.
+            # Inside an IDMap, an id is the position of the outer id.
             keys, ids = keys[order := np.argsort(ids)], ids[order]
             if not np.array_equal(ids, np.arange(len(id_map))):
                 raise InputError(
@@ -436,25 +437,25 @@ class FaissVectors(Vectors):
         with whole(path) as partial:
             try:
                 faiss.write_index(index, str(partial))
-            except RuntimeError as error:  # how FAISS tells that a file cannot be written
+            except RuntimeError as error:  # FAISS's error if a file cannot be written
                 raise StorageError(f"{path} cannot be written ({error}): is the disk full?") from error
 
     def _made(self, dim: int) -> Any:
-        """An index without vectors, as the factory string says."""
+        """An empty index, from the factory string."""
         try:
             return self._faiss.index_factory(dim, self._factory, self._index.metric_type)
         except RuntimeError as error:
             raise InputError(f"FAISS does not understand the string {self._factory!r}: {error}") from error
 
     def _empty(self) -> Any:
-        """An index without vectors of the same kind, which has to be trained, if it is of a kind that is."""
+        """An empty index of the same kind, still untrained if that kind needs training."""
         index = self._faiss.clone_index(self._index)
         index.reset()
         self._forget(index)
         return index
 
     def _forget(self, index: Any) -> bool:
-        """Let an empty index forget what it has learnt; returns whether there is nothing that it has to learn."""
+        """Reset an empty index's training; returns whether it needs none."""
         faiss = self._faiss
         index = faiss.downcast_index(index)
         if isinstance(index, faiss.IndexIDMap):
@@ -479,9 +480,9 @@ class _Layers(NamedTuple):
     """What a FAISS index consists of.
 
     Args:
-        id_maps: the ids of its IDMaps, the outermost first.
-        transforms: what vectors go through, in this order.
-        base: what holds them.
+        id_maps: the ids of its IDMaps, outermost first.
+        transforms: applied to vectors, in this order.
+        base: the index that holds them.
     """
 
     id_maps: list[Ids]
@@ -504,8 +505,8 @@ def _layers(index: Any) -> _Layers:
 
 
 def _is_reversible(transform: Any) -> bool:
-    """Whether a transform keeps lengths and angles, but for coordinates that it drops. FAISS's own flag says so of
-    whitening too, where an index is read from a file.
+    """Whether a transform keeps lengths and angles, apart from dropped coordinates. FAISS's own flag is also set for
+    whitening if the index was read from a file.
     """
     faiss = faiss_module()
     if not isinstance(transform, faiss.LinearTransform):
@@ -515,14 +516,14 @@ def _is_reversible(transform: Any) -> bool:
 
 
 def _untrained(transform: Any, base: Any) -> Any:
-    """A transform that learns anew what ``transform``, in front of the index ``base``, has learnt."""
+    """A new, untrained version of ``transform``, which precedes the index ``base``."""
     faiss = faiss_module()
     if type(transform) is not faiss.LinearTransform:
         transform.is_trained = False
     elif _is_learnt(transform, base):
-        # FAISS reads an OPQMatrix as what it is to a search, a LinearTransform, which learns nothing. For how many
-        # codes it was made is not known then: for those of the PQ behind it, or else one for each coordinate that it
-        # keeps, by which these are the ones that vary most.
+        # FAISS reads an OPQMatrix as a LinearTransform, which suffices for a search but cannot be trained. The number
+        # of codes is then unknown: use that of the PQ after it, or else one per kept coordinate, so that the
+        # coordinates with most variance are kept.
         old, pq = transform, getattr(base, "pq", None)
         transform = faiss.OPQMatrix(old.d_in, old.d_out if pq is None else pq.M, old.d_out)
         old.this.own(True)
@@ -531,7 +532,7 @@ def _untrained(transform: Any, base: Any) -> Any:
 
 
 def _is_learnt(transform: Any, base: Any) -> bool:
-    """Whether it matters to the index ``base`` what a transform by OPQ is: to others any rotation is the same."""
+    """Whether an OPQ transform matters to the index ``base``; for others all rotations are equal."""
     faiss = faiss_module()
     return type(transform) in (faiss.LinearTransform, faiss.OPQMatrix) and (
         hasattr(base, "pq") or transform.d_out < transform.d_in
@@ -539,14 +540,14 @@ def _is_learnt(transform: Any, base: Any) -> bool:
 
 
 def _needed(layers: _Layers) -> int:
-    """From how many vectors, at least, an index can be trained."""
+    """The minimum number of vectors for training an index."""
     base = layers.base
     of_opq = 256 if any(_is_learnt(each, base) for each in layers.transforms) else 0
     return max(of_opq, base.pq.ksub if hasattr(base, "pq") else 0, getattr(base, "nlist", 0))
 
 
 _FLAT = ("IndexFlat", "IndexFlatIP", "IndexFlatL2")
-# Those of which _forget knows what they have learnt.
+# Kinds whose trained parts _forget knows.
 _KINDS = (
     *(*_FLAT, "IndexScalarQuantizer", "IndexPQ", "IndexHNSWFlat"),
     *("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ"),

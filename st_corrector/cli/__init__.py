@@ -19,11 +19,11 @@ huggingface_hub's.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; its exit status: 0, or 1 where it has found damage or failed."""
+    """Run a command; returns its exit status: 0, or 1 if it found damage or failed."""
     args = parser().parse_args(arguments)
     try:
         return int(args.command(args))
-    except (StCorrectorError, OSError) as error:  # the latter from the Hub, too
+    except (StCorrectorError, OSError) as error:  # the latter also from the Hub
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -1,4 +1,4 @@
-"""What several commands ask for: a corpus, a model, JSON."""
+"""Arguments shared by commands: a corpus, a model, JSON."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
     from ..data.corpus import Corpus
 
-Commands = Any  # argparse's own type of subparsers is private
+Commands = Any  # argparse's type of subparsers is private
 
 
 def add_command(commands: Commands, name: str, help: str, run: Any, epilog: str = "") -> argparse.ArgumentParser:
-    """A command that ``run`` runs, of its parsed arguments."""
+    """A command; ``run`` gets its parsed arguments."""
     made: argparse.ArgumentParser = commands.add_parser(
         name,
         help=help,
@@ -73,7 +73,7 @@ def show(value: dict[str, Any]) -> None:
 
 
 def table(rows: dict[str, list[str]], columns: list[str]) -> str:
-    """Rows of cells under their columns' names, aligned."""
+    """Rows of cells under column names, aligned."""
     cells = [["", *columns], *([name, *values] for name, values in rows.items())]
     widths = [max(len(row[n]) for row in cells) for n in range(len(columns) + 1)]
     lines = []

@@ -1,4 +1,4 @@
-"""``st-corrector cache``: build an embedding cache, look into it, check it, mend it, share it."""
+"""``st-corrector cache``: build, inspect, verify, repair and share an embedding cache."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Correctors: how stale embeddings are mapped to what the encoder would say now. One file each.
+"""Correctors map stale embeddings to what the encoder would return now. One file each.
 
-Tensors in, tensors out: nothing here knows of a corpus or a cache. A corrector learns a step whole or not at all.
+Tensors in, tensors out: nothing here knows a corpus or a cache. A corrector learns a step completely or not at all.
 """
 
 from .affine import AffineCorrector

@@ -1,4 +1,4 @@
-"""What affine correctors share: an exact pull-back, and scoring on the query side."""
+"""Shared by affine correctors: an exact pull-back, and scoring on the query side."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from .types import PullBack, QuerySide
 class AffineCorrector(TensorState, Corrector):
     """``h(z) = zM + b`` with ``M = I + W``; subclasses learn :attr:`weight` ``W`` and :attr:`shift` ``b``.
 
-    Costs ``2·d²`` operations a target in the search; without normalisation nothing, since then
-    ``⟨f(x), zM + b⟩ = ⟨f(x)Mᵀ, z⟩ + ⟨f(x), b⟩``: the queries are transformed and the stale vectors stay as
-    they are.
+    Costs ``2·d²`` operations per target in the search; nothing without normalisation, since then ``⟨f(x), zM + b⟩ =
+    ⟨f(x)Mᵀ, z⟩ + ⟨f(x), b⟩``: the queries are transformed and the stale vectors stay unchanged.
     """
 
     def __init__(self, dim: int, *, normalize: bool = True) -> None:
@@ -38,16 +37,16 @@ class AffineCorrector(TensorState, Corrector):
         return not self.normalize
 
     def on_query_side(self, queries: Tensor) -> QuerySide:
-        """``q' = f(x)Mᵀ`` and ``a = ⟨f(x), b⟩``, which is the same for all of a query's targets."""
+        """``q' = f(x)Mᵀ`` and ``a = ⟨f(x), b⟩``, which is the same for all targets of a query."""
         return QuerySide(torch.addmm(queries, queries, self.weight.T), queries @ self.shift)
 
     @torch.no_grad()
     def pull_back(self, fresh: Tensor) -> PullBack:
         """One solve: ``z' = (g(y) − b) M⁻¹``.
 
-        Where ``M`` is so ill-conditioned that the solution grows beyond :data:`_LONGEST` times the embedding's own
-        length, which would carry rounding and noise into every later score, the whole step is solved with damping
-        instead (``z' = g + (g − gM − b) Mᵀ(MMᵀ + δI)⁻¹``, the least change of ``g`` that nearly solves it).
+        If ``M`` is so ill-conditioned that the solution grows beyond :data:`_LONGEST` times the embedding's own length,
+        rounding and noise would affect every later score. Then the whole step is solved with damping (``z' = g + (g −
+        gM − b) Mᵀ(MMᵀ + δI)⁻¹``, the least change of ``g`` that nearly solves it).
         """
         matrix = self.matrix
         stale, info = torch.linalg.solve_ex(matrix.T, (fresh - self.shift).T)
@@ -63,6 +62,6 @@ class AffineCorrector(TensorState, Corrector):
         return PullBack(stale.contiguous(), residual, damped)
 
 
-# A corrector near the identity, as every useful one is, has M's singular values within a factor of a few of 1.
+# Every useful corrector is near the identity: M's singular values are within a small factor of 1.
 _LONGEST = 10.0
 _DAMPING = 1e-2

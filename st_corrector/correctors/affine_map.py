@@ -15,14 +15,14 @@ from .types import PullBack
 class AffineMap(TensorState, Corrector):
     """``h(z) = z̃ A``, where ``z̃ = [z, c]`` and ``A``, ``(d + 1, d')``, solves a ridge problem over all pairs so far.
 
-    For two models whose embeddings have nothing in common, not even their width. Unlike every other corrector it does
-    not start from ``z`` itself, so nothing can be chosen by it before it has learnt: training refuses it.
+    For two unrelated models, even of different widths. Unlike every other corrector it does not start from ``z``
+    itself, so it cannot choose anything before it has learnt: training refuses it.
 
     Args:
-        dim: dimension ``d`` of the embeddings that it maps from.
-        new_dim: dimension ``d'`` of those that it maps to.
+        dim: dimension ``d`` of its inputs.
+        new_dim: dimension ``d'`` of its outputs.
         regularization: λ.
-        forgetting: ρ, the weight that is left of a pair after one more step, in ``(0, 1]``.
+        forgetting: ρ, a pair's remaining weight after each further step, in ``(0, 1]``.
         bias: the constant ``c`` in ``z̃``.
         normalize: whether ``h`` returns unit vectors.
 

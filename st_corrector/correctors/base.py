@@ -1,4 +1,4 @@
-"""What every corrector is: a map from stale to fresh embeddings that trains itself."""
+"""The interface of every corrector: a map from stale to fresh embeddings that trains itself."""
 
 from __future__ import annotations
 
@@ -24,26 +24,25 @@ if TYPE_CHECKING:
 class Corrector(ABC):
     """The target corrector network ``h(·; Ψ)``, with ``h(g'(y)) ≈ g(y)``.
 
-    Deliberately no :class:`torch.nn.Module`: a module inside a loss is picked up by the trainer's
-    optimizer, but neither synchronised over processes, nor clipped, nor restored on resume. A
-    corrector owns what it learns and how, and is stepped by the loss; the task loss never reaches Ψ,
-    the correction loss never reaches the encoder.
+    Deliberately not a :class:`torch.nn.Module`: the trainer's optimizer would pick up a module inside a loss, but would
+    neither synchronise it over processes, nor clip it, nor restore it on resume. A corrector owns its parameters and
+    their training; the loss steps it. The task loss never reaches Ψ, and the correction loss never reaches the encoder.
 
-    Subclasses say what they add in :meth:`correction` (or, where that is cheaper, what comes out in
-    :meth:`unnormalized`), and where that ends in a matrix, what this makes of the queries in :meth:`on_query_side`; the
-    search scores by these and never calls :meth:`forward`. They take every setting as a
-    constructor argument of the same name as the attribute that holds it, which makes :attr:`config` follow by itself.
+    Subclasses define the added term in :meth:`correction` (or, if cheaper, the sum in :meth:`unnormalized`). If it ends
+    in a matrix, they apply that to the queries in :meth:`on_query_side`. The search uses these and never calls
+    :meth:`forward`. Each setting is a constructor argument with the same name as its attribute, from which
+    :attr:`config` follows.
 
     Args:
         dim: dimension ``d`` of the embeddings.
-        normalize: whether ``h`` returns unit vectors; right where the encoder's are compared by cosine.
+        normalize: whether ``h`` returns unit vectors; set it if the encoder's embeddings are compared by cosine.
 
     Raises:
         InputError: ``dim`` is not a positive integer.
     """
 
     name: str
-    """The short name under which the loss and the recipes know it."""
+    """Its short name in the loss and the recipes."""
 
     def __init__(self, dim: int, *, normalize: bool = True) -> None:
         if not isinstance(dim, int) or dim < 1:
@@ -51,7 +50,7 @@ class Corrector(ABC):
         self.dim = dim
         self.normalize = normalize
         self.frames: Frames | None = None
-        """Between which embeddings it maps; known when it has been trained and saved, or fitted."""
+        """The embeddings that it maps between; known once it is trained and saved, or fitted."""
 
     @torch.no_grad()
     @in_float32
@@ -66,26 +65,26 @@ class Corrector(ABC):
 
     @property
     def working_width(self) -> int:
-        """How many numbers scoring holds at once for each target, roughly, beside what it is given."""
+        """Roughly how many numbers scoring holds at once per target, in addition to its input."""
         return 2 * self.dim
 
     def leaves_corpus(self, unit: bool) -> bool:
-        """Whether ``⟨f(x), h(z)⟩ = ⟨q', z⟩ + a`` for stale vectors ``z`` (of unit length, if ``unit``): then they are
-        scored as they are, by the queries of :meth:`on_query_side`.
+        """Whether ``⟨f(x), h(z)⟩ = ⟨q', z⟩ + a`` for stale vectors ``z`` (of unit length, if ``unit``): then the
+        queries of :meth:`on_query_side` score them unchanged.
         """
         return False
 
     def on_query_side(self, queries: Tensor) -> QuerySide | None:
-        """The queries ``(B, d)`` with all that ``c`` multiplies at the end folded into them; None if there is no such.
+        """The queries ``(B, d)`` with the last matrix of ``c`` folded into them; None if there is none.
 
-        It saves the product of that matrix with every target, ``m·d`` of ``m`` features, for one with the queries,
-        ``m·B``. Of use where ``h`` does not normalise: norms need ``z + c(z)`` itself (their Gram matrix would take
-        another product of ``m²`` beside those of ``φ(z)`` and ``z`` with ``W``, always more than it saves).
+        It replaces the product of that matrix with every target, ``m·d`` for ``m`` features, by one with the queries,
+        ``m·B``. It is useful if ``h`` does not normalise: norms need ``z + c(z)`` itself (their Gram matrix would take
+        another product of ``m²`` in addition to those of ``φ(z)`` and ``z`` with ``W``, always more than it saves).
         """
         return None
 
     def features(self, stale: Tensor) -> Tensor:
-        """``φ(z)``, ``(n, d) → (n, m)``: what :attr:`QuerySide.of_features` is multiplied with."""
+        """``φ(z)``, ``(n, d) → (n, m)``, to be multiplied with :attr:`QuerySide.of_features`."""
         raise NotImplementedError
 
     def unnormalized(self, stale: Tensor) -> Tensor:
@@ -94,7 +93,7 @@ class Corrector(ABC):
 
     @abstractmethod
     def correction(self, stale: Tensor) -> Tensor:
-        """What is added to stale embeddings before normalisation, ``(n, d) → (n, d)``; zero before the first step."""
+        """The term added to stale embeddings before normalisation, ``(n, d) → (n, d)``; zero before the first step."""
 
     @abstractmethod
     def fit_step(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
@@ -102,8 +101,8 @@ class Corrector(ABC):
 
         Args:
             stale: ``g'(y)`` of these targets, ``(n, d)``.
-            fresh: ``g(y)`` of the same targets, ``(n, d)``; detached here, whatever comes in.
-            queries: ``f(x)`` of the step's queries, ``(B, d)``; detached likewise.
+            fresh: ``g(y)`` of the same targets, ``(n, d)``; detached here.
+            queries: ``f(x)`` of the step's queries, ``(B, d)``; also detached here.
             scale: the inverse temperature β of the task loss.
 
         Returns:
@@ -112,16 +111,16 @@ class Corrector(ABC):
 
     @in_float32
     def learn(self, stale: Tensor, fresh: Tensor, queries: Tensor, scale: float) -> dict[str, Tensor]:
-        """:meth:`fit_step`, all of it or nothing.
+        """:meth:`fit_step`, completely or not at all.
 
         Raises:
-            NonFiniteError: what it has learnt, or its loss, is NaN or infinite; it is what it was before then.
+            NonFiniteError: its new state or loss is NaN or infinite; its old state is restored.
         """
         before = self.state_dict()
         try:
             metrics = self.fit_step(stale, fresh, queries, scale)
             after = self.state_dict()
-            # Asked once of all: each answer is waited for, where a GPU has to give it.
+            # One check for all tensors: on a GPU each check waits for its result.
             answers = [torch.isfinite(value).all().to(fresh.device) for value in after.values()]
             finite = torch.stack(answers).tolist() if answers else []
             if not all(finite):
@@ -142,10 +141,10 @@ class Corrector(ABC):
     @torch.no_grad()
     @in_float32
     def pull_back(self, fresh: Tensor) -> PullBack:
-        """Fresh embeddings in the stale frame: ``z'`` for which the present corrector gives ``h(z') = g(y)``.
+        """Fresh embeddings in the stale frame: ``z'`` for which the current corrector gives ``h(z') = g(y)``.
 
-        By the fixed-point iteration ``z' ← g(y) − c(z')``, ``c`` being :meth:`correction`, which converges where
-        ``c`` is a contraction. A row stops as soon as a step no longer makes it better, and keeps its best.
+        Uses the fixed-point iteration ``z' ← g(y) − c(z')`` with ``c`` = :meth:`correction`, which converges if ``c``
+        is a contraction. A row stops as soon as a step does not improve it, and keeps its best.
 
         Args:
             fresh: ``g(y)``, ``(n, d)``.
@@ -165,7 +164,7 @@ class Corrector(ABC):
         return PullBack(best, residual, bool((residual > 10 * _TOLERANCE).any()))
 
     def _require_finite(self, loss: Tensor) -> Tensor:
-        """Refuse to learn from what is not finite: the step that did would spoil every later selection."""
+        """Refuse to learn from non-finite values: such a step would spoil every later selection."""
         if not torch.isfinite(loss):
             raise NonFiniteError(
                 f"The correction loss is {loss.item()}: the stale or fresh embeddings are not finite, or the corrector "
@@ -175,18 +174,18 @@ class Corrector(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """All that has been learnt and is needed to go on learning, as tensors by name."""
+        """All learnt state, including that needed to continue training, as tensors by name."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` of an equally configured corrector returned."""
+        """Restore the :meth:`state_dict` of an equally configured corrector."""
 
     @abstractmethod
     def to(self, device: torch.device | str) -> Corrector:
         """Move everything to ``device``, in place; returns itself."""
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write it into ``folder/corrector``, beside a model's files if these are there.
+        """Write it into ``folder/corrector``, next to a model's files, if any.
 
         Raises:
             StorageError: it cannot be written.
@@ -203,9 +202,9 @@ class Corrector(ABC):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> Self:
-        """The corrector of a folder, or of a repository on the Hub: one of its own, or that of a model trained with it.
+        """Load a corrector from a folder or a Hub repository, either its own or that of a model trained with it.
 
-        ``Corrector.from_pretrained`` loads any of this package, a subclass only its own kind.
+        ``Corrector.from_pretrained`` loads any corrector of this package, a subclass only its own kind.
 
         Args:
             name: the folder, or the repository's id.
@@ -213,7 +212,7 @@ class Corrector(ABC):
             token, cache_dir, local_files_only: see :func:`huggingface_hub.hf_hub_download`.
 
         Raises:
-            InputError: there is none, it is damaged, or another kind's.
+            InputError: there is none, it is damaged, or it is of another kind.
             OSError: the repository cannot be reached, found or read (huggingface_hub's own exceptions).
         """
         options = {"revision": revision, "token": token, "local_files_only": local_files_only}
@@ -230,14 +229,14 @@ class Corrector(ABC):
         token: str | bool | None = None,
         revision: str | None = None,
     ) -> str:
-        """Upload it into a repository on the Hub, into the folder ``corrector``: that of the model that it was trained
-        with, of which nothing else changes, or one of its own. Returns the commit's address.
+        """Upload it into the folder ``corrector`` of a Hub repository: its own, or that of the model that it was
+        trained with, where nothing else changes. Returns the commit's address.
 
         Args:
-            repo_id: made if it is not there.
-            private: of a repository that is made here.
+            repo_id: created if missing.
+            private: for a repository created here.
             token: by default the one of ``hf auth login`` or ``HF_TOKEN``.
-            revision: a branch, made if it is not there.
+            revision: a branch, created if missing.
 
         Raises:
             OSError: the Hub cannot be reached or refuses (huggingface_hub's own exceptions).
@@ -256,7 +255,7 @@ class Corrector(ABC):
 
 
 def _kinds() -> dict[str, type[Corrector]]:
-    """The correctors of this package, by name; one of somebody else's is loaded by its class."""
+    """The correctors of this package, by name; load your own by its class."""
     kinds, waiting = {}, [Corrector]
     while waiting:
         kind = waiting.pop()

@@ -10,7 +10,7 @@ from .types import PullBack, QuerySide
 
 
 class IdentityCorrector(Corrector):
-    """``h(z) = z``: negatives are chosen by the stale embeddings as they are. Costs nothing, learns nothing."""
+    """``h(z) = z``: negatives are chosen by the stale embeddings unchanged. It costs nothing and learns nothing."""
 
     name = "identity"
 

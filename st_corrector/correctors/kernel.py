@@ -1,4 +1,4 @@
-"""Kernel ridge regression by random features: what an affine map cannot follow, in closed form."""
+"""Kernel ridge regression by random features: non-affine drift, in closed form."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class KernelRidgeCorrector(TensorState, Corrector):
     ``φ(z) = √(2/m) cos(Ωz + u)``, ``Ω ~ N(0, 1/σ²)``, ``u ~ U[0, 2π)``, gives
     ``⟨φ(z), φ(z')⟩ ≈ exp(−‖z − z'‖²/2σ²)`` (`Rahimi and Recht 2007
     <https://papers.nips.cc/paper/3182-random-features-for-large-scale-kernel-machines>`_), and ``W`` is a
-    :class:`StreamingRidge` from these features to ``g(y) − z``. Affine in the features: a cache of them, ``m`` numbers
-    a target beside ``z``'s ``d``, could be searched from the query side. As it is, it costs ``2·d·m + 2·(d + m)·d``
-    operations a target in the search.
+    :class:`StreamingRidge` from these features to ``g(y) − z``. It is affine in the features: a cache of them, ``m``
+    numbers per target in addition to ``z``'s ``d``, could be searched from the query side. Without one, it costs
+    ``2·d·m + 2·(d + m)·d`` operations per target in the search.
 
     Args:
         dim: dimension ``d`` of the embeddings.
         num_features: ``m``.
         bandwidth: ``σ``, in units of the embeddings (unit vectors are 0 to 2 apart).
         regularization: λ.
-        forgetting: ρ, the weight that is left of a pair after one more step, in ``(0, 1]``.
+        forgetting: ρ, a pair's remaining weight after each further step, in ``(0, 1]``.
         bias: the constant ``c``, as in :class:`RidgeCorrector`.
         seed: of the random features.
         normalize: see :class:`Corrector`.

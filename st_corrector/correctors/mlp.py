@@ -19,9 +19,9 @@ _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Ta
 class MLPCorrector(Corrector):
     """``h(z) = z + W₂ σ(W₁ z + b₁) + b₂``, two layers with a residual connection, or more.
 
-    The last layer starts at zero, so that before its first step the corrector is the identity. Costs
-    ``4·d·hidden + 2·(depth − 1)·hidden²`` operations a target in the search. A narrow hidden layer, such as
-    ``hidden=64``, makes a residual of low rank.
+    The last layer starts at zero, so the untrained corrector is the identity. Costs ``4·d·hidden + 2·(depth −
+    1)·hidden²`` operations per target in the search. A narrow hidden layer, such as ``hidden=64``, makes a low-rank
+    residual.
 
     Args:
         dim: dimension ``d`` of the embeddings.
@@ -67,8 +67,8 @@ class MLPCorrector(Corrector):
             )
         self.hidden, self.depth, self.activation, self.loss = hidden, depth, activation, loss
         self.learning_rate, self.steps, self.seed = learning_rate, steps, seed
-        # From a generator of its own, so that making a corrector moves nobody's random numbers; the distributions
-        # are those of nn.Linear.
+        # Uses its own generator, so that making a corrector does not change other random numbers; distributions as in
+        # nn.Linear.
         generator = torch.Generator().manual_seed(seed)
         layers: list[nn.Module] = []
         for width in [dim] + [hidden] * (depth - 1):
@@ -95,7 +95,7 @@ class MLPCorrector(Corrector):
         return (stale + self._last.bias).addmm_(self.features(stale), self._last.weight.T)
 
     def on_query_side(self, queries: Tensor) -> QuerySide:
-        """``⟨q, z + W₂φ + b₂⟩ = ⟨q, z⟩ + ⟨W₂ᵀq, φ⟩ + ⟨q, b₂⟩``, ``φ`` being the last hidden layer."""
+        """``⟨q, z + W₂φ + b₂⟩ = ⟨q, z⟩ + ⟨W₂ᵀq, φ⟩ + ⟨q, b₂⟩``, where ``φ`` is the last hidden layer."""
         return QuerySide(queries, queries @ self._last.bias, queries @ self._last.weight)
 
     def features(self, stale: Tensor) -> Tensor:

@@ -25,11 +25,11 @@ CORRECTORS: dict[str, type[Corrector]] = {
     )
 }
 LOADABLE: dict[str, type[Corrector]] = {**CORRECTORS, AffineMap.name: AffineMap}
-"""What can be saved and loaded: those, and what maps to another width, which no training can use."""
+"""What can be saved and loaded: those, and maps to another width, which training cannot use."""
 
 
 def make_corrector(corrector: str | Corrector, dim: int, /, **settings: Any) -> Corrector:
-    """A corrector by its name, or the given one if it fits.
+    """The corrector of that name, or the given one if it fits.
 
     Raises:
         InputError: the name is unknown, the corrector is for another dimension, or has no such setting.

@@ -13,7 +13,7 @@ class StreamingRidge:
 
         A ← ρA + XᵀX        R ← ρR + XᵀY        W = (A + λI)⁻¹ R
 
-    One Cholesky solve a step: ``p³/3 + 2·p²·q`` operations, whatever the number of pairs before.
+    One Cholesky solve per step: ``p³/3 + 2·p²·q`` operations, independent of the number of earlier pairs.
 
     Args:
         inputs: width ``p`` of ``X``.
@@ -35,10 +35,10 @@ class StreamingRidge:
         self.moment = torch.zeros(inputs, outputs)
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
-        """Take in one step's pairs, ``(n, p)`` and ``(n, q)``; returns ``W``, ``(p, q)``."""
+        """Add one step's pairs, ``(n, p)`` and ``(n, q)``; returns ``W``, ``(p, q)``."""
         self.gram = torch.addmm(self.gram, x.T, x, beta=self.forgetting)
         self.moment = torch.addmm(self.moment, x.T, y, beta=self.forgetting)
         regularized = self.gram.clone()
         regularized.diagonal().add_(self.regularization)
-        # Row by row, as it is saved: a product with a matrix that lies otherwise in memory differs in the last bits.
+        # Row-major, as it is saved: a product with another memory layout differs in the last bits.
         return torch.cholesky_solve(self.moment, torch.linalg.cholesky(regularized)).contiguous()

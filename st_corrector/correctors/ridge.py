@@ -13,14 +13,14 @@ class RidgeCorrector(AffineCorrector):
     """``h(z) = z + z̃ W``, where ``z̃ = [z, c]`` and ``W`` solves a ridge problem over all pairs so far.
 
     The regression (:class:`StreamingRidge`) is from ``z̃`` to ``g(y) − z``. There is no learning rate, and before the
-    first pair ``W = 0``. Costs what :class:`AffineCorrector` says in the search, and one Cholesky solve of size
-    ``d + 1`` a step, whatever the corpus.
+    first pair ``W = 0``. The search costs as in :class:`AffineCorrector`, each step one Cholesky solve of size ``d +
+    1``, for any corpus.
 
     Args:
         dim: dimension ``d`` of the embeddings.
         regularization: λ.
-        forgetting: ρ, the weight that is left of a pair after one more step, in ``(0, 1]``.
-        bias: the constant ``c`` in ``z̃``: how freely a shift common to all targets is learnt, beside ``z``'s own
+        forgetting: ρ, a pair's remaining weight after each further step, in ``(0, 1]``.
+        bias: the constant ``c`` in ``z̃``: how freely a common shift of all targets is learnt, relative to ``z``'s own
             coordinates, which are of the order ``1/√d`` in unit vectors.
         normalize: see :class:`Corrector`.
 

@@ -1,4 +1,4 @@
-"""Ridge for what is affine in the drift, and a small network for the rest."""
+"""Ridge for the affine part of the drift, and a small network for the rest."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .types import QuerySide
 
 
 class RidgeMLPCorrector(MLPCorrector):
-    """``h(z) = z + z̃ W + W₂ σ(W₁ z + b₁) + b₂``: :class:`RidgeCorrector` first, then :class:`MLPCorrector` on what it
-    leaves. Costs ``2·d² + 4·d·hidden`` operations a target in the search.
+    """``h(z) = z + z̃ W + W₂ σ(W₁ z + b₁) + b₂``: :class:`RidgeCorrector` first, then :class:`MLPCorrector` on the
+    residual. Costs ``2·d² + 4·d·hidden`` operations per target in the search.
 
     Args:
         regularization, forgetting, bias: of the ridge regression.

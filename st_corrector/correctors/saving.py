@@ -1,4 +1,4 @@
-"""A corrector's files, in a folder of their own beside whatever else is in a model's folder or repository::
+"""A corrector's files, in a separate folder inside a model's folder or repository::
 
 corrector/config.json                which it is, its settings, and between which embeddings it maps
 corrector/corrector.safetensors      all that it has learnt
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FOLDER, CONFIG, STATE = "corrector", "config.json", "corrector.safetensors"
 _SCHEMA = 1
 _LARGEST_CONFIG = 1 << 20
-_LARGEST_DIM = 16_384  # nothing that a file says makes us allocate more
+_LARGEST_DIM = 16_384  # limits what a file can make us allocate
 
 
 def write(corrector: Corrector, folder: Path) -> None:
@@ -85,15 +85,15 @@ def send(corrector: Corrector, repo_id: str, **options: Any) -> str:
 
 
 def read(config: Path, state: Path, kind: type[Corrector], kinds: dict[str, type[Corrector]]) -> Corrector:
-    """What :func:`write` has written.
+    """Read what :func:`write` has written.
 
     Args:
-        config, state: the two files; whatever is in them, the outcome is a corrector or an error.
-        kind: what it has to be; a class of one's own is known by it.
-        kinds: those that are known by name.
+        config, state: the two files; any content gives a corrector or an error.
+        kind: the required class; needed for your own class.
+        kinds: the classes known by name.
 
     Raises:
-        InputError: they are not a corrector's, damaged, or another kind's.
+        InputError: they are not a corrector's, damaged, or of another kind.
     """
     found = _parse(config)
     name, dim, settings, maps = (found.get(key) for key in ("corrector", "dim", "settings", "maps"))

@@ -1,4 +1,4 @@
-"""A corrector's settings, which come from files and command lines: read and checked before anything is made of them."""
+"""A corrector's settings, from files and command lines: read and checked before use."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def configured(kind: type[Corrector], dim: int, settings: Mapping[str, Any]) -> Corrector:
-    """A corrector of that kind, whose settings are checked: they may come from a file.
+    """A corrector of that kind with checked settings, which may come from a file.
 
     Raises:
-        InputError: it has no such setting, it lacks one, or one is out of its range.
+        InputError: a setting is unknown, missing or out of range.
     """
     parameters = dict(list(inspect.signature(kind).parameters.items())[1:])  # without dim
     for name, value in settings.items():
@@ -36,7 +36,7 @@ def read_settings(text: str) -> dict[str, Any]:
     """A corrector's settings from a JSON object, such as ``{"hidden": 128}``.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not a JSON object.
     """
     try:
         settings = json.loads(text)
@@ -48,7 +48,7 @@ def read_settings(text: str) -> dict[str, Any]:
 
 
 def _check_setting(name: str, value: Any, kind: type) -> None:
-    """Settings come from files and command lines; what they say is what is allocated and computed."""
+    """Settings come from files and command lines, and decide what is allocated and computed."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float:
         fits, expected = is_number and math.isfinite(value) and abs(value) <= _LARGEST_NUMBER, "a number"
@@ -61,7 +61,7 @@ def _check_setting(name: str, value: Any, kind: type) -> None:
         raise InputError(f"A corrector's {name} must be {expected}, got {value!r:.80}.")
 
 
-# Wider or deeper correctors would cost more than encoding does.
+# Wider or deeper correctors would cost more than encoding.
 _LARGEST = {"new_dim": 16_384, "hidden": 4_096, "depth": 4, "num_features": 4_096, "steps": 1_000}
 _LARGEST_SEED = 2**63 - 1
 _LARGEST_NUMBER = 1e30

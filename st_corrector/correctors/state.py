@@ -1,4 +1,4 @@
-"""State of correctors that keep plain tensors: which they are, and how they are saved, restored and moved."""
+"""State of correctors that keep plain tensors: how to find, save, restore and move them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What correctors give and take beside embeddings."""
+"""Types of correctors in addition to embeddings."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from torch import Tensor
 
 
 class Frames(NamedTuple):
-    """Between which embeddings a trained corrector maps.
+    """The embeddings that a trained corrector maps between.
 
     Args:
-        stale: what those that it maps from depend on, by component (:attr:`EmbeddingCache.fingerprint`); empty where
-            that is not known.
-        fresh: the same of those that it maps to.
-        unit: whether stale embeddings are brought to unit length before they are corrected.
+        stale: what its inputs depend on, by component (:attr:`EmbeddingCache.fingerprint`); empty if unknown.
+        fresh: the same for its outputs.
+        unit: whether stale embeddings are brought to unit length before correction.
     """
 
     stale: dict[str, Any]
@@ -23,12 +22,12 @@ class Frames(NamedTuple):
 
 
 class PullBack(NamedTuple):
-    """What :meth:`Corrector.pull_back` found.
+    """The result of :meth:`Corrector.pull_back`.
 
     Args:
-        stale: ``z'``, ``(n, d)``, with ``h(z') ≈ g(y)`` for the present corrector.
-        residual: what is missing, ``‖z' + c(z') − g(y)‖ / ‖g(y)‖``, ``(n,)``.
-        damped: whether an exact solution was given up because it would have been unstable.
+        stale: ``z'``, ``(n, d)``, with ``h(z') ≈ g(y)`` for the current corrector.
+        residual: the relative error, ``‖z' + c(z') − g(y)‖ / ‖g(y)‖``, ``(n,)``.
+        damped: whether damping replaced an exact solution that would have been unstable.
     """
 
     stale: Tensor
@@ -37,12 +36,12 @@ class PullBack(NamedTuple):
 
 
 class QuerySide(NamedTuple):
-    """Queries that score stale embeddings as they are: ``⟨f(x), z + c(z)⟩ = ⟨q', z⟩ + ⟨q'', φ(z)⟩ + a`` for all ``z``.
+    """Queries that score unchanged stale embeddings: ``⟨f(x), z + c(z)⟩ = ⟨q', z⟩ + ⟨q'', φ(z)⟩ + a`` for all ``z``.
 
     Args:
         probes: ``q'``, ``(B, d)``.
         offset: ``a``, ``(B,)``.
-        of_features: ``q''``, ``(B, m)``, where ``c`` has features ``φ`` (:meth:`Corrector.features`); else None.
+        of_features: ``q''``, ``(B, m)``, if ``c`` has features ``φ`` (:meth:`Corrector.features`); else None.
     """
 
     probes: Tensor

@@ -1,4 +1,4 @@
-"""Curves over the steps of a run: drawn for its report, and the most telling of them for its model card."""
+"""Curves over the steps of a run: all for its report, the most informative for its model card."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LARGEST = 1e30  # beyond it nothing is measured, and axes overflow
+_LARGEST = 1e30  # larger values are not measurements and make axes overflow
 _MOST_POINTS = 200  # of a line
 _SIZE = (3.8, 2.2)  # inches
 _INK = "#123456"  # stands for the page's own colour in SVG
-# Readable on white and on black, and told apart without colours too.
+# Readable on white and black, and distinguishable without colour.
 _LINES = (
     ("#2a7de1", "-"),
     ("#d9641c", "--"),
@@ -61,11 +61,11 @@ class Kind:
 
     Args:
         title: of the chart.
-        metrics: what its lines are called, by the name under which they are logged.
+        metrics: labels of its lines, by logged name.
         unit: of the vertical axis.
         caption: how to read it.
-        axis: ``"share"`` is from 0, in percent; ``"zero"`` from 0; ``"stacked"`` from 0, the lines upon one another, as
-            seconds per step; ``"free"`` where the values are.
+        axis: ``"share"`` is from 0, in percent; ``"zero"`` from 0; ``"stacked"`` from 0, lines stacked, as seconds per
+            step; ``"free"`` fits the values.
     """
 
     title: str
@@ -163,7 +163,7 @@ _MAIN_METRICS = ("ndcg@10", "mrr@10", "recall@20", "recall@100")
 
 @dataclass(frozen=True)
 class Line:
-    """Values by step, finite ones; and how many were not."""
+    """The finite values by step, and the number of others."""
 
     label: str
     steps: list[float]
@@ -171,7 +171,7 @@ class Line:
     left_out: int = 0
 
     def pooled(self, size: int) -> Line:
-        """Of so many values in a row, the mean."""
+        """The mean of every N successive values."""
         starts = range(0, len(self.steps), size)
         steps, values = ([fmean(of[n : n + size]) for n in starts] for of in (self.steps, self.values))
         return Line(self.label, steps, values, self.left_out)
@@ -179,7 +179,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines that were logged, what they show, and of which loss they are; ``""`` of the run or its only loss."""
+    """The logged lines, what they show, and their loss; ``""`` for the run or its only loss."""
 
     kind: Kind
     lines: list[Line]
@@ -187,7 +187,7 @@ class Chart:
 
     @property
     def caption(self) -> str:
-        """How to read it, and what is not drawn."""
+        """How to read it, and what it omits."""
         left_out, size = sum(line.left_out for line in self.lines), self._pool
         return " ".join(
             [
@@ -207,16 +207,16 @@ class Chart:
         )
 
     def svg(self) -> Markup:
-        """It as an ``svg`` element that takes the page's font and colour, the same for the same values."""
+        """The chart as an ``svg`` element with the page's font and colour; equal values give equal output."""
         with _style(_INK) as new_figure:
             figure = new_figure(_SIZE)
             self.draw(figure.subplots())
             file = io.StringIO()
             nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            # Identifiers are made of it, and one page holds many figures.
+            # Identifiers are made from it, and one page has many figures.
             with _settings({"svg.hashsalt": f"{self.loss}/{self.description}"}):
                 figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-        # matplotlib has escaped all text; what is taken out is of its own making.
+        # matplotlib has escaped all text; only its own markup is removed.
         drawn = re.sub(r"<style.*?</style>|(?<=<g) id=\"[^\"]*\"|font-family: [^;\"]*(; )?", "", file.getvalue())
         drawn = re.sub(r"\s*\n\s*", " ", drawn).replace(_INK, "currentColor")
         opening = re.search(r"<svg [^>]*(viewBox=\"[^\"]*\")[^>]*>", drawn)
@@ -258,12 +258,12 @@ class Chart:
 
     @property
     def _pool(self) -> int:
-        """How many logged values are one point."""
+        """Number of logged values per point."""
         return ceil(max(len(line.steps) for line in self.lines) / _MOST_POINTS)
 
 
 def run_charts(record: RunRecord) -> list[Chart]:
-    """What is there of a run as a whole."""
+    """The charts of a run as a whole."""
     evaluations = evaluations_by_step(record)
     names = list(dict.fromkeys(name for _, metrics in evaluations for name in metrics if "@" in name))
     main = [name for name in names if name.endswith(_MAIN_METRICS) and "answer" not in name] or names
@@ -276,13 +276,13 @@ def run_charts(record: RunRecord) -> list[Chart]:
 
 
 def loss_charts(record: RunRecord, name: str, kinds: Iterable[Kind] = _OF_A_LOSS) -> list[Chart]:
-    """What is there of one of a run's losses, whose ``name`` precedes its metrics in the log."""
+    """The charts of one loss, whose ``name`` precedes its metrics in the log."""
     prefix = f"{name}/" if name else ""
     return [chart for kind in kinds for chart in _chart(kind, _logged(record, prefix, kind), name)]
 
 
 def evaluations_by_step(record: RunRecord) -> list[tuple[int, dict[str, float]]]:
-    """What was measured after how many steps, ascending: 0 is before training."""
+    """Measured values by step, ascending; 0 is before training."""
     steps = {"before": 0, "after": record.steps}
     found = {
         steps[when] if when in steps else int(when): metrics
@@ -293,14 +293,14 @@ def evaluations_by_step(record: RunRecord) -> list[tuple[int, dict[str, float]]]
 
 
 def values_of(record: RunRecord, metric: str) -> list[tuple[float, float]]:
-    """The steps and finite values of a metric in the log, under its whole name."""
+    """The steps and finite values of a metric in the log, by its full name."""
     line = _line("", ((entry.get("step"), entry[metric]) for entry in record.series if metric in entry))
     return list(zip(line.steps, line.values, strict=True))
 
 
 def staleness_figure(record: RunRecord) -> Figure | None:
-    """The cache's drift and what the corrector leaves of it, over steps, and fidelity where it was measured: panels
-    side by side, for each loss. None where nothing of it was logged.
+    """The cache's drift, the error left after correction, and fidelity if measured, over steps: panels side by side,
+    for each loss. None if none of it was logged.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -323,7 +323,7 @@ def staleness_figure(record: RunRecord) -> Figure | None:
 
 
 def staleness_png(record: RunRecord) -> bytes | None:
-    """:func:`staleness_figure` as PNG; None where there is nothing to draw, or no matplotlib to draw it."""
+    """:func:`staleness_figure` as PNG; None if there is nothing to draw or matplotlib is missing."""
     try:
         figure = staleness_figure(record)
     except InputError:
@@ -358,7 +358,7 @@ def _logged(record: RunRecord, prefix: str, kind: Kind) -> Iterator[Line]:
 
 
 def _per_step(record: RunRecord, metrics: dict[str, str]) -> Iterator[Line]:
-    """Sums since the entry before as means over the steps in between; all lines have the same steps."""
+    """Converts sums since the previous entry to means per step; all lines have the same steps."""
     before, steps, rows = 0.0, [], []
     for entry in record.series:
         step = _number(entry.get("step"))
@@ -380,20 +380,21 @@ def _line(label: str, points: Iterable[tuple[Any, Any]]) -> Line:
 
 
 def _number(value: Any) -> float | None:
-    """It, if it is a finite number: a log can hold anything."""
+    """The value, if it is a finite number: a log can contain anything."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < _LARGEST:
         return None
     return float(value) if isfinite(value) else None
 
 
 def _ascii(text: str) -> str:
-    """A name from elsewhere as a label: in letters that every font has."""
+    """An external name as a label, in letters that every font has."""
     return re.sub(r"[^ -~]+", "?", text.replace("_", " ")).strip()[:40]
 
 
 @contextmanager
 def _style(ink: str) -> Iterator[Any]:
-    """Gives the block what makes a figure of a size, in inches; whatever the user's own settings of matplotlib."""
+    """Gives the block a function that makes a figure of a size in inches, independent of the user's matplotlib
+    settings."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

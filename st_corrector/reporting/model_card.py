@@ -1,4 +1,4 @@
-"""The model card: that of sentence-transformers, and how the negatives were made."""
+"""The model card: that of sentence-transformers, and how the negatives were chosen."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .record import METRICS, LossRecord, RunRecord
 logger = logging.getLogger(__name__)
 _BEGIN, _END = "<!-- st_corrector: how the negatives were chosen -->", "<!-- st_corrector: end -->"
 _PLOT = "assets/staleness.png"
-# What the section stands before, in sentence-transformers' template and in cards made from it: the first that is there.
+# The section goes before the first of these in sentence-transformers' template and its cards.
 _BEFORE_IN_TEMPLATE = ("{% if all_hyperparameters %}", "### Framework Versions", "## Citation")
 _BEFORE_IN_CARD = ("### Training Hyperparameters", "### Training Logs", "### Framework Versions", "## Citation")
 _STALENESS = {
@@ -38,17 +38,18 @@ _ROWS = 6  # of the table of staleness
 @dataclass
 class CorrectorModelCardData(SentenceTransformerModelCardData):
     """:class:`~sentence_transformers.SentenceTransformerModelCardData` of a model that
-    :class:`CorrectorTrainer` trains: its card has a section on how the negatives were chosen, wherever it is made.
+    :class:`CorrectorTrainer` trains: its card has a section on how the negatives were chosen, wherever the card is
+    made.
     """
 
     record: RunRecord | None = field(default=None, init=False, repr=False)
-    """Of the run that has trained the model."""
+    """The record of the run that trained the model."""
     evaluator: str | None = field(default=None, init=False, repr=False)
-    """Split and name of the evaluator whose figures are told."""
+    """Split and name of the evaluator whose figures are shown."""
 
     @classmethod
     def of(cls, data: SentenceTransformerModelCardData) -> SentenceTransformerModelCardData:
-        """``data``, with all that is in it. A class, or a template, of the user's own is left as it is."""
+        """Converts ``data``, with its contents. A user's own class or template is left unchanged."""
         if type(data) is not SentenceTransformerModelCardData:
             return data
         made = cls()
@@ -58,14 +59,14 @@ class CorrectorModelCardData(SentenceTransformerModelCardData):
         return made
 
     def tell_of(self, record: RunRecord) -> None:
-        """Tell of that run; what was evaluated before it goes into its record."""
+        """Describe that run; earlier evaluations go into its record."""
         self.record = record
         for evaluator, metrics in (self.eval_results_dict or {}).items():
             if self._is_the_runs(evaluator):
                 record.evaluations["before"] = _plain(metrics)
 
     def _is_the_runs(self, evaluator: Any) -> bool:
-        """Whether it is the one whose figures are told; of several that is the first, since they do not compare."""
+        """Whether this evaluator's figures are shown; of several it is the first, since they are not comparable."""
         if not isinstance(evaluator, CorpusRetrievalEvaluator):
             return False
         named = f"{evaluator.split} {evaluator.name}"
@@ -96,12 +97,12 @@ class CorrectorModelCardData(SentenceTransformerModelCardData):
 
 
 def update_card(folder: Path, record: RunRecord) -> Path:
-    """Write the section of ``record`` into the card of the model in ``folder``: instead of the one that it has, or
-    where it belongs. Returns the card's path.
+    """Write the section of ``record`` into the card of the model in ``folder``, replacing an existing one. Returns the
+    card's path.
 
     Raises:
         InputError: there is no card.
-        StorageError: it cannot be written; it is as it was then.
+        StorageError: it cannot be written; it stays unchanged.
     """
     card = folder / "README.md"
     if not card.is_file():
@@ -123,7 +124,7 @@ def negatives_section(record: RunRecord, folder: Path | None = None) -> str:
     """How the negatives of a run were chosen, as Markdown.
 
     Args:
-        folder: of the card; the plot is written into it, where matplotlib is installed.
+        folder: of the card; the plot is written into it if matplotlib is installed.
     """
     template = resources.files(__package__).joinpath("templates/negatives.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -219,7 +220,7 @@ def _filters(loss: LossRecord) -> str:
 
 
 def _refresh(loss: LossRecord, record: RunRecord) -> str:
-    """From what was encoded, since who asked for it need not be the arguments."""
+    """Derived from what was encoded, since not only the arguments can request it."""
     background = int(loss.settings.get("background_targets") or 0)
     all_targets = int(loss.corpus.get("targets", 0))
     times = (loss.counts.get("targets_reencoded", 0) - background * record.steps) // max(1, all_targets)
@@ -230,7 +231,7 @@ def _refresh(loss: LossRecord, record: RunRecord) -> str:
 
 
 def _staleness(record: RunRecord, prefix: str) -> _Table | None:
-    """A few steps of the log, the first and the last among them."""
+    """A few steps of the log, including the first and the last."""
     entries = [entry for entry in record.series if f"{prefix}drift" in entry]
     columns = {key: title for key, title in _STALENESS.items() if any(f"{prefix}{key}" in each for each in entries)}
     if not entries:
@@ -257,7 +258,7 @@ def _evaluations(record: RunRecord) -> _Table | None:
             [f"{100 * found[when][each]:.1f}" if each in found[when] else "" for each in columns],
         )
         for when in order
-        if when != str(record.steps) or "after" not in found  # the same once more
+        if when != str(record.steps) or "after" not in found  # a repeat
     ]
     return _Table(columns, rows)
 
@@ -288,13 +289,13 @@ def _number(value: Any) -> str:
 
 
 def _cell(text: Any) -> str:
-    """What can stand in a cell of a table."""
+    """Text that is valid in a table cell."""
     return str(text).replace("|", "\\|").replace("\n", " ").replace("`", "'")
 
 
 @functools.cache
 def _template() -> Path:
-    """sentence-transformers' template with a place for the section: that library takes a file's name."""
+    """sentence-transformers' template with a place for the section, as a file: that library needs a file name."""
     original = SentenceTransformerModelCardData().template_path
     text = Path(original).read_text(encoding="utf-8")
     anchor = next((anchor for anchor in _BEFORE_IN_TEMPLATE if anchor in text), None)
@@ -303,7 +304,7 @@ def _template() -> Path:
         text += "\n\n{{ negatives }}\n"
     else:
         text = text.replace(anchor, "{% if negatives %}\n{{ negatives }}\n{% endif %}\n" + anchor, 1)
-    _folder.append(tempfile.TemporaryDirectory(prefix="st_corrector-"))  # gone when Python ends
+    _folder.append(tempfile.TemporaryDirectory(prefix="st_corrector-"))  # deleted when Python exits
     path = Path(_folder[0].name) / "model_card_template.md"
     path.write_text(text, encoding="utf-8")
     return path

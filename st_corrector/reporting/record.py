@@ -1,7 +1,7 @@
-"""What a training run was and did, as one JSON file: what its model card and its report are made from.
+"""The record of a training run, as one JSON file: the source of its model card and report.
 
-``CorrectorTrainer`` writes it into its output folder, where it stays when the model is pushed to the Hub: like all that
-begins with an underscore.
+``CorrectorTrainer`` writes it into its output folder. Its name begins with an underscore, so it is not pushed to the
+Hub.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ METRICS = (
     "mrr@10",
     *(f"{kind}@{k}" for kind in ("recall", "answer_recall") for k in (1, 5, 20, 100)),
 )
-"""Of :class:`CorpusRetrievalEvaluator`, in the order in which they are shown."""
+"""Metrics of :class:`CorpusRetrievalEvaluator`, in display order."""
 _SCHEMA = 1
 _LARGEST = 256 << 20  # bytes
 _LARGEST_INTEGER = 1 << 63
@@ -28,14 +28,14 @@ _LARGEST_INTEGER = 1 << 63
 
 @dataclass
 class Chosen:
-    """A target that a query has taken as a negative.
+    """A target that a query took as a negative.
 
     Args:
         id: of the target.
         text: its beginning.
         corrected_score: ``⟨f(x), h(g'(y))⟩``, by which it was chosen.
-        score: ``⟨f(x), g(y)⟩``, by the encoder as it was then.
-        has_answer: whether it contains one of the query's answers; None where there are none.
+        score: ``⟨f(x), g(y)⟩``, by the encoder at that step.
+        has_answer: whether it contains one of the query's answers; None if it has none.
     """
 
     id: str
@@ -47,12 +47,12 @@ class Chosen:
 
 @dataclass
 class Choice:
-    """What a query took after so many steps.
+    """A query's negatives at some step.
 
     Args:
         step: of the optimizer.
-        positive_score: of the query's positive, by the encoder as it was then.
-        negatives: the hardest first.
+        positive_score: of the query's positive, by the encoder at that step.
+        negatives: hardest first.
     """
 
     step: int
@@ -62,10 +62,10 @@ class Choice:
 
 @dataclass
 class Example:
-    """A training query, and what it took as negatives early and late.
+    """A training query, and its early and late negatives.
 
     Args:
-        query, positive: texts, their beginnings.
+        query, positive: beginnings of the texts.
         choices: by step, ascending.
     """
 
@@ -76,16 +76,16 @@ class Example:
 
 @dataclass
 class LossRecord:
-    """How negatives were chosen by one loss, and what that took.
+    """How one loss chose negatives, and at what cost.
 
     Args:
         settings: :meth:`CorrectedMultipleNegativesLoss.get_config_dict`.
         corpus: ``name`` (may be null), ``targets``, ``fingerprint`` and ``splits``: queries by split.
-        cache: ``dtype``, ``dim``, ``bytes`` and ``fingerprint``, of which what is long is a digest; None for a loss
-            without one.
-        counts: ``targets_encoded`` for the loss, ``targets_verified`` and ``targets_reencoded`` for the cache alone.
-        removed: candidates that each rule on false negatives has removed.
-        diverged: whether the corrector has made things worse and was given up.
+        cache: ``dtype``, ``dim``, ``bytes`` and ``fingerprint``, with digests for long values; None for a loss without
+            one.
+        counts: ``targets_encoded`` for the loss, ``targets_verified`` and ``targets_reencoded`` only for the cache.
+        removed: candidates removed by each rule on false negatives.
+        diverged: whether the corrector made things worse and was switched off.
         examples: queries with their choices.
     """
 
@@ -103,16 +103,15 @@ class RunRecord:
     """A training run.
 
     Args:
-        model: ``name`` (the card's, or what modules it consists of), ``parameters``, ``trainable``, ``dim`` and
-            ``similarity``.
-        arguments: the training arguments that are not their defaults; no folders, no tokens.
-        losses: by data set's name; ``""`` where there is one.
-        steps: of the optimizer, taken so far.
-        seconds: spent training, by the clock, resumed parts included.
-        processes: that trained together.
-        log: what was logged, entry by entry, each with its ``step``.
-        evaluations: metrics of the whole corpus by when they were measured: ``"before"``, ``"after"``, a step's number.
-        versions: of this package and those that it builds on.
+        model: ``name`` (the card's, or its modules), ``parameters``, ``trainable``, ``dim`` and ``similarity``.
+        arguments: the training arguments that differ from their defaults; no folders, no tokens.
+        losses: by data set's name; ``""`` if there is only one.
+        steps: of the optimizer, so far.
+        seconds: wall-clock training time, resumed parts included.
+        processes: how many trained together.
+        log: its entries, each with its ``step``.
+        evaluations: metrics of the whole corpus by time of measurement: ``"before"``, ``"after"``, a step's number.
+        versions: of this package and its dependencies.
     """
 
     model: dict[str, Any]
@@ -133,7 +132,7 @@ class RunRecord:
         """
         text = json.dumps({"schema": _SCHEMA, **asdict(self)}, indent=1, ensure_ascii=False, allow_nan=True)
         with whole(run / FILE) as partial:
-            # Halves of characters, which only JSON's own escapes can stand for, are written as these.
+            # Half characters, which only JSON's escapes can represent, are written as escapes.
             partial.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
     @classmethod
@@ -160,10 +159,10 @@ class RunRecord:
         return record
 
     def reached(self, when: str) -> dict[str, float]:
-        """The metrics of one of :attr:`evaluations`, by :data:`METRICS`, whatever the evaluator's name before them."""
+        """The metrics of one of :attr:`evaluations`, by :data:`METRICS`, without the evaluator's name prefix."""
         found = {}
         for name, value in self.evaluations[when].items():
-            # The longest: "dev_answer_recall@20" ends with another one's name, too.
+            # The longest match: "dev_answer_recall@20" also ends with another metric's name.
             fitting = [metric for metric in METRICS if name == metric or name.endswith(f"_{metric}")]
             if fitting:
                 found[max(fitting, key=len)] = value
@@ -171,22 +170,22 @@ class RunRecord:
 
     @property
     def series(self) -> list[dict[str, Any]]:
-        """The entries of the log that are about training steps."""
+        """The log's entries about training steps."""
         return [entry for entry in self.log if "loss" in entry or any(name.endswith("drift") for name in entry)]
 
 
 def _read(kind: Any, found: Any, name: str) -> Any:
-    """What was found, if it is of that type throughout.
+    """``found``, checked to be of that type throughout.
 
     Args:
         kind: a dataclass, a list or dictionary of a type, a type or None, a plain type, or Any.
-        name: of what was found, for the error.
+        name: of the value, for the error.
 
     Raises:
-        TypeError: it is not.
-        ValueError: a number is larger than any that was written.
+        TypeError: it is not of that type.
+        ValueError: a number is larger than any that this package writes.
     """
-    if kind is Any:  # down to where nothing is held, so that whatever is nested too deeply to be shown is refused here
+    if kind is Any:  # down to empty containers, so that nesting too deep to be shown is refused here
         if isinstance(found, (list, dict)):
             return _read(list[Any] if isinstance(found, list) else dict[str, Any], found, name)
         return found

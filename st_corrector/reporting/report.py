@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, made from the run's record."""
+"""The report of a run: one self-contained HTML file, made from the run's record."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .charts import Chart, evaluations_by_step, loss_charts, run_charts, values_
 from .record import Choice, Example, LossRecord, RunRecord
 
 _SENTENCES = 5
-_SHORT = 160  # characters of a text that are shown at once
-_NEGATIVES = 4  # of a choice, that are shown at once
+_SHORT = 160  # characters of a text shown at first
+_NEGATIVES = 4  # negatives of a choice shown at first
 _COUNTS = {
     "targets_encoded": "for the loss, positives and negatives",
     "targets_verified": "to verify candidates, without gradient",
@@ -32,8 +32,8 @@ Facts = list[tuple[str, str]]
 def write_report(record: RunRecord, path: Path) -> Path:
     """Write the report of a run.
 
-    It holds no scripts and refers to nothing outside of itself; texts of the corpus are shown as they are, and mean
-    nothing to the browser. The same record gives the same file.
+    It has no scripts and no external references; texts of the corpus are shown verbatim and never interpreted as
+    markup. The same record gives the same file.
 
     Args:
         path: the HTML file.
@@ -70,14 +70,14 @@ def write_report(record: RunRecord, path: Path) -> Path:
         tally=_tally,
     )
     with whole(path, "Choose another one.") as partial:
-        # Halves of characters, which JSON can hold and a file cannot, become question marks.
+        # Half characters, which JSON can hold and a file cannot, become question marks.
         partial.write_text(page, encoding="utf-8", errors="replace")
     return path
 
 
 @dataclass
 class _Section:
-    """What is shown of one loss."""
+    """The part of the page about one loss."""
 
     name: str
     facts: Facts
@@ -107,7 +107,7 @@ class _Section:
 
 @dataclass
 class _Evaluation:
-    """Metrics of the first and the last evaluation: their names' columns, and rows of cells."""
+    """Metrics of the first and the last evaluation: column names, and rows of cells."""
 
     columns: list[str]
     rows: list[tuple[str, list[str]]]
@@ -141,7 +141,7 @@ def _loss_facts(loss: LossRecord) -> Facts:
 
 
 def _evaluation(record: RunRecord) -> _Evaluation | None:
-    """The first and the last one beside one another."""
+    """The first and the last choice side by side."""
     measured = evaluations_by_step(record)
     if not measured:
         return None
@@ -165,7 +165,7 @@ def _evaluation(record: RunRecord) -> _Evaluation | None:
 
 
 def _sentences(record: RunRecord, name: str, loss: LossRecord) -> list[str]:
-    """What the figures say, the most important first; nothing of what was not measured."""
+    """What the figures say, most important first; only what was measured."""
     prefix, told = f"{name}/" if name else "", []
 
     def at_the_end(metric: str) -> float | None:
@@ -251,7 +251,7 @@ def _when(step: int, record: RunRecord) -> str:
 
 
 def _score(metric: str, value: float | None, sign: str = "") -> str:
-    """A metric as the field writes it: ranking metrics, which have an @, in percent."""
+    """A metric in the field's notation: ranking metrics, which have an @, in percent."""
     if value is None or not isfinite(value):
         return "–"
     shown = f"{100 * value:{sign}.1f}" + ("" if sign else "\u00a0%") if "@" in metric else f"{value:{sign}.4g}"
@@ -279,12 +279,12 @@ def _named(value: Any, otherwise: str) -> str:
 
 
 def _integer(value: Any) -> int | None:
-    """It, if it is a count."""
+    """The value, if it is a count."""
     return value if type(value) is int and 0 <= value < 1 << 63 else None
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Facts:
-    """Settings, and those inside of them, as text."""
+    """Settings, nested ones included, as text."""
     rows: Facts = []
     for name, value in settings.items():
         if isinstance(value, dict) and value:

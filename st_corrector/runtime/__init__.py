@@ -1,4 +1,4 @@
-"""The machine: the processes that train together, numeric precision, what fits into memory.
+"""The machine: processes that train together, numeric precision, memory limits.
 
-Collectives are called by all processes in the same order, and all of them get the same.
+All processes call collectives in the same order, and all get the same result.
 """

@@ -1,4 +1,4 @@
-"""The processes that train together, and the little that they tell one another."""
+"""The processes that train together, and what they exchange."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ _TIMEOUT = timedelta(seconds=1800)  # transformers' own default for training
 
 
 class Processes:
-    """All processes of this training, in step: what one of them calls here, all call.
+    """All processes of this training: if one calls a method here, all must call it.
 
-    With one process, which is what ``Processes()`` is, every method returns what it was given.
+    With one process, as in ``Processes()``, every method returns its argument.
 
     Args:
-        rank: which of them this is.
-        size: how many there are.
+        rank: of this process.
+        size: number of processes.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
         self.bytes_received = 0
-        """What the others have sent to this process so far."""
+        """Bytes received from other processes so far."""
 
     @classmethod
     def current(cls) -> Processes:
-        """Those of ``torch.distributed``'s process group, which accelerate sets up; where a launcher has started
-        several processes and nobody has done so yet, it is set up here: make the training arguments first if their
-        ``ddp_timeout`` is to count.
+        """The processes of ``torch.distributed``'s group, which accelerate sets up. If a launcher has started several
+        processes and there is no group yet, it is set up here: create the training arguments first for their
+        ``ddp_timeout`` to apply.
 
         Raises:
-            InputError: accelerate takes each of several processes for the only one, and would train as many encoders.
+            InputError: accelerate treats each of several processes as the only one; each would train its own encoder.
         """
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and dist.is_available() and not dist.is_initialized():
             PartialState(cpu=not torch.accelerator.is_available(), timeout=_TIMEOUT)
@@ -59,7 +59,7 @@ class Processes:
         return f"Processes(rank={self.rank}, size={self.size})"
 
     def share(self, count: int) -> slice:
-        """This process's part of ``count`` things: consecutive ones, as many as any other's but for one."""
+        """This process's part of ``count`` items: consecutive, with sizes differing by at most one."""
         return self.shares(count)[self.rank]
 
     def shares(self, count: int) -> list[slice]:
@@ -71,10 +71,10 @@ class Processes:
         return [count] if self.size == 1 else self.gather(torch.tensor([count], device=device)).tolist()
 
     def gather(self, tensor: Tensor, counts: list[int] | None = None) -> Tensor:
-        """``tensor`` ``(n, …)`` of every process one after the other, without gradient: ``(Σn, …)``.
+        """``tensor`` ``(n, …)`` of every process, concatenated, without gradient: ``(Σn, …)``.
 
         Args:
-            counts: ``n`` of every process; by default all have the same.
+            counts: ``n`` of every process; by default all are equal.
         """
         if self.size == 1:
             return tensor.detach()
@@ -85,12 +85,13 @@ class Processes:
         return _joined(parts, counts)
 
     def gather_with_grad(self, tensor: Tensor, counts: list[int]) -> Tensor:
-        """The same with gradient: what each process's loss says of a row is summed up at the process that sent it."""
+        """The same with gradient: the gradients of all processes' losses are summed at the process that sent the
+        row."""
         if self.size == 1:
             return tensor
         padded = _padded(tensor, counts).contiguous()
         gathered = all_gather_with_grad(padded)
-        # Gradients of all come back as the embeddings went.
+        # Gradients of all rows return the way the embeddings came.
         self.bytes_received += 2 * (self.size - 1) * padded.nbytes
         return _joined(list(gathered.split(len(padded))), counts)
 
@@ -102,11 +103,11 @@ class Processes:
         return tensor
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether it is so for any of them."""
+        """Whether the flag is set on any process."""
         return bool(self.sum(torch.tensor(int(flag), device=device))) if self.size > 1 else flag
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """What the first process has, in place: for draws from generators that may have moved apart."""
+        """The first process's tensor, in place: for random draws, as generators may have diverged."""
         if self.size > 1:
             dist.broadcast(tensor, 0)
             self.bytes_received += tensor.nbytes
@@ -114,10 +115,10 @@ class Processes:
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """Run the block in every process; where it fails in one, all end with an error, instead of waiting for it.
+        """Run the block in every process; if it fails in one, all raise an error instead of waiting for it.
 
         Args:
-            what: what the block does, for the message.
+            what: the block's purpose, for the message.
 
         Raises:
             ProcessError: it has failed in another process.
@@ -137,19 +138,19 @@ class Processes:
             raise error
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
     def require_same(self, checksum: Tensor, what: str) -> None:
-        """Refuse to go on where processes that must hold the same do not.
+        """Stop if values that must be equal differ between processes.
 
         Args:
             checksum: int64, ``(1,)``.
-            what: what it is the checksum of, for the message.
+            what: the checked value, for the message.
 
         Raises:
-            ProcessError: they differ; it says on which ranks.
+            ProcessError: they differ; the message names the ranks.
         """
         checksums = self.gather(checksum).tolist()
         others = [rank for rank, each in enumerate(checksums) if each != checksums[0]]
@@ -162,7 +163,7 @@ class Processes:
 
 
 def checksum(tensors: dict[str, Tensor]) -> Tensor:
-    """A number that tells apart what differs in any bit, int64 ``(1,)``."""
+    """A checksum over all bits, int64 ``(1,)``."""
     total = torch.zeros(1, dtype=torch.int64)
     for name in sorted(tensors):
         bits = tensors[name].detach().contiguous().cpu().flatten()

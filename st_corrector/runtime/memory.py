@@ -1,4 +1,4 @@
-"""What will be allocated, counted before it is: a plan that does not fit is refused with its numbers."""
+"""Memory is planned before it is allocated: a plan that does not fit is refused with its numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def available_memory(device: torch.device | str) -> int:
     """Bytes that can still be allocated on ``device``: free memory of a GPU, available memory of the machine."""
     device = torch.device(device)
     if device.type == "cuda":
-        # What the caching allocator holds and does not use can be had as well.
+        # Memory that the caching allocator holds unused is available, too.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     available: int = psutil.virtual_memory().available
@@ -22,7 +22,7 @@ def available_memory(device: torch.device | str) -> int:
 
 
 def describe_memory(needs: Mapping[str, int], device: torch.device | str) -> str:
-    """A table of what is needed on ``device`` and what there is, in MB."""
+    """A table of needed and available memory on ``device``, in MB."""
     rows = [*needs.items(), ("together", sum(needs.values())), ("available", available_memory(device))]
     width = max(len(name) for name, _ in rows)
     lines = (f"  {name:{width}}  {size / 1e6:>12,.0f} MB" for name, size in rows)
@@ -30,10 +30,10 @@ def describe_memory(needs: Mapping[str, int], device: torch.device | str) -> str
 
 
 def require_memory(needs: Mapping[str, int], device: torch.device | str) -> None:
-    """Refuse to go on if ``needs``, bytes by what they are for, are more than there is on ``device``.
+    """Stop if ``needs``, bytes by purpose, exceed the available memory on ``device``.
 
     Raises:
-        InputError: they are; it has the numbers, and what could be done.
+        InputError: they do; the message has the numbers and remedies.
     """
     if sum(needs.values()) > available_memory(device):
         raise InputError(

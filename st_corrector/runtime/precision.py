@@ -1,4 +1,4 @@
-"""Searching and correcting in float32, whatever the training loop lets the encoder compute in."""
+"""Search and correction in float32, whatever the encoder's precision in the training loop."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Returned = TypeVar("Returned")
 
 
 def in_float32(method: Callable[Given, Returned]) -> Callable[Given, Returned]:
-    """Leave the caller's autocast and TF32 for the time of ``method``, on the device of its first tensor.
+    """Disable the caller's autocast and TF32 during ``method``, on the device of its first tensor.
 
-    A training loop that puts the whole loss under autocast, and not only the encoder as the trainers do, would have
-    what is learnt added up in 8 bits of precision, and matrices of two dtypes meet. TF32, which ``tf32=True`` and
-    ``torch_compile=True`` allow on GPUs, has 10: a search by it is not exact. Whether it is allowed is one setting of
-    the whole process, other threads included.
+    The trainers put only the encoder under autocast. A training loop with the whole loss under autocast would
+    accumulate learnt state in 8 bits of precision and mix dtypes in matrix products. TF32, which ``tf32=True`` and
+    ``torch_compile=True`` allow on GPUs, has 10 bits: a search with it is not exact. This setting applies to the whole
+    process, including other threads.
     """
 
     @functools.wraps(method)
@@ -40,6 +40,6 @@ def _without_tf32() -> Iterator[None]:
     try:
         yield
     finally:
-        # What was only inherited from the setting for everything is not made a setting of its own.
+        # If the value was inherited from the global setting, keep it inherited.
         inherited = torch.backends.fp32_precision  # type: ignore[attr-defined]  # made by torch at run time
         products.fp32_precision = "none" if before == inherited else before

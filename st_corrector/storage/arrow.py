@@ -1,4 +1,4 @@
-"""Arrow files on disk: written in a stream, complete or not there, read back memory-mapped."""
+"""Arrow files on disk: written as a stream, complete or absent, read back memory-mapped."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ logger = logging.getLogger(__name__)
 
 
 def default_cache_dir() -> Path:
-    """Where derived Arrow files go unless the caller says otherwise: beside those of ``datasets``
-    (environment variable ``HF_DATASETS_CACHE``)."""
+    """Default folder for derived Arrow files: next to those of ``datasets`` (environment variable
+    ``HF_DATASETS_CACHE``)."""
     return Path(datasets_config.HF_DATASETS_CACHE) / "st_corrector"
 
 
 def write_arrow(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Dataset:
     """Stream ``tables`` into ``path`` and return it memory-mapped.
 
-    The file appears under its name only when it is whole: an error or a kill on the way leaves no
-    file that a later run could take for the finished one.
+    The file gets its name only when it is complete: an error or a kill leaves no file that a later run could take for
+    finished.
 
     Raises:
         StorageError: it cannot be written.
     """
     make_folder(path.parent, _ADVICE)
-    # What a killed process has left of this file; one that is still being written is younger.
+    # Remains of a killed process; a file still being written is younger.
     for leftover in path.parent.glob(f"{path.name}.*.partial"):
         with suppress(FileNotFoundError):  # another process has just finished it
             if time.time() - leftover.stat().st_mtime > 3600:
@@ -49,7 +49,7 @@ def write_arrow(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Da
         with storing(path, _ADVICE):
             sink = stack.enter_context(pa.OSFile(str(partial), "wb"))
             writer = pa.ipc.new_stream(sink, schema)
-        for table in tables:  # what fails in reading them is not the disk's fault
+        for table in tables:  # an error in reading them is not the disk's fault
             with storing(path, _ADVICE):
                 writer.write_table(table.cast(schema))
         with storing(path, _ADVICE):
@@ -62,9 +62,9 @@ def write_arrow(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Da
 
 
 def read_or_write_arrow(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Dataset:
-    """The file at ``path``, written from ``tables`` first if it is not there (they are not read otherwise).
+    """The file at ``path``; if missing, it is first written from ``tables`` (which are otherwise not read).
 
-    Of several processes one writes, the others wait for it. A file that was damaged is written anew.
+    One of several processes writes, the others wait. A damaged file is written again.
 
     Raises:
         StorageError: it cannot be written.
@@ -90,7 +90,7 @@ def batched_tables(
     """Collect dict records into tables of at most ``batch_size`` rows.
 
     Raises:
-        CorpusError: a value is not of its column's type, or a string that is none; it has the record's number.
+        CorpusError: a value is not of its column's type, or is an invalid string; the message has the record's number.
     """
     first, batch = 0, []
     for record in records:
@@ -120,9 +120,9 @@ _ADVICE = "Then call the same again, or set HF_DATASETS_CACHE (or cache_dir) to 
 
 
 def half_character(text: str) -> str | None:
-    """What is wrong with a string that no file can hold; None if nothing is.
+    """Describes why no file can hold a string; None if one can.
 
-    JSON's ``\\ud83d`` without its other half, or a text cut in between, makes such strings.
+    JSON's ``\\ud83d`` without its other half, or a text cut in the middle of a character, gives such strings.
     """
     try:
         text.encode("utf-8")

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a kill, a full disk or a power cut."""
+"""Files that are complete or absent, even after a kill, a full disk or a power cut."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from safetensors import SafetensorError
 
 from ..errors import StorageError
 
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors tells
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors' error
 
 
 @contextmanager
 def storing(path: Path, advice: str) -> Iterator[None]:
-    """Say of what the system refuses in this block that it is ``path`` that cannot be written, and how to go on.
+    """Turn the system's errors in this block into one that names ``path`` and says how to continue.
 
     Args:
-        advice: what to do when the cause is mended.
+        advice: what to do once the cause is fixed.
 
     Raises:
         StorageError: something cannot be written.
@@ -32,7 +32,7 @@ def storing(path: Path, advice: str) -> Iterator[None]:
     except StorageError:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # how torch.save tells
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save's error
             raise
         told = _OS_ERROR.search(str(error))
         number = int(told[1]) if told else getattr(error, "errno", None) or 0
@@ -42,12 +42,12 @@ def storing(path: Path, advice: str) -> Iterator[None]:
 
 @contextmanager
 def whole(path: Path, advice: str = "Then call the same again.") -> Iterator[Path]:
-    """Give the block a file to write which becomes ``path`` when it is whole; before that ``path`` is what it was.
+    """Give the block a file to write, which replaces ``path`` once it is complete; until then ``path`` is unchanged.
 
     Raises:
-        StorageError: it cannot be written; nothing of it is left.
+        StorageError: it cannot be written; partial output is removed.
     """
-    # A name of this process's own: two that write one file must not write into one another's.
+    # A name unique to this process: two writers of one file must not share it.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with storing(path, advice):
@@ -62,24 +62,24 @@ def whole(path: Path, advice: str = "Then call the same again.") -> Iterator[Pat
 
 
 def make_folder(path: Path, advice: str = "Choose another one.") -> None:
-    """Make a folder and those it is in, if they are not there.
+    """Create a folder and its parents, if missing.
 
     Raises:
-        StorageError: it cannot be made.
+        StorageError: it cannot be created.
     """
     with storing(path, advice):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Refuse to begin what does not fit on the disk.
+    """Refuse to start if the disk is too small.
 
     Args:
         needed: bytes.
-        what: what they are needed for.
+        what: their purpose.
 
     Raises:
-        StorageError: there are fewer; it has the numbers.
+        StorageError: fewer are free; the message has both sizes.
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -99,7 +99,7 @@ _MEND = {
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the names in ``folder`` on disk as well, where the system can."""
+    """Sync the names in ``folder`` to disk, if the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

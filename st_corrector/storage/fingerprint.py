@@ -1,6 +1,6 @@
-"""Short strings that tell two things apart, and what differs between two descriptions, in words.
+"""Short strings that distinguish two things, and the difference between two descriptions in words.
 
-Nothing here is cryptographic protection: a fingerprint tells two honest things apart.
+This is no cryptographic protection: a fingerprint distinguishes two honest things.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _DIGEST = re.compile("[0-9a-f]{32}")
 
 
 def digest(*parts: bytes | str) -> str:
-    """32 hex digits over ``parts``; where one part ends and the next begins matters."""
+    """32 hex digits over ``parts``, whose boundaries matter."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode("utf-8") if isinstance(part, str) else part
@@ -29,10 +29,11 @@ def digest_json(value: Any) -> str:
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """One line for each component that differs, e.g. ``prompt: 'passage: ' there, '' here``; of digests, that they do.
+    """One line for each component that differs, e.g. ``prompt: 'passage: ' there, '' here``; for digests only that they
+    differ.
 
     Args:
-        found, expected: by component; what is nested is compared part by part.
+        found, expected: by component; nested values are compared part by part.
     """
     if isinstance(found.get("modules"), str) and isinstance(expected.get("modules"), Mapping):
         return ["version: described by an earlier version of st_corrector, in a way that cannot be compared any more"]
@@ -54,7 +55,7 @@ def _difference(key: str, there: Any, here: Any) -> str:
     return f"{key}: {there!r} there, {here!r} here"
 
 
-# What digests stand for, since nobody can read them.
+# What digests stand for, since they are unreadable.
 _IN_WORDS = {
     "corpus": "other texts, or the same in another order",
     "tokenizer": "another vocabulary, other special tokens or rules, or texts are cut elsewhere",

@@ -1,4 +1,4 @@
-"""What goes to the Hugging Face Hub and comes from it, beside what sentence-transformers sends and loads itself.
+"""Uploads to and downloads from the Hugging Face Hub, in addition to sentence-transformers' own.
 
 Tokens, offline mode, endpoints and download folders are those of :mod:`huggingface_hub`: ``hf auth login``,
 ``HF_TOKEN``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, ``HF_HOME``.
@@ -18,7 +18,7 @@ _MARK = "<!-- written by st_corrector: a card with this line is written again --
 
 
 def push(write: Callable[[Path], object], repo_id: str, **options: Any) -> str:
-    """Upload what ``write`` puts into an empty folder; ``options`` are those of :func:`push_folder`."""
+    """Upload what ``write`` puts into an empty folder; ``options`` as in :func:`push_folder`."""
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         return push_folder(Path(folder), repo_id, **options)
@@ -36,16 +36,16 @@ def push_folder(
     revision: str | None,
     instead_of: Iterable[str] = (),
 ) -> str:
-    """Upload ``folder`` as one commit. Called again after it was cut short, it sends what is not there yet.
+    """Upload ``folder`` as one commit. If interrupted, the same call sends only what is missing.
 
     Args:
-        repo_id: the repository; made if it is not there.
+        repo_id: the repository; created if missing.
         repo_type: ``"model"`` or ``"dataset"``.
-        card: its README.md, where it has none.
-        private: of a repository that is made here; None leaves it to the owner's settings.
-        revision: a branch, made if it is not there; None is the main one.
-        instead_of: patterns of what alone is sent, and instead of what the repository has under them: what it has more
-            is deleted, and a card that was written here is written again.
+        card: its README.md, if it has none.
+        private: for a repository created here; None uses the owner's default.
+        revision: a branch, created if missing; None is the main one.
+        instead_of: patterns of the only files to send; other files in the repository that match them are deleted, and a
+            card written here is written again.
 
     Returns:
         The commit's address.
@@ -65,7 +65,7 @@ def push_folder(
     operations += [CommitOperationDelete(name) for name in there if _fits(name, patterns) and name not in sent]
     if "README.md" not in there or (patterns and _MARK in _read(api, repo_id, "README.md", where)):
         operations.append(CommitOperationAdd("README.md", f"{card}\n{_MARK}\n".encode()))
-    # Large files are received one by one before the commit: those that were are not sent again.
+    # The Hub receives large files one by one before the commit and does not need them again.
     url: str = api.create_commit(repo_id, operations, commit_message=commit_message, **where).commit_url
     return url
 
