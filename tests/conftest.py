@@ -13,17 +13,17 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from gpu import REASON, Results, chosen_gpus
+from support.gpu import REASON, Results, chosen_gpus
 
 os.environ.update(chosen_gpus())
 
 import pytest
 import torch
 import transformers
-from hub import HubServer
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+from support.hub import HubServer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -138,7 +138,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(params=[os.environ.get("ACCELERATE_TORCH_DEVICE", "cpu"), pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where a test runs whose body is the same everywhere; in the normal suite only on the CPU, or on what stands for
-    another device there (:mod:`second_device`).
+    another device there (:mod:`support.second_device`).
     """
     return torch.empty(0, device=request.param).device
 
@@ -189,6 +189,33 @@ def corpus() -> Corpus:
     return corpus
 
 
+@pytest.fixture(scope="module")
+def beir(tmp_path_factory):
+    """A BEIR folder of 240 short texts: 160 training and 60 dev queries with an answer each."""
+    folder = tmp_path_factory.mktemp("beir")
+    (folder / "qrels").mkdir()
+    queries, texts = make_texts(240)
+    with (folder / "corpus.jsonl").open("w") as file:
+        file.writelines(json.dumps({"_id": f"d{n}", "title": "", "text": text}) + "\n" for n, text in enumerate(texts))
+    with (folder / "queries.jsonl").open("w") as file:
+        for n, text in enumerate(queries):
+            file.write(json.dumps({"_id": f"q{n}", "text": text, "answers": [texts[n].split()[0]]}) + "\n")
+    for split, numbers in (("train", range(160)), ("dev", range(160, 220))):
+        lines = [f"q{n}\td{n}\t1\n" for n in numbers]
+        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Corpus:
+    """2,000 targets and as many queries."""
+    queries, texts = make_texts(2000)
+    corpus = Corpus.from_texts(texts, cache_dir=tmp_path_factory.mktemp("corpus"))
+    ids = [str(n) for n in range(len(texts))]
+    corpus.add_split("dev", dict(zip(ids, queries, strict=True)), {id: [id] for id in ids})
+    return corpus
+
+
 @pytest.fixture(scope="session")
 def nq() -> Path:
     if not (NQ / "corpus.jsonl.gz").is_file():
@@ -198,7 +225,7 @@ def nq() -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A stand-in for the Hugging Face Hub that this test is logged in to; see ``hub.py``."""
+    """A stand-in for the Hugging Face Hub that this test is logged in to; see ``support/hub.py``."""
     with HubServer(tmp_path / "hub") as server:
         server.connect(monkeypatch)
         yield server

@@ -1,4 +1,4 @@
-"""The house: which wing may import which, and that no module imports itself by a detour.
+"""The house: which wing may import which, that no module imports itself by a detour, and no test module another.
 
 ``python tests/test_architecture.py`` prints its size: modules, the longest of them, the longest class.
 """
@@ -96,6 +96,29 @@ def test_no_module_imports_itself_by_a_detour():
 def test_each_wing_says_what_it_is():
     for wing in FLOOR_OF.keys() - {"_version"}:
         assert ast.get_docstring(ast.parse((MODULES[f"st_corrector.{wing}"]).read_text())), wing
+
+
+def named_in_imports(path):
+    """The last part of every module's name in the imports of a file, and of every name it takes from one."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found |= {(node.module or "").rpartition(".")[2], *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.rpartition(".")[2] for alias in node.names}
+    return found
+
+
+def test_no_test_module_imports_another():
+    """What they share is in ``tests/support`` and ``conftest.py``, which do not import them either."""
+    tests = {path.stem: path for path in sorted((ROOT / "tests").rglob("test_*.py"))}
+    assert len(tests) > 40 and len(tests) == len(list((ROOT / "tests").rglob("test_*.py"))), "names are unique"
+    found = {
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for name in named_in_imports(path) & tests.keys()
+    }
+    assert not found, "\n".join(sorted(found))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from conftest import ROOT, load_bert_model, make_bert_model, make_texts
+from conftest import ROOT, load_bert_model, make_bert_model
+from support.scripts import run
 
 from st_corrector import (
     Corpus,
@@ -26,30 +27,6 @@ from st_corrector import (
 )
 
 BENCHMARKS = ROOT / "benchmarks"
-
-
-def run(script, *arguments):
-    command = [sys.executable, str(script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "MPLBACKEND": "Agg"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def beir(tmp_path_factory):
-    """A BEIR folder of 240 short texts: 160 training and 60 dev queries with an answer each."""
-    folder = tmp_path_factory.mktemp("beir")
-    (folder / "qrels").mkdir()
-    queries, texts = make_texts(240)
-    with (folder / "corpus.jsonl").open("w") as file:
-        file.writelines(json.dumps({"_id": f"d{n}", "title": "", "text": text}) + "\n" for n, text in enumerate(texts))
-    with (folder / "queries.jsonl").open("w") as file:
-        for n, text in enumerate(queries):
-            file.write(json.dumps({"_id": f"q{n}", "text": text, "answers": [texts[n].split()[0]]}) + "\n")
-    for split, numbers in (("train", range(160)), ("dev", range(160, 220))):
-        lines = [f"q{n}\td{n}\t1\n" for n in numbers]
-        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
-    return folder
 
 
 @pytest.mark.long
@@ -257,7 +234,7 @@ def test_what_is_measured_on_a_gpu_is_tried_out_on_a_cpu(beir, tmp_path, monkeyp
 
 
 MEASURED_ELSEWHERE = """
-import second_device
+import support.second_device
 import json, sys, types
 from pathlib import Path
 import torch

@@ -15,11 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_bert_model, make_texts
-from gpu import all_gpus, chosen_gpus
-from test_cached_loss import without_dropout
-from test_correctors import DIM, fit, pairs, unit
-from test_loss import batch_of
-from test_search import naive, trained
+from support.batches import batch_of, on
+from support.drifts import DIM, fit, pairs, unit
+from support.gpu import GPU_ALONE, GPU_AND_LONG, all_gpus, chosen_gpus
+from support.searches import naive, trained
+from support.states import without_dropout
 
 from st_corrector import (
     Corpus,
@@ -44,9 +44,6 @@ from st_corrector.search.kernels import block_maxima, usable
 
 EPSILON = torch.finfo(torch.float32).eps
 WIDTHS = {"mlp": {"hidden": 20}, "ridge-mlp": {"hidden": 20}, "kernel-ridge": {"num_features": 30}}
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-GPU_ALONE = pytest.mark.parametrize("device", [GPU], indirect=True)
-GPU_AND_LONG = pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.long), GPU], indirect=True)
 NO_KERNEL = "the kernel runs on GPUs with tensor cores, and elsewhere only with TRITON_INTERPRET=1"
 
 
@@ -568,13 +565,6 @@ def test_what_a_training_step_holds_does_not_grow_with_targets_times_queries(dev
     grown, scores = peaks[45_000] - peaks[5_000], 40_000 * batch * 4
     record_property("peak bytes by targets", {str(targets): bytes for targets, bytes in peaks.items()})
     assert grown < scores / 2, f"{grown:,} bytes more, all scores are {scores:,}"
-
-
-def on(batch, device):
-    """What :func:`batch_of` gives, on a device."""
-    features, labels = batch
-    moved = [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in each.items()} for each in features]
-    return moved, labels.to(device)
 
 
 # ---------------------------------------------------------------------- caches

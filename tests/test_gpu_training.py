@@ -14,19 +14,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import load_bert_model, make_bert_model, make_static_model
-from gpu import all_gpus
+from conftest import ROOT, load_bert_model, make_bert_model, make_static_model
 from sentence_transformers.base.losses import gradcache
-from test_benchmarks import beir  # noqa: F401  (a fixture)
-from test_cached_loss import assert_gradients_close, gradients, without_dropout
-from test_carry_over import large, moved  # noqa: F401  (a fixture)
-from test_checkpoint import identical, trainer_of
-from test_distributed import HERE, environment, results
-from test_faults import At, state_of
-from test_gpu import GPU_AND_LONG, on
-from test_loss import batch_of, same, weights
-from test_numbers import diverging, loss_of
-from test_recipes import run as run_recipe
+from support.batches import batch_of, on
+from support.encoders import moved
+from support.gpu import GPU_AND_LONG, all_gpus
+from support.launching import TRAINING, environment, results
+from support.runs import At, difference, diverging, loss_of, trainer_of
+from support.scripts import run
+from support.states import gradient_difference, gradients, same, weights, without_dropout
 from transformers import TrainerCallback
 
 from st_corrector import (
@@ -93,7 +89,7 @@ def test_a_step_is_that_of_the_cpu(device, kind, settings, drifted, corpus):
         for name, value in values[0].items():
             torch.testing.assert_close(values[1][name].cpu(), value, atol=1e-4, rtol=1e-4)
         here, there = (gradients(loss.model) for loss in losses)
-        assert_gradients_close({name: value.cpu() for name, value in there.items()}, here, 1e-3)
+        assert gradient_difference({name: value.cpu() for name, value in there.items()}, here) <= 1e-3
         for loss in losses:
             with torch.no_grad():
                 for parameter in loss.model.parameters():
@@ -137,7 +133,7 @@ def test_gradients_in_half_precision_are_nearly_those_in_float32(device, kind, d
     found, expected = gradients(half), gradients(whole)
     for name in found.keys() - expected.keys():  # of what a module adds under autocast
         del found[name]
-    assert_gradients_close(found, expected, 0.05)
+    assert gradient_difference(found, expected) <= 0.05
     assert all(value.dtype == torch.float32 for value in found.values())
     assert all(value.dtype == torch.float32 for value in losses[1].corrected.corrector.state_dict().values())
     one, other = (set(loss.corrected.search.overlay.rows.tolist()) for loss in losses)
@@ -302,7 +298,7 @@ def test_a_run_is_that_of_the_cpu(device, settings, corpus, tmp_path):
         trainer.train()
         assert trainer.model.device.type == where.type
         log = [entry for entry in trainer.state.log_history if "task_loss" in entry]
-        runs.append((chosen, log, state_of(trainer), loss_of(trainer)))
+        runs.append((chosen, log, weights(trainer.model), loss_of(trainer)))
     (here, logged, state, loss), (there, logged_there, state_there, loss_there) = runs
     assert len(here) == len(there) > 0 and len(logged) == len(logged_there) == 12
     agree = [
@@ -400,18 +396,18 @@ def test_a_resumed_run_is_the_run(device, settings, deterministic, corpus, tmp_p
             cache_path=str(tmp_path / "cache"),
             use_cpu=device.type == "cpu",
         )
-        loss, before = loss_of(trainer), state_of(trainer)
+        loss, before = loss_of(trainer), weights(trainer.model)
         selected = recorded(loss)
         if interrupt is not None:
             trainer.add_callback(Interrupt(interrupt))
         with contextlib.suppress(Interrupted):
             trainer.train(resume_from_checkpoint=resume)
         assert trainer.state.global_step == (8 if interrupt is None else interrupt)
-        assert not same(before, state_of(trainer)) and trainer.model.device == device
+        assert not same(before, weights(trainer.model)) and trainer.model.device == device
         search = loss.corrected.search
         return {
             "selected": selected,
-            "model": state_of(trainer),
+            "model": weights(trainer.model),
             "corrector": search.corrector.state_dict(),
             "overlay": search.overlay.state_dict(),
             "steps": search.steps,
@@ -419,7 +415,7 @@ def test_a_resumed_run_is_the_run(device, settings, deterministic, corpus, tmp_p
         }
 
     whole, again = train("whole"), train("again")
-    identical(whole, again)  # else nothing could be said of the resumed one
+    assert not difference(whole, again)  # else nothing could be said of the resumed one
     assert any(
         isinstance(module, torch.nn.Dropout) and module.p
         for module in load_bert_model(tmp_path / "bert-right").modules()
@@ -428,7 +424,7 @@ def test_a_resumed_run_is_the_run(device, settings, deterministic, corpus, tmp_p
     torch.manual_seed(123)  # wherever the generators are, resuming sets them
     resumed = train("interrupted", resume=True)
     assert 0 < len(resumed["selected"]) < len(whole["selected"])
-    identical(whole, resumed)
+    assert not difference(whole, resumed)
 
 
 @GPU_AND_LONG
@@ -455,26 +451,26 @@ CASES += ["gradient cache"] * hasattr(gradcache, "_ddp_replay_context")
 
 def assert_nearly_same_training(runs, reference, case):
     """That ``runs``, of all processes, are the ``reference`` of one, but for a row that rounding decides over."""
-    for run in runs:
+    for process in runs:
         agree = [
             (ours % 203).sort(dim=1).values == (theirs % 203).sort(dim=1).values  # 20 targets are there twice
-            for ours, theirs in zip(run["selected"], reference["selected"], strict=True)
+            for ours, theirs in zip(process["selected"], reference["selected"], strict=True)
         ]
         assert torch.cat(agree).float().mean() > 0.98, case
-        assert run["steps"] == reference["steps"] and len(run["log"]) == len(reference["log"]) == 20
-        for ours, theirs in zip(run["log"], reference["log"], strict=True):
+        assert process["steps"] == reference["steps"] and len(process["log"]) == len(reference["log"]) == 20
+        for ours, theirs in zip(process["log"], reference["log"], strict=True):
             assert ours["task_loss"] == pytest.approx(theirs["task_loss"], abs=0.02, rel=0.02), case
         for name, value in reference["model"].items():
-            torch.testing.assert_close(run["model"][name], value, atol=0.02, rtol=0.05)
-        for ours, theirs in zip(run["selected"], runs[0]["selected"], strict=True):
+            torch.testing.assert_close(process["model"][name], value, atol=0.02, rtol=0.05)
+        for ours, theirs in zip(process["selected"], runs[0]["selected"], strict=True):
             assert torch.equal(ours, theirs), "exactly the same in all processes"
         for name, value in runs[0]["corrector"].items():
-            assert torch.equal(run["corrector"][name], value), name
+            assert torch.equal(process["corrector"][name], value), name
     assert sum(len(run["overlay"]["rows"]) for run in runs) > 20
 
 
 def start(folder, environment, *launcher):
-    command = [sys.executable, *launcher, str(HERE / "training.py"), str(folder), "--cases", json.dumps(CASES)]
+    command = [sys.executable, *launcher, str(TRAINING), str(folder), "--cases", json.dumps(CASES)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
@@ -511,21 +507,21 @@ def test_processes_with_gpus_train_what_one_without_does(tmp_path, backend, proc
 
 @GPU_AND_LONG
 @pytest.mark.timeout(600)
-def test_the_recipe_in_bfloat16_is_resumed(device, beir, tmp_path):  # noqa: F811
+def test_the_recipe_in_bfloat16_is_resumed(device, beir, tmp_path):
     make_bert_model(tmp_path)
     options = ["--model", tmp_path / "bert-right", "--bf16", "True", "--max_steps", 6, "--learning_rate", 1e-3]
     options += ["--per_device_train_batch_size", 16, "--num_negatives", 4, "--cache_on_device", "True"]
     options += ["--save_strategy", "steps", "--save_steps", 3, "--logging_steps", 1, "--seed", 3]
     options += ["--caches", tmp_path / "caches", "--output_dir", tmp_path / "out", "--dataset", beir]
     options += ["--use_cpu", str(device.type == "cpu")]
-    run_recipe("train_nq.py", *options)
+    run(ROOT / "recipes" / "train_nq.py", *options)
     whole = json.loads((tmp_path / "out" / "results.json").read_text())
     assert whole["steps"] == 6 and whole["after"] != whole["before"]
     log = [entry["task_loss"] for entry in whole["log"]]
     assert len(log) == 6 and log[-1] < log[0] and all(math.isfinite(value) for value in log)
     shutil.rmtree(tmp_path / "out" / "checkpoint-6")
     shutil.rmtree(tmp_path / "out" / "final")
-    run_recipe("train_nq.py", *options, "--resume_from_checkpoint", "True")
+    run(ROOT / "recipes" / "train_nq.py", *options, "--resume_from_checkpoint", "True")
     resumed = json.loads((tmp_path / "out" / "results.json").read_text())
     assert resumed["steps"] == 6
     for ours, theirs in zip(resumed["log"], whole["log"], strict=True):
@@ -548,7 +544,7 @@ def test_evaluation_is_that_of_the_cpu(device, corpus, tmp_path):
         assert agreement > (0.9 if embeddings is not None and embeddings.dtype == torch.bfloat16 else 0.99)
 
 
-def test_an_index_is_carried_over_with_models_on_the_device(device, large, tmp_path):  # noqa: F811
+def test_an_index_is_carried_over_with_models_on_the_device(device, large, tmp_path):
     old, new = make_static_model(), moved()
     expected = fit_corrector(old, new, large, sample=800, progress=False)
     old.to(device), new.to(device)

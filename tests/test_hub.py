@@ -12,7 +12,7 @@ import torch
 from conftest import make_bert_model, make_static_model
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from test_checkpoint import trainer_of
+from support.runs import trainer_of
 
 from st_corrector import (
     CacheError,

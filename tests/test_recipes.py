@@ -5,7 +5,6 @@ import importlib
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -14,6 +13,7 @@ from conftest import ROOT, make_texts
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from support.layouts import upload, write_repository
+from support.scripts import run
 
 from st_corrector import CorpusError, CorpusRetrievalEvaluator, InputError
 from st_corrector.data.qrels import Qrels
@@ -22,13 +22,6 @@ RECIPES = ROOT / "recipes"
 
 
 ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
-
-
-def run(recipe, *arguments, launcher=(), environment=None):
-    command = [sys.executable, *launcher, str(RECIPES / recipe), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture
@@ -79,7 +72,7 @@ def check_results(path, strategy, steps, metrics=METRICS):
 def test_train_nq_with_a_real_transformer(small_nq, minilm_path, tmp_path):
     options = ["--max_steps", 4, "--per_device_train_batch_size", 8, "--num_negatives", 2, "--max_seq_length", 32]
     options += ["--caches", tmp_path / "caches", "--output_dir", tmp_path]
-    out = run("train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3, *options)
+    out = run(RECIPES / "train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3, *options)
     results = check_results(tmp_path / "results.json", "corrected", 4)
     assert results["before"]["ndcg@10"] > 0.5, "the pretrained model is at work"
     assert 4 * 8 < results["targets_encoded"] <= 4 * 8 * 3 and results["targets_encoded_for_cache"] == 0
@@ -449,7 +442,7 @@ def test_functions_are_read_without_their_docstrings(recipe_module, tmp_path):
 @pytest.mark.long
 def test_quickstart_trains_compares_and_answers():
     arguments = ["--packages", "huggingface_hub", "datasets", "--steps", 12, "--dev", 100, "--num_negatives", 4]
-    out = run("quickstart.py", "download a file from the hub", *arguments)
+    out = run(RECIPES / "quickstart.py", "download a file from the hub", *arguments)
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in out.splitlines() if line.startswith("| ")}
     before, in_batch, corrected = (
         float(rows[name][0]) for name in ("before", "after, in-batch negatives", "after, corrected negatives")

@@ -1,4 +1,4 @@
-"""Trainings on a device that is not the CPU (:mod:`second_device`) against the same trainings on the CPU.
+"""Trainings on a device that is not the CPU (:mod:`support.second_device`) against the same trainings on the CPU.
 
 The device's arithmetic is the CPU's, so that every number must be the same; what stays on the wrong device is an error.
 What the test suite's GPU part does is done there as well.
@@ -12,13 +12,13 @@ import sys
 
 import pytest
 import torch
-from test_distributed import HERE, environment, results
-from training import CASES, TRANSFORMERS
+from support.launching import TESTS, TRAINING, environment, results
+from support.training import CASES, TRANSFORMERS
 
 
 def train(folder, device, *arguments):
-    command = [sys.executable, *([str(HERE / "second_device.py")] if device == "second" else [])]
-    command += [str(HERE / "training.py"), str(folder), *arguments]
+    command = [sys.executable, *([str(TESTS / "support" / "second_device.py")] if device == "second" else [])]
+    command += [str(TRAINING), str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(folder), timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
@@ -71,11 +71,22 @@ def test_a_run_on_another_device_resumes_bit_for_bit(tmp_path):
 @pytest.mark.long
 def test_the_gpu_part_of_the_suite_passes_on_another_device(tmp_path):
     """What has nothing of CUDA in it: a tensor on the wrong device is found without a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "second_device", "-p", "no:cacheprovider", "--tb", "short"]
-    command += ["-m", "not long and not gpu", str(HERE / "test_gpu.py"), str(HERE / "test_gpu_training.py")]
-    own = {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "support.second_device",
+        "-p",
+        "no:cacheprovider",
+        "--tb",
+        "short",
+    ]
+    command += ["-m", "not long and not gpu", str(TESTS / "test_gpu.py"), str(TESTS / "test_gpu_training.py")]
+    own = {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**environment(tmp_path), **own}, cwd=HERE.parent, timeout=500
+        command, capture_output=True, text=True, env={**environment(tmp_path), **own}, cwd=TESTS.parent, timeout=500
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 40, done.stdout[-2000:]

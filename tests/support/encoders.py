@@ -246,3 +246,14 @@ ENCODERS: dict[str, Encoder] = {
 """By name. What is not among them: CNNs, which see how wide a batch is padded, and LSTMs, which sentence-transformers
 itself does not give their lengths any more.
 """
+
+
+def moved() -> SentenceTransformer:
+    """The first model after something like training: its dense block is another, its token vectors nearly the same."""
+    model = make_static_model()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            change = torch.randn(parameter.shape, generator=generator)
+            parameter += change * (0.1 if "embedding" in name else 0.3)
+    return model

@@ -6,49 +6,19 @@ file quietly starts one process).
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import FORKS
 from sentence_transformers.base.losses import gradcache
-from training import CASES
+from support.launching import TRAINING, environment, launch, results
+from support.training import CASES
 
 from st_corrector import EmbeddingCache, ProcessError
 from st_corrector.runtime.distributed import Processes, checksum
-
-HERE = Path(__file__).parent
-
-
-def environment(folder):
-    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder.parent / "datasets")}
-    return {**os.environ, **own, "TOKENIZERS_PARALLELISM": "false"}
-
-
-def launch(folder, processes, *arguments, check=True):
-    """Run ``training.py`` with so many processes; its output."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
-    command += [str(HERE / "training.py"), str(folder), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(folder), timeout=500)
-    if check:
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done
-
-
-def results(folder, processes, name="run", case=0):
-    return [
-        torch.load(folder / str(case) / f"results-{name}-{rank}-of-{processes}.pt", "cpu", weights_only=True)
-        for rank in range(processes)
-    ]
 
 
 def gathered(runs):
@@ -179,7 +149,7 @@ def test_two_hosts_train_what_one_does(one, tmp_path, hosts):
     running = []
     for rank, host in enumerate(hosts):
         command = f"ip netns exec {host} {sys.executable} -m torch.distributed.run --nnodes 2 --nproc_per_node 1"
-        command += f" --node_rank {rank} --master_addr {master} --master_port 29500 {HERE / 'training.py'} {folder}"
+        command += f" --node_rank {rank} --master_addr {master} --master_port 29500 {TRAINING} {folder}"
         settings = environment(folder) | {"GLOO_SOCKET_IFNAME": "v0"}
         running.append(
             subprocess.Popen(

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from conftest import ROOT, WORDS, make_static_model, make_texts
-from test_checkpoint import trainer_of
-from test_faults import At, same, state_of
+from support.runs import At, diverging, loss_of, trainer_of
+from support.states import same, weights
 
 from st_corrector import (
     Corpus,
@@ -25,11 +25,6 @@ from st_corrector import (
 )
 from st_corrector.training.checkpoint import load_losses, save_losses
 from st_corrector.training.guard import MOST_SKIPPED_IN_A_ROW
-
-
-def loss_of(trainer):
-    (loss,) = trainer._corrected_losses().values()
-    return loss
 
 
 def poison(model, word):
@@ -67,7 +62,7 @@ def test_what_is_not_finite_stops_the_run_before_it_is_learnt(poisoned, tmp_path
     class Watch(At):
         def on_step_begin(self, args, state, control, **kwargs):
             seen.update(
-                model=state_of(trainer),
+                model=weights(trainer.model),
                 corrector=loss_of(trainer).corrected.corrector.state_dict(),
                 step=state.global_step,
             )
@@ -79,7 +74,7 @@ def test_what_is_not_finite_stops_the_run_before_it_is_learnt(poisoned, tmp_path
     assert "weights are as they were before this step" in str(raised.value) and f"Step {seen['step']}:" in str(
         raised.value
     )
-    assert same(trainer, seen["model"])
+    assert same(weights(trainer.model), seen["model"])
     for name, value in loss_of(trainer).corrected.corrector.state_dict().items():
         assert torch.equal(value, seen["corrector"][name])
     for name, value in loss_of(trainer).corrected.search.overlay.state_dict().items():
@@ -103,9 +98,9 @@ def test_a_step_can_be_left_out(poisoned, tmp_path, caplog, accumulated):
 
     class Watch(At):
         def on_step_end(self, args, state, control, **kwargs):
-            states.append(state_of(trainer))
+            states.append(weights(trainer.model))
 
-    before = state_of(trainer)
+    before = weights(trainer.model)
     trainer.add_callback(Watch(-1, None))
     trainer.train()
     steps = len(states)
@@ -132,18 +127,18 @@ def test_gradients_that_are_not_finite_are_seen_before_the_weights_move(corpus, 
         return trainer
 
     trainer, states = broken(), {}
-    trainer.add_callback(At(2, lambda: states.update(state_of(trainer))))
+    trainer.add_callback(At(2, lambda: states.update(weights(trainer.model))))
     with pytest.raises(
         NonFiniteError, match=r"Step 2: The gradients of 1 parameters, e\.g\. \['1\.linear\.weight'\], are NaN or infin"
     ):
         trainer.train()
-    assert same(trainer, states)
+    assert same(weights(trainer.model), states)
 
     trainer = broken(non_finite="skip")
     trainer.train()
     assert trainer.guard.steps_skipped == 1 and trainer.state.global_step == 6
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
-    assert not same(trainer, states)
+    assert not same(weights(trainer.model), states)
 
 
 def test_skipping_that_does_not_help_ends(corpus, tmp_path):
@@ -210,19 +205,6 @@ def test_what_cannot_be_solved_is_not_half_learnt(make):
     assert all(torch.equal(value, before[name]) for name, value in corrector.state_dict().items())
 
 
-def diverging(corpus, folder, policy, **settings):
-    return trainer_of(
-        corpus,
-        folder,
-        corrector_divergence=policy,
-        corrector_settings={"hidden": 16, "learning_rate": 3.0},
-        max_steps=110,
-        save_steps=105,
-        learning_rate=1e-3,
-        **settings,
-    )
-
-
 def test_no_run_of_the_study_would_have_lost_its_corrector():
     """What the rule's margin and patience were set by."""
     excess = [
@@ -249,11 +231,8 @@ def test_a_corrector_that_makes_things_worse_is_given_up(corpus, tmp_path, caplo
     # A resumed run goes on without it, one that goes back before it has it again.
     again = diverging(corpus, tmp_path, "identity")
     again.train(resume_from_checkpoint=True)
-    assert (
-        loss_of(again).corrected.diverged
-        and loss_of(again).corrected.corrector.name == "identity"
-        and same(again, state_of(trainer))
-    )
+    assert loss_of(again).corrected.diverged and loss_of(again).corrected.corrector.name == "identity"
+    assert same(weights(again.model), weights(trainer.model))
     fresh = trainer_of(corpus, tmp_path / "other", corrector_settings={"hidden": 16, "learning_rate": 3.0})
     fresh.train()
     other = loss_of(fresh)

@@ -18,6 +18,9 @@ from typing import Any
 import pytest
 
 REASON = "there is no GPU that CUDA can use, or it is hidden: `make test-gpu` runs these tests"
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+GPU_ALONE = pytest.mark.parametrize("device", [GPU], indirect=True)
+GPU_AND_LONG = pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.long), GPU], indirect=True)
 _ALL = "ALL_CUDA_VISIBLE_DEVICES"
 
 
@@ -89,7 +92,7 @@ class Results:
 def _machine() -> dict[str, Any]:
     import torch
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
     from common import commit
 
     from st_corrector.search.kernels import triton

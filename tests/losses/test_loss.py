@@ -9,6 +9,8 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.util import cos_sim, dot_score
+from support.batches import batch_of
+from support.states import same, weights
 
 from st_corrector import (
     Check,
@@ -32,22 +34,8 @@ def cache(static_model, corpus, tmp_path):
     return EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)
 
 
-def batch_of(model, corpus, rows, split="train"):
-    """What the trainer's collator would give the loss for these pairs."""
-    pairs = corpus.pairs(split)[list(rows)]
-    return [model.preprocess(pairs["anchor"]), model.preprocess(pairs["positive"])], torch.tensor(pairs["label"])
-
-
-def weights(model):
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
 def corrector_state(loss):
     return loss.corrected.corrector.state_dict()
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 # ---------------------------------------------------------------------- what is computed

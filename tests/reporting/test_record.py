@@ -10,7 +10,7 @@ import torch
 from conftest import make_static_model
 from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
-from test_checkpoint import trainer_of
+from support.runs import trainer_of
 from transformers import TrainerCallback
 
 from st_corrector import Corpus, CorpusRetrievalEvaluator, CorrectorTrainer, InputError, RidgeCorrector

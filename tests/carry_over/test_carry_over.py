@@ -10,6 +10,7 @@ from conftest import make_static_model, make_texts
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
+from support.encoders import moved
 from support.layouts import write_beir
 
 from st_corrector import (
@@ -36,31 +37,10 @@ from st_corrector.data.encoding import DocumentEncoder
 from st_corrector.search.fidelity import overlap_at_k
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory) -> Corpus:
-    """2,000 targets and as many queries."""
-    queries, texts = make_texts(2000)
-    corpus = Corpus.from_texts(texts, cache_dir=tmp_path_factory.mktemp("corpus"))
-    ids = [str(n) for n in range(len(texts))]
-    corpus.add_split("dev", dict(zip(ids, queries, strict=True)), {id: [id] for id in ids})
-    return corpus
-
-
 def narrower(model: SentenceTransformer, dim: int = 16) -> SentenceTransformer:
     torch.manual_seed(3)
     block = Dense(24, dim, init_weight=torch.randn(dim, 24) / 5)
     return SentenceTransformer(modules=[*list(model.children())[:-1], block, Normalize()], device="cpu")
-
-
-def moved() -> SentenceTransformer:
-    """The first model after something like training: its dense block is another, its token vectors nearly the same."""
-    model = make_static_model()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            change = torch.randn(parameter.shape, generator=generator)
-            parameter += change * (0.1 if "embedding" in name else 0.3)
-    return model
 
 
 def all_of(model: SentenceTransformer, corpus: Corpus) -> torch.Tensor:

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_static_model
-from support.runs import arguments, trainer_of
-from test_distributed import launch, results
-from transformers import TrainerCallback
+from support.launching import launch, results
+from support.runs import Steps, arguments, difference, trainer_of
 
 from st_corrector import (
     CheckpointError,
@@ -31,19 +30,6 @@ RESUMED = [
     "accumulated",
     "verified, with background and margin",
 ]
-
-
-def identical(one, other):
-    assert len(other["selected"]) > 0
-    # The resumed process has made the last steps only.
-    steps = len(other["selected"])
-    for ours, theirs in zip(one["selected"][-steps:], other["selected"], strict=True):
-        assert torch.equal(ours, theirs)
-    for part in ("model", "corrector", "overlay"):
-        assert one[part].keys() == other[part].keys() and one[part]
-        for name, value in one[part].items():
-            assert torch.equal(value, other[part][name]), f"{part}: {name}"
-    assert one["targets_encoded"] == other["targets_encoded"] and one["steps"] == other["steps"]
 
 
 def killed_and_resumed(folder, case, kill_at, save_every, processes=1, resumed_by=None):
@@ -71,7 +57,7 @@ def test_a_run_killed_at_any_step_goes_on_where_it_was(tmp_path):
         save_every = int(generator.integers(1, 7))
         kill_at = int(generator.integers(save_every, 20))
         (resumed,) = killed_and_resumed(tmp_path / f"killed-{number}", case, kill_at, save_every)
-        identical(whole[case], resumed)
+        assert not difference(whole[case], resumed)
 
 
 @pytest.mark.long
@@ -80,7 +66,7 @@ def test_two_killed_processes_go_on_where_they_were(tmp_path):
     launch(tmp_path / "whole", 2, "--cases", json.dumps([case]))
     whole = results(tmp_path / "whole", 2)
     for one, other in zip(whole, killed_and_resumed(tmp_path / "two", case, 12, 5, processes=2), strict=True):
-        identical(one, other)
+        assert not difference(one, other)
 
 
 @pytest.mark.long
@@ -97,16 +83,6 @@ def test_one_process_goes_on_where_two_were(tmp_path):
     for ours, theirs in zip(alone["selected"], reference["selected"], strict=True):
         assert torch.equal(ours, theirs)
     assert alone["steps"] == reference["steps"] == 20
-
-
-class Steps(TrainerCallback):
-    """Which steps were taken."""
-
-    def __init__(self):
-        self.taken = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.taken.append(state.global_step)
 
 
 def test_a_checkpoint_whose_writing_was_cut_short_is_passed_over(corpus, tmp_path, caplog):

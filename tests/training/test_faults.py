@@ -17,10 +17,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import training
 from conftest import FORKS, make_static_model, make_texts
-from test_checkpoint import Steps, identical, trainer_of
-from test_distributed import HERE, environment, launch, results
+from support import training
+from support.launching import TRAINING, environment, launch, results
+from support.runs import At, Steps, difference, trainer_of
+from support.states import same, weights
 from transformers import TrainerCallback
 
 from st_corrector import CheckpointError, Corpus, StorageError
@@ -83,7 +84,7 @@ def killed_runs(tmp_path, case, save_every, kills, seed, within=1.0):
         counts["went_on_from_a_checkpoint"] += bool(whole)
         if found["began_at"] is None:  # killed behind the last step, whose selections are not made again
             found["selected"] = expected["selected"]
-        identical(expected, found)
+        assert not difference(expected, found)
         counts["identical"] += 1
         shutil.rmtree(folder)
     return counts
@@ -181,7 +182,7 @@ def test_a_run_that_is_told_to_stop_saves_a_checkpoint_first(tmp_path):
     (checkpoint,) = (tmp_path / "told" / "out").glob("checkpoint-*")
     assert 3 <= int(checkpoint.name.partition("-")[2]) < 20 and fault_of(checkpoint) is None
     start(tmp_path / "told", "mlp", 1000, "resumed", resume=True).join()
-    identical(expected, result(tmp_path / "told", "resumed"))
+    assert not difference(expected, result(tmp_path / "told", "resumed"))
 
 
 @pytest.mark.long
@@ -189,7 +190,7 @@ def test_two_processes_that_are_told_to_stop_save_the_same_step(tmp_path):
     case = ["--cases", json.dumps(["mlp"]), "--save_every", "1000"]
     launch(tmp_path / "whole", 2, *case)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(HERE / "training.py"), str(tmp_path / "told"), *case]
+    command += [str(TRAINING), str(tmp_path / "told"), *case]
     process = subprocess.Popen(command, env=environment(tmp_path / "told"), stderr=subprocess.DEVNULL)
     when(tmp_path / "told" / "0" / "step", 3)
     process.send_signal(signal.SIGTERM)
@@ -198,7 +199,7 @@ def test_two_processes_that_are_told_to_stop_save_the_same_step(tmp_path):
     assert fault_of(checkpoint) is None
     launch(tmp_path / "told", 2, *case, "--name", "resumed", "--resume")
     for one, other in zip(results(tmp_path / "whole", 2), results(tmp_path / "told", 2, "resumed"), strict=True):
-        identical(one, other)
+        assert not difference(one, other)
 
 
 def test_a_run_that_is_told_to_stop_and_saves_nothing_stops(tmp_path):
@@ -218,33 +219,14 @@ def test_a_process_that_dies_ends_the_others_and_is_named(tmp_path):
     assert "rank      : 1" in done.stderr and "Signal 9 (SIGKILL) received by PID" in done.stderr
 
 
-class At(TrainerCallback):
-    """Does something before a step."""
-
-    def __init__(self, step, do):
-        self.step, self.do = step, do
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.do()
-
-
-def state_of(trainer):
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-
-def same(trainer, expected):
-    return all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
-
-
 @pytest.fixture
 def expected(corpus, tmp_path):
     """What six steps make of the model that nothing happens to."""
     trainer = trainer_of(corpus, tmp_path / "expected", save_strategy="no")
-    before = state_of(trainer)
+    before = weights(trainer.model)
     trainer.train()
-    assert not same(trainer, before)
-    return state_of(trainer)
+    assert not same(weights(trainer.model), before)
+    return weights(trainer.model)
 
 
 @pytest.mark.parametrize("fault", ["No space left on device. Make room", "Read-only file system. Choose a folder"])
@@ -271,7 +253,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before(corpus, expecte
     again, steps = trainer_of(corpus, small_disk / "out", **settings), Steps()
     again.add_callback(steps)
     again.train(resume_from_checkpoint=True)
-    assert steps.taken == [2, 3, 4, 5] and same(again, expected)
+    assert steps.taken == [2, 3, 4, 5] and same(weights(again.model), expected)
 
 
 def test_folders_that_vanish_do_not_stop_a_run(corpus, expected, tmp_path):
@@ -280,7 +262,7 @@ def test_folders_that_vanish_do_not_stop_a_run(corpus, expected, tmp_path):
     gone.mkdir()
     trainer.add_callback(At(3, lambda: [(tmp_path / name).rename(gone / name) for name in ("out", "cache")]))
     trainer.train()
-    assert same(trainer, expected)
+    assert same(weights(trainer.model), expected)
     assert [fault_of(tmp_path / "out" / f"checkpoint-{step}") for step in (4, 6)] == [None, None]
 
 
@@ -297,7 +279,7 @@ def test_a_bit_flipped_in_a_checkpoint_is_found(corpus, expected, tmp_path, file
     again.add_callback(steps)
     again.train(resume_from_checkpoint=True)
     assert "Passing over a checkpoint that cannot be trusted: checkpoint-6 has a damaged" in caplog.text
-    assert steps.taken == [4, 5] and same(again, expected)
+    assert steps.taken == [4, 5] and same(weights(again.model), expected)
 
 
 def test_a_worker_that_dies_ends_the_run_and_nothing_is_lost(corpus, tmp_path):
@@ -312,7 +294,7 @@ def test_a_worker_that_dies_ends_the_run_and_nothing_is_lost(corpus, tmp_path):
     again.add_callback(steps)
     again.train(resume_from_checkpoint=True)
     assert steps.taken in ([2, 3, 4, 5], [4, 5]), "it is noticed when the batches fetched before are used up"
-    assert same(again, state_of(whole))
+    assert same(weights(again.model), weights(whole.model))
 
 
 def test_tokens_are_in_no_file_and_no_message(corpus, tmp_path, capfd, caplog):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.launching import TESTS
 
 from st_corrector import CorrectedSearch, EmbeddingCache, IdentityCorrector
 from st_corrector.search import kernels
@@ -19,7 +20,7 @@ import st_corrector.search.exact as searching
 from st_corrector import CorrectedSearch, EmbeddingCache, IdentityCorrector, InputError, MLPCorrector, RidgeCorrector
 from st_corrector import Shortlist, ShortlistSearch
 from st_corrector.search.kernels import block_maxima
-from test_search import trained
+from support.searches import trained
 
 torch.manual_seed(0)
 for rows, dim, batch in ((300, 40, 5), (128, 64, 64), (1000, 70, 70)):
@@ -126,7 +127,7 @@ needs_triton = pytest.mark.skipif(
 
 @needs_triton
 def test_the_kernel_selects_what_plain_torch_selects():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "as plain torch"

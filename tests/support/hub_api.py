@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from card_rules import check_card, metadata
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
+from support.card_rules import check_card, metadata
+
 if TYPE_CHECKING:
-    from hub import HubServer
+    from support.hub import HubServer
 
 LFS_PATTERNS = ["*.arrow", "*.bin", "*.ckpt", "*.gz", "*.npy", "*.npz", "*.onnx", "*.parquet", "*.pt", "*.safetensors"]
 LFS_FROM = 10 * 1024**2

@@ -1,7 +1,7 @@
 """A device of its own kind that computes on the CPU: what mixes it with the CPU fails as it would with a GPU.
 
-    python tests/second_device.py SCRIPT ARGUMENT…
-    PYTHONPATH=tests python -m pytest -p second_device tests/test_gpu.py
+    python tests/support/second_device.py SCRIPT ARGUMENT…
+    PYTHONPATH=tests python -m pytest -p support.second_device tests/test_gpu.py
 
 In such a process there is ``torch.device("second")``, and it is that which is trained on, and tested. Every
 operation on its tensors runs on the CPU tensors inside them, so that results are the CPU's, bit for bit; but tensors of

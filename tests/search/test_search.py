@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import FORKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.searches import naive, trained
 
 from st_corrector import (
     CacheError,
@@ -23,22 +24,6 @@ from st_corrector import (
 )
 from st_corrector.cache.shard import Shard
 from st_corrector.search.gumbel import gumbel_noise
-
-
-def trained(corrector, dim):
-    """A corrector that does something: a few steps on a drift."""
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(20):
-        stale = F.normalize(torch.randn(64, dim, generator=generator), dim=-1)
-        fresh = F.normalize(stale.roll(1, dims=1) + stale, dim=-1)
-        corrector.fit_step(stale, fresh, stale[:5], 20.0)
-    return corrector
-
-
-def naive(scores, k):
-    """The k largest of each row, equal ones by column: a full stable sort in float64."""
-    order = scores.double().sort(dim=1, descending=True, stable=True)
-    return order.values[:, :k], order.indices[:, :k]
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_loss import batch_of
-from test_search import trained
+from support.batches import batch_of
+from support.searches import trained
 
 from st_corrector import (
     CacheError,

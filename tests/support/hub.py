@@ -33,7 +33,8 @@ import datasets.config
 import huggingface_hub
 import pytest
 import transformers.utils.hub
-from hub_api import Answer, Api, Refusal, Repository, Request
+
+from support.hub_api import Answer, Api, Refusal, Repository, Request
 
 
 @dataclass

@@ -9,10 +9,13 @@ import argparse
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it is started as a script, too
 from conftest import load_bert_model, make_bert_model, make_static_model, make_texts, router_of
 from datasets import disable_progress_bars
 from sentence_transformers import SentenceTransformer

@@ -8,8 +8,8 @@ from accelerate.state import AcceleratorState
 from conftest import make_bert_model, make_static_model, router_of
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from test_checkpoint import Steps
-from test_loss import same, weights
+from support.runs import Steps
+from support.states import same, weights
 
 from st_corrector import (
     CorrectedMultipleNegativesLoss,

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
-from test_loss import batch_of
+from support.batches import batch_of
+from support.states import gradient_difference, gradients, without_dropout
 
 from st_corrector import (
     CachedCorrectedMultipleNegativesLoss,
@@ -15,18 +16,6 @@ from st_corrector import (
     MLPCorrector,
     RidgeCorrector,
 )
-
-
-def gradients(model):
-    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
-
-
-def assert_gradients_close(found, expected, tolerance=1e-5):
-    assert found.keys() == expected.keys() and len(found) > 10
-    scale = max(value.abs().max() for value in expected.values())
-    assert scale > 1e-3, "there is something to compare"
-    for name, value in expected.items():
-        assert (found[name] - value).abs().max() <= tolerance * scale, name
 
 
 @pytest.fixture
@@ -45,13 +34,6 @@ def losses_of(model, corpus, cache, **settings):
         settings = {"num_negatives": 4, "corrector": RidgeCorrector(cache.dim), **settings}
         made.append(kind(copy.deepcopy(model), corpus, cache, **copy.deepcopy(settings), **own))
     return made
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 @pytest.mark.parametrize("settings", [{}, {"candidates": 8, "in_batch_negatives": False}, {"num_negatives": 0}])
@@ -73,7 +55,7 @@ def test_cached_gradients_are_those_of_the_whole_batch(bert_model, corpus, cache
         assert values[0].keys() == values[1].keys()
         torch.testing.assert_close(values[0], values[1])
         # Gradients of all steps so far are summed up, as under gradient accumulation.
-        assert_gradients_close(gradients(cached.model), gradients(plain.model))
+        assert gradient_difference(gradients(cached.model), gradients(plain.model)) <= 1e-5
     if plain.negatives.num_negatives:
         for name, state in plain.corrected.corrector.state_dict().items():
             torch.testing.assert_close(cached.corrected.corrector.state_dict()[name], state, atol=1e-4, rtol=1e-3)
@@ -161,4 +143,4 @@ def test_matryoshka_chooses_once_a_step_by_whole_embeddings(bert_model, corpus, 
         expected = expected + weight * torch.nn.functional.cross_entropy(20 * cut[0] @ cut[1].T, torch.arange(9))
     torch.testing.assert_close(values["task_loss"], expected.detach(), atol=1e-5, rtol=1e-5)
     expected.backward()
-    assert_gradients_close(found, gradients(bert_model))
+    assert gradient_difference(found, gradients(bert_model)) <= 1e-5
