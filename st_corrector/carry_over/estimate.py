@@ -31,7 +31,7 @@ _DEPTHS = (10, 100, 1000)
 def upgrade_embeddings(embeddings: Embeddings, corrector: Corrector) -> Tensor:
     """Map embeddings of an earlier model to a newer one's: float32, ``(n, d) → (n, d')``.
 
-    Files and indices of any size: :func:`~st_corrector.carry_over.vectors.upgrade_file`, or
+    Files and indices of any size: :func:`~st_corrector.carry_over.opening.open_vectors`, or
     ``st-corrector upgrade-index``.
 
     Args:

@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from ..carry_over.estimate import estimate_carry_over, estimated_depths, sample_rows
     from ..carry_over.fitting import drawn, fit_to_pairs, require_fitted
-    from ..carry_over.vectors import open_vectors
+    from ..carry_over.opening import open_vectors
     from ..correctors import Corrector, Frames
     from ..data.encoding import DocumentEncoder
 

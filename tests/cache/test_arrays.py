@@ -11,7 +11,7 @@ from support.arrays import CONVERTED, KEPT, REFUSED
 from st_corrector import AffineMap, CacheError, EmbeddingCache, InputError, NonFiniteError, upgrade_embeddings
 from st_corrector.cache.arrays import as_tensor
 from st_corrector.carry_over.fitting import fit_to_pairs
-from st_corrector.carry_over.vectors import open_vectors
+from st_corrector.carry_over.opening import open_vectors
 from st_corrector.correctors import Corrector
 
 ROWS, DIM = 60, 8

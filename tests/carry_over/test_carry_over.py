@@ -30,7 +30,7 @@ from st_corrector import (
 )
 from st_corrector.carry_over.estimate import sample_rows
 from st_corrector.carry_over.fitting import FITTED, fit_to_pairs
-from st_corrector.carry_over.vectors import open_vectors
+from st_corrector.carry_over.opening import open_vectors
 from st_corrector.cli import main
 from st_corrector.correctors import Frames
 from st_corrector.data.encoding import DocumentEncoder
