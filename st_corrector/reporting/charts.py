@@ -11,12 +11,14 @@ from itertools import cycle
 from math import ceil, isfinite
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
+from xml.etree import ElementTree
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from ..errors import InputError
 from .record import RunRecord
 
+ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _LARGEST = 1e30  # larger values are not measurements and make axes overflow
 _MOST_POINTS = 200  # of a line
 _SIZE = (3.8, 2.2)  # inches
+_SVG = "http://www.w3.org/2000/svg"
 _INK = "#123456"  # stands for the page's own colour in SVG
 # Readable on white and black, and distinguishable without colour.
 _LINES = (
@@ -216,13 +219,15 @@ class Chart:
             # Identifiers are made from it, and one page has many figures.
             with _settings({"svg.hashsalt": f"{self.loss}/{self.description}"}):
                 figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-        # matplotlib has escaped all text; only its own markup is removed.
-        drawn = re.sub(r"<style.*?</style>|(?<=<g) id=\"[^\"]*\"|font-family: [^;\"]*(; )?", "", file.getvalue())
-        drawn = re.sub(r"\s*\n\s*", " ", drawn).replace(_INK, "currentColor")
-        opening = re.search(r"<svg [^>]*(viewBox=\"[^\"]*\")[^>]*>", drawn)
-        assert opening is not None
-        label = escape(self.description)
-        return Markup(f'<svg role="img" aria-label="{label}" {opening[1]}>{drawn[opening.end() :].rstrip()}')
+        # Identifiers would occur once in each figure of a page; its font is the page's.
+        drawn = ElementTree.fromstring(file.getvalue())
+        for group in drawn.iter(f"{{{_SVG}}}g"):
+            group.attrib.pop("id", None)
+        for element in [drawn, *drawn.iter(f"{{{_SVG}}}defs")]:
+            for style in element.findall(f"{{{_SVG}}}style"):
+                element.remove(style)
+        drawn.attrib = {"viewBox": drawn.attrib["viewBox"], "role": "img", "aria-label": self.description}
+        return Markup(ElementTree.tostring(drawn, encoding="unicode").replace(_INK, "currentColor"))
 
     def draw(self, axes: Axes) -> None:
         """Draw it into ``axes``."""
