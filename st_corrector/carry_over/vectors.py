@@ -86,7 +86,7 @@ class Vectors(ABC):
         """
         self.check(corrector)
         if path.exists():
-            raise InputError(f"{path} is there already: choose another name, or move it away.")
+            raise InputError(f"{path} exists already: choose another name, or move it away.")
         make_folder(path.parent)
         with tqdm(total=self.count, desc="Carrying over", unit=" targets", disable=not progress) as bar:
 
@@ -115,7 +115,7 @@ def open_vectors(path: str | os.PathLike[str], tensor: str | None = None, factor
     if not file.exists():
         raise InputError(f"{file} does not exist: expected a .npy or .safetensors file, a FAISS index or a cache.")
     if tensor is not None and file.suffix != ".safetensors":
-        raise InputError(f"tensor={tensor!r} is for .safetensors files, and {file} is none.")
+        raise InputError(f"tensor={tensor!r} is for .safetensors files, which {file} is not.")
     if file.is_dir():
         found: Vectors = CacheVectors(file)
     elif file.suffix == ".npy":
@@ -125,7 +125,7 @@ def open_vectors(path: str | os.PathLike[str], tensor: str | None = None, factor
     else:
         return FaissVectors(file, factory)
     if factory is not None:
-        raise InputError(f"factory={factory!r} is for FAISS indices, and {file} is none.")
+        raise InputError(f"factory={factory!r} is for FAISS indices, which {file} is not.")
     return found
 
 
@@ -237,7 +237,7 @@ class CacheVectors(Vectors):
         fresh["carried_over_by"] = digest(*(each.numpy().tobytes() for each in _state(corrector)))
         dtype = str(self.cache.dtype).removeprefix("torch.")
         description = Description(self.count, width_after(corrector), dtype, _ROWS_AT_ONCE, fresh)
-        folder = CacheFolder(path, "Nothing of it is left: then call the same again.")
+        folder = CacheFolder(path, "Partial output was removed: then repeat the call.")
         with folder.locked():
             try:
                 folder.begin(description)
@@ -381,7 +381,7 @@ class FaissVectors(Vectors):
         if not has_order and (self._ids[1:] == self._ids[:-1]).any():
             raise InputError(
                 f"In {self.path} ids repeat, and an IVF index does not know in which order vectors of one id were "
-                "added: which of them is which target cannot be told. Without a corpus they can be carried over."
+                "added: their targets are unknown. Without a corpus they can be carried over."
             )
 
     def take(self, rows: Ids) -> Tensor:
