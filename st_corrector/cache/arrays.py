@@ -43,7 +43,7 @@ def _from_array(embeddings: Any, error: type[StCorrectorError]) -> Tensor:
                 return torch.stack(vectors).detach()
             embeddings = np.asarray(vectors)
         except (ValueError, RuntimeError) as unequal:
-            raise error(f"Expected vectors of one dimension, got {len(vectors):,} that differ in it.") from unequal
+            raise error(f"Expected vectors of equal dimension, got {len(vectors):,} that differ.") from unequal
     if np.ma.is_masked(embeddings):
         raise error("Some of the embeddings' numbers are masked: each target needs all of them.")
     array = np.asarray(embeddings)
@@ -60,6 +60,6 @@ def _from_array(embeddings: Any, error: type[StCorrectorError]) -> Tensor:
 
 def _refused(error: type[StCorrectorError], dtype: Any, shape: tuple[int, ...]) -> StCorrectorError:
     return error(
-        f"Expected floating-point embeddings of shape (targets, dimension), got {dtype} of shape {shape}: convert them "
-        "to float32, float16 or bfloat16, one row a target."
+        f"Expected floating-point embeddings of shape (targets, dimension), got {dtype} of shape {shape}: convert "
+        "them to float32, float16 or bfloat16, one row per target."
     )

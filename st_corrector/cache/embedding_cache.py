@@ -226,7 +226,7 @@ class EmbeddingCache:
         """
         if len(self) != self.corpus_size:
             raise CacheError(f"{self!r} is a part of a cache: save the whole one.")
-        folder = CacheFolder(Path(path), "Nothing of it is left: then call the same again.")
+        folder = CacheFolder(Path(path), "Partial output was removed: then repeat the call.")
         if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
             raise CacheError(f"{path} is not empty: choose a new folder to save the cache in.")
         try:
@@ -303,7 +303,7 @@ class EmbeddingCache:
         folder = CacheFolder(Path(path))
         if (folder.is_finished or folder.is_begun) and not (folder.path / ".cache" / "huggingface").is_dir():
             raise CacheError(
-                f"{path} holds a cache that has not come from the Hub: choose another folder for the copy."
+                f"{path} holds a cache that was not downloaded from the Hub: choose another folder for the copy."
             )
         # Into a separate folder: the Hub's shared one has links, which a cache's folder must not have.
         snapshot_download(
@@ -401,8 +401,8 @@ class EmbeddingCache:
         """
         if not self.first_row <= rows.start < rows.stop <= self.end:
             raise CacheError(
-                f"Rows {rows.start} … {rows.stop - 1} are no part of {self!r}: there must be at least one, and it must "
-                "hold them all. A corpus needs as many targets as there are processes."
+                f"Rows {rows.start} … {rows.stop - 1} are not a part of {self!r}: there must be at least one, and it "
+                "must hold them all. A corpus needs at least as many targets as processes."
             )
         shards = []
         for start, shard in zip(self._starts.tolist(), self._shards, strict=False):

@@ -83,7 +83,7 @@ class CacheFolder:
         advice: what to do once the cause of a failed write is fixed.
     """
 
-    def __init__(self, path: Path, advice: str = "The same call goes on behind what is finished.") -> None:
+    def __init__(self, path: Path, advice: str = "The same call continues after the finished shards.") -> None:
         self.path, self._advice = path, advice
 
     @property
@@ -251,7 +251,7 @@ class CacheFolder:
             )
         shard, digest = self._open(number, description)
         if digest != recorded[number][_DIGEST]:
-            raise CacheError(f"{path} is another than the one that was written. {_REPAIR}")
+            raise CacheError(f"{path} is not the file that was written. {_REPAIR}")
         return shard
 
     def _open(self, number: int, description: Description) -> tuple[Shard, str]:
@@ -277,7 +277,7 @@ class CacheFolder:
                 f"{expected}. {_REPAIR}"
             )
         if place != _place(description, number):
-            raise CacheError(f"{path} is another than the one that was written: it is of another cache. {_REPAIR}")
+            raise CacheError(f"{path} is not the file that was written: it is of another cache. {_REPAIR}")
         return Shard(values, scales), digest
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -312,7 +312,7 @@ class CacheFolder:
         return description, shards if path.name == _MANIFEST else None
 
 
-_REPAIR = "EmbeddingCache.repair (or `st-corrector cache repair`) encodes its targets anew."
+_REPAIR = "EmbeddingCache.repair (or `st-corrector cache repair`) encodes its targets again."
 
 
 def _fit(shards: Any, count: int) -> bool:

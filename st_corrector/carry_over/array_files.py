@@ -132,7 +132,7 @@ class CacheVectors(Vectors):
         fresh["carried_over_by"] = digest(*(each.numpy().tobytes() for each in _state(corrector)))
         dtype = str(self.cache.dtype).removeprefix("torch.")
         description = Description(self.count, width_after(corrector), dtype, ROWS_AT_ONCE, fresh)
-        folder = CacheFolder(path, "Nothing of it is left: then call the same again.")
+        folder = CacheFolder(path, "Partial output was removed: then repeat the call.")
         with folder.locked():
             try:
                 folder.begin(description)

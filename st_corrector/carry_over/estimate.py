@@ -88,7 +88,7 @@ class CarryOverEstimate:
     def __str__(self) -> str:
         lines = [
             f"{self.sample:,} of {self.targets:,} targets were encoded again, for {self.queries:,} queries.",
-            "Of what a re-embedded index returns, estimated, and in brackets what the index as it is would keep:",
+            "Estimated share of a re-embedded index's results, and in brackets that of the unchanged index:",
         ]
         for depth, recall in self.recall.items():
             old = f" ({100 * self.recall_unchanged[depth]:.1f} %)" if depth in self.recall_unchanged else ""
@@ -130,7 +130,9 @@ def estimate_carry_over(
     if len(queries) < 2:
         raise InputError("An estimate needs queries, at least two: a split of the corpus, or a file of them.")
     if len(old) != len(rows):
-        raise InputError(f"old has {len(old):,} embeddings for a sample of {len(rows):,} rows: pass those rows' alone.")
+        raise InputError(
+            f"old has {len(old):,} embeddings for a sample of {len(rows):,} rows: pass only those of the sample."
+        )
     old = as_tensor(old, InputError).cpu()
     depths = estimated_depths(len(rows), len(corpus))
     unit = new.similarity_fn_name == "cosine"
@@ -171,8 +173,8 @@ def estimated_depths(sample: int, targets: int) -> list[int]:
     if depths := [depth for depth in _DEPTHS if depth * sample >= targets >= 2 * depth]:
         return depths
     raise InputError(
-        f"A sample of {sample:,} of {targets:,} targets is too small to say anything of the first {_DEPTHS[-1]}: take "
-        f"at least {-(-targets // _DEPTHS[-1]):,}, and leave as many to it where a corrector is fitted on others."
+        f"A sample of {sample:,} of {targets:,} targets is too small to estimate the first {_DEPTHS[-1]}: take at "
+        f"least {-(-targets // _DEPTHS[-1]):,}, without those that a corrector is fitted on."
     )
 
 

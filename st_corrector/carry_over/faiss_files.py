@@ -132,7 +132,7 @@ class FaissVectors(Vectors):
         if not has_order and (self._ids[1:] == self._ids[:-1]).any():
             raise InputError(
                 f"In {self.path} ids repeat, and an IVF index does not know in which order vectors of one id were "
-                "added: which of them is which target cannot be told. Without a corpus they can be carried over."
+                "added: their targets are unknown. Without a corpus they can be carried over."
             )
 
     def take(self, rows: Ids) -> Tensor:

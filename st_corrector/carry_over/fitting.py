@@ -64,7 +64,7 @@ def fit_corrector(
         raise InputError(f"sample must be at least {_SMALLEST_SAMPLE}, got {sample}.")
     if isinstance(old, EmbeddingCache) and old.corpus_size != len(corpus):
         raise InputError(
-            f"The cache has {old.corpus_size:,} rows, the corpus {len(corpus):,} targets: not of this one."
+            f"The cache has {old.corpus_size:,} rows, the corpus {len(corpus):,} targets: it is of another corpus."
         )
     rows = drawn(len(corpus), sample, seed)
     encoder = DocumentEncoder(new, corpus, progress=progress)
@@ -120,7 +120,7 @@ def fit_to_pairs(
         _error(_solve(kind, dim, each, stale[rest], fresh[rest]), stale[held_out], fresh[held_out]) for each in tried
     ]
     best = tried[int(np.argmin(errors))]
-    logger.info("%s: %s leaves the least on %d held-out targets.", corrector, best, len(held_out))
+    logger.info("%s: %s has the lowest error on %d held-out targets.", corrector, best, len(held_out))
     return _solve(kind, dim, best, stale, fresh)
 
 

@@ -27,7 +27,7 @@ def open_vectors(path: str | os.PathLike[str], tensor: str | None = None, factor
     if not file.exists():
         raise InputError(f"{file} does not exist: expected a .npy or .safetensors file, a FAISS index or a cache.")
     if tensor is not None and file.suffix != ".safetensors":
-        raise InputError(f"tensor={tensor!r} is for .safetensors files, and {file} is none.")
+        raise InputError(f"tensor={tensor!r} is for .safetensors files, which {file} is not.")
     if file.is_dir():
         found: Vectors = CacheVectors(file)
     elif file.suffix == ".npy":
@@ -37,5 +37,5 @@ def open_vectors(path: str | os.PathLike[str], tensor: str | None = None, factor
     else:
         return FaissVectors(file, factory)
     if factory is not None:
-        raise InputError(f"factory={factory!r} is for FAISS indices, and {file} is none.")
+        raise InputError(f"factory={factory!r} is for FAISS indices, which {file} is not.")
     return found

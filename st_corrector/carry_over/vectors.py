@@ -73,7 +73,7 @@ class Vectors(ABC):
         """
         self.check(corrector)
         if path.exists():
-            raise InputError(f"{path} is there already: choose another name, or move it away.")
+            raise InputError(f"{path} exists already: choose another name, or move it away.")
         make_folder(path.parent)
         with tqdm(total=self.count, desc="Carrying over", unit=" targets", disable=not progress) as bar:
 

@@ -10,8 +10,8 @@ from ..errors import StCorrectorError
 from . import cache, card, compare, evaluate, report, upgrade
 
 _EPILOG = """
-exit status: 0; 1 where damage was found or something failed, with the reason on the standard error; 2 for arguments
-that are not understood. With --json the result is one JSON object on the standard output, and nothing else is.
+exit status: 0; 1 if damage was found or something failed, with the reason on standard error; 2 for invalid arguments.
+With --json the only output on standard output is the result as one JSON object.
 
 Models, corpora and correctors are folders or ids on the Hugging Face Hub; tokens, HF_HUB_OFFLINE and HF_ENDPOINT are
 huggingface_hub's.

@@ -36,13 +36,13 @@ def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
         "--corpus", required=required, help="the targets: a folder in BEIR's layout, or a BEIR repository on the Hub"
     )
-    parser.add_argument("--prompt", help="what precedes the targets' texts, if it is not the model's own prompt")
+    parser.add_argument("--prompt", help="prompt of the targets, if not the model's own")
     parser.add_argument("--max_targets", type=int, metavar="N", help="the corpus is the first N of them")
     parser.add_argument(
         "--missing_targets",
         choices=("error", "drop"),
         default="error",
-        help="judgements of targets that are not in the corpus end the command, or are left out (default: error)",
+        help="judgements of targets that are not in the corpus are an error, or dropped (default: error)",
     )
 
 

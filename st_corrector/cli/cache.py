@@ -12,17 +12,17 @@ from .arguments import Commands, add_command, add_corpus, add_json, add_model, o
 
 def add_to(commands: Commands) -> None:
     """Add the command."""
-    cache = commands.add_parser("cache", help="build, look into, check, mend and share an embedding cache")
+    cache = commands.add_parser("cache", help="build, inspect, verify, repair and share an embedding cache")
     actions = cache.add_subparsers(required=True, metavar="action")
     build = add_command(
         actions,
         "build",
-        "encode every target into a folder; killed, the same command goes on behind the last finished shard",
+        "encode every target into a folder; if killed, the same command continues after the last finished shard",
         _build,
     )
     info = add_command(actions, "info", "what a cache is: targets, dtype, size, what its embeddings depend on", _info)
-    verify = add_command(actions, "verify", "read all of a cache, and name what is not as it was written", _verify)
-    repair = add_command(actions, "repair", "encode anew what is damaged or missing in a cache", _repair)
+    verify = add_command(actions, "verify", "read all of a cache, and name what differs from what was written", _verify)
+    repair = add_command(actions, "repair", "encode again what is damaged or missing in a cache", _repair)
     push = add_command(actions, "push", "upload a cache into a dataset repository on the Hub", _push)
     pull = add_command(actions, "pull", "download a cache from a dataset repository on the Hub", _pull)
     for action in (build, info, verify, repair, push, pull):
@@ -30,10 +30,10 @@ def add_to(commands: Commands) -> None:
     for action in (push, pull):
         action.add_argument("repository", help="its id on the Hub")
         action.add_argument("--revision", help="branch; to download, also a tag or a commit")
-    push.add_argument("--private", action="store_true", help="make the repository private, if it is made now")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
     for action in (info, verify):
         add_json(action)
-    for action, what in ((build, "the model that encodes"), (repair, "the model that the cache was built by")):
+    for action, what in ((build, "the model that encodes"), (repair, "the model that the cache was built with")):
         add_model(action, what)
         add_corpus(action)
     build.add_argument(

@@ -13,9 +13,9 @@ def add_to(commands: Commands) -> None:
     made = add_command(
         commands,
         "card",
-        "write how a run's negatives were chosen into the card of a model: anew, if it is there already",
+        "write how a run's negatives were chosen into the card of a model, replacing an existing section",
         _run,
-        "The trainer's own saves have it; this is for cards that were edited, or models that were saved otherwise.",
+        "The trainer's own saves have this section; use it for cards that were edited, or models saved in another way.",
     )
     made.add_argument("run", type=Path, help="the run's folder, the output_dir of CorrectorTrainer")
     made.add_argument("--model", type=Path, help="the model's folder (default: the run's own, or final in it)")

@@ -15,10 +15,10 @@ def add_to(commands: Commands) -> None:
     made = add_command(
         commands,
         "compare",
-        "show runs side by side: the settings in which they differ, what they reached, and what that took",
+        "show runs side by side: the settings in which they differ, their results and their cost",
         _run,
-        "Metrics are those after training, or of the last evaluation in it. Runs that differ in their seed alone tell\n"
-        "how much of a difference is chance.",
+        "Metrics are from after training, or from the last evaluation. Runs that differ only in their seed show\nhow "
+        "much of a difference is chance.",
     )
     made.add_argument("runs", type=Path, nargs="+", help="folders of runs")
     add_json(made)

@@ -15,7 +15,7 @@ def add_to(commands: Commands) -> None:
         "evaluate",
         "evaluate retrieval from the whole corpus: encode it, search it exactly, score the queries of a split",
         _run,
-        "With --cache the corpus is not encoded: it tells what serving that cache to this model's queries gives.",
+        "With --cache the corpus is not encoded: the result shows how well that cache serves this model's queries.",
     )
     add_model(made, "the model")
     add_corpus(made)

@@ -22,11 +22,11 @@ name) a FAISS index whose vectors can be reconstructed. It is only read.
       with the corrector that was trained together with the new model
 
   st-corrector upgrade-index old.faiss new.faiss --fit ridge --model outputs/nq/final --corpus data/nq
-      with one that is fitted on 20,000 targets, which the new model encodes: for any two models
+      with one fitted on 20,000 targets, which the new model encodes: for any two models
 
-With --model and --corpus it tells what the new index keeps of a re-embedded one: estimated on a sample that the new
-model really encodes, for the queries of --split, or of a file with one query a line. Rows (FAISS: ids in ascending
-order, those that repeat as they were added) must be those of the corpus then.
+With --model and --corpus it estimates what the new index keeps of a re-embedded one, on a sample that the new model
+really encodes, for the queries of --split, or of a file with one query per line. Then rows (FAISS: ids in ascending
+order, repeated ones as they were added) must be those of the corpus.
 """
 
 
@@ -35,22 +35,22 @@ def add_to(commands: Commands) -> None:
     made = add_command(
         commands,
         "upgrade-index",
-        "carry an index over to a newer model without encoding its texts again, and tell what that keeps",
+        "carry an index over to a newer model without encoding its texts again, and estimate what that keeps",
         _run,
         _EPILOG,
     )
     made.add_argument("index", type=Path, help="the embeddings that are served now")
-    made.add_argument("output", type=Path, help="where the new ones go, in the same form; it must not exist")
+    made.add_argument("output", type=Path, help="where the new ones are written, in the same format; it must not exist")
     how = made.add_mutually_exclusive_group(required=True)
-    how.add_argument("--corrector", help="a trained one: a folder or a Hub id")
-    how.add_argument("--fit", metavar="KIND", help="fit one on targets that --model encodes: ridge, mlp, …")
-    made.add_argument("--fit_sample", type=int, default=20_000, metavar="N", help="targets that it is fitted on")
-    made.add_argument("--tensor", help="of a safetensors file, which of its tensors")
+    how.add_argument("--corrector", help="a trained corrector: a folder or a Hub id")
+    how.add_argument("--fit", metavar="KIND", help="fit a corrector on targets that --model encodes: ridge, mlp, …")
+    made.add_argument("--fit_sample", type=int, default=20_000, metavar="N", help="targets to fit it on")
+    made.add_argument("--tensor", help="the tensor's name in a safetensors file")
     made.add_argument("--factory", help="make the new FAISS index from this string, instead of one of the same kind")
     add_model(made, "the new model", required=False)
     add_corpus(made, required=False)
     made.add_argument("--split", default="dev", help="the queries of the estimate (default: dev)")
-    made.add_argument("--queries", type=Path, help="a file with one query a line, instead")
+    made.add_argument("--queries", type=Path, help="or a file with one query per line")
     made.add_argument("--sample", type=int, default=5_000, metavar="N", help="targets encoded again for the estimate")
     add_json(made)
 
@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError("--model and --corpus go together, and --fit needs both.")
     vectors = open_vectors(args.index, args.tensor, args.factory)
     if args.output.exists():
-        raise InputError(f"{args.output} is there already: choose another name, or move it away.")
+        raise InputError(f"{args.output} exists already: choose another name, or move it away.")
     model = corpus = None
     queries: list[str] = []
     if args.model is not None:
@@ -98,7 +98,7 @@ def _run(args: argparse.Namespace) -> int:
     vectors.upgrade(corrector, args.output)
     estimate = None
     if model is None or corpus is None:
-        print("Not estimated what that keeps: pass --model and --corpus.", file=sys.stderr)
+        print("What this keeps was not estimated: pass --model and --corpus.", file=sys.stderr)
     else:
         estimate = estimate_carry_over(
             vectors.take(asked_of), asked_of, corrector, model, corpus, queries, batch_size=args.batch_size
@@ -122,5 +122,5 @@ def _queries(args: argparse.Namespace, corpus: Corpus) -> list[str]:
         raise InputError(f"{args.queries} is not UTF-8 text ({error}).") from error
     queries = [line.strip() for line in lines if line.strip()]
     if len(queries) < 2:
-        raise InputError(f"{args.queries} has {len(queries)} queries: expected at least two, one a line.")
+        raise InputError(f"{args.queries} has {len(queries)} queries: expected at least two, one per line.")
     return queries

@@ -133,7 +133,7 @@ class Corrector(ABC):
             if isinstance(error, NonFiniteError):
                 raise
             raise NonFiniteError(
-                f"{self!r} cannot solve for what this step has to teach ({error}): its regularization is too small for "
+                f"{self!r} cannot solve this step's regression ({error}): its regularization is too small for "
                 f"embeddings of length {float(fresh.norm(dim=-1).max()):.3g}."
             ) from error
         return metrics

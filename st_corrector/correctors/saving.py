@@ -72,7 +72,7 @@ def load(
     try:
         config, state = (Path(hf_hub_download(str(name), f"{FOLDER}/{file}", **options)) for file in (CONFIG, STATE))
     except HFValidationError as error:
-        raise InputError(f"{name} is neither a folder that is there nor the id of a repository ({error}).") from error
+        raise InputError(f"{name} is neither an existing folder nor the id of a repository ({error}).") from error
     except RemoteEntryNotFoundError as error:
         raise InputError(f"The repository {name} holds no corrector: {error}") from error
     return read(config, state, kind, kinds)
@@ -100,13 +100,16 @@ def read(config: Path, state: Path, kind: type[Corrector], kinds: dict[str, type
     own = getattr(kind, "name", None)
     known = {**kinds, **({own: kind} if isinstance(own, str) else {})}
     if found.get("schema") != _SCHEMA or not isinstance(settings, dict):
-        raise InputError(f"{config} is not that of a corrector of schema {_SCHEMA}: another version may have saved it.")
+        raise InputError(
+            f"{config} does not describe a corrector of schema {_SCHEMA}: another version may have saved it."
+        )
     if not isinstance(name, str) or name not in known:
         raise InputError(
-            f"{config} is that of a corrector {name!r:.80}, which is none of {', '.join(known)}: load it by its class."
+            f"{config} describes a corrector {name!r:.80}, which is not one of {', '.join(known)}: load it by its "
+            "class."
         )
     if not issubclass(known[name], kind):
-        raise InputError(f"{config} is that of a {known[name].__name__}, not of a {kind.__name__}.")
+        raise InputError(f"{config} describes a {known[name].__name__}, not a {kind.__name__}.")
     if type(dim) is not int or not 0 < dim <= _LARGEST_DIM:
         raise InputError(f"{config}: dim must be an integer from 1 to {_LARGEST_DIM}, got {dim!r:.80}.")
     if name in kinds:
@@ -146,7 +149,7 @@ def _frames(config: Path, maps: Any) -> Frames | None:
         if not isinstance(frames.stale, dict) or not isinstance(frames.fresh, dict) or type(frames.unit) is not bool:
             raise TypeError("stale and fresh must be objects, unit true or false")
     except TypeError as error:
-        raise InputError(f"{config}: what it maps between is not readable ({error}).") from error
+        raise InputError(f"{config}: its frames are not readable ({error}).") from error
     return frames
 
 

@@ -193,12 +193,12 @@ class _Faults:
 
     def raise_if_any(self) -> None:
         if self._count == 1:
-            raise CorpusError(f"{self.path}, {self._shown[0]}. Mend or remove this line.")
+            raise CorpusError(f"{self.path}, {self._shown[0]}. Fix or remove this line.")
         if self._count:
             more = f"\n  and {self._count - len(self._shown):,} more" if self._count > len(self._shown) else ""
             shown = "\n  ".join(self._shown)
             raise CorpusError(
-                f"{self.path} has {self._count:,} malformed lines:\n  {shown}{more}\nMend or remove these lines."
+                f"{self.path} has {self._count:,} malformed lines:\n  {shown}{more}\nFix or remove these lines."
             )
 
 

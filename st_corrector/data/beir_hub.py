@@ -131,8 +131,8 @@ class _Repository:
                 return splits[name]
         if len(splits) != 1:
             raise CorpusError(
-                f"Config {config!r} of {self.repo_id} has the splits {list(splits)}, expected one, or one of its name. "
-                "Name one with split='…'; of the judgements, too, it is read alone."
+                f"Config {config!r} of {self.repo_id} has the splits {list(splits)}, expected one, or one with the "
+                "config's name. Name one with split='…', which also selects the judgements."
             )
         return next(iter(splits.values()))
 
@@ -144,8 +144,9 @@ def _judged_config(repository: _Repository, alone: bool) -> str:
     found = [config for config in ("qrels", "default") if config in repository.configs]
     if len(found) != 1:
         raise CorpusError(
-            f"{repository.repo_id} has the configs {repository.configs}: which holds the judgements? Expected was one "
-            "of 'qrels' and 'default'. Name another with qrels_config='…', or their own repository with qrels='…'."
+            f"{repository.repo_id} has the configs {repository.configs}: which holds the judgements? Expected exactly "
+            "one of 'qrels' and 'default'. Name another with qrels_config='…', or their own repository with "
+            "qrels='…'."
         )
     return found[0]
 

@@ -34,8 +34,8 @@ def as_id(value: Any, what: str) -> str:
     """
     if not is_id(value):
         raise CorpusError(
-            f"{what} is a {type(value).__name__}, expected a string or an integer: {value!r:.40}. Make strings of such "
-            "ids first (pandas makes floats of integers where one is missing)."
+            f"{what} is a {type(value).__name__}, expected a string or an integer: {value!r:.40}. Convert such ids to "
+            "strings first (pandas turns integers into floats if one is missing)."
         )
     return str(value)
 
@@ -91,8 +91,8 @@ def _transformed(dataset: Dataset, columns: Sequence[str], size: int) -> Iterato
         values = {column: list(batch[column]) if column in batch else [None] * rows for column in columns}
         if wrong := {column: len(found) for column, found in values.items() if len(found) != rows}:
             raise CorpusError(
-                f"The data set's transform makes {wrong} values of {rows} rows, expected one of each: use dataset.map, "
-                "which may change their number."
+                f"The data set's transform makes {wrong} values of {rows} rows, expected one per row: use "
+                "dataset.map, which may change the number of rows."
             )
         yield values
 
@@ -111,9 +111,9 @@ def label_column(
     # With a column of negatives, positives are relevant, whatever their score.
     if label is None and score is not None and len(columns) == 2 and not any(name.startswith("neg") for name in found):
         raise CorpusError(
-            f"Split {split!r} has a column {score!r} beside its pairs, which mine_hard_negatives writes where it puts "
-            "negatives among the positives: which are relevant is not said. Keep those that are, and leave the column "
-            f"out: dataset.filter(…).remove_columns({score!r})."
+            f"Split {split!r} has a column {score!r} next to its pairs, as mine_hard_negatives writes it when it "
+            "mixes negatives with positives: it does not say which are relevant. Keep the relevant pairs and remove "
+            f"the column: dataset.filter(…).remove_columns({score!r})."
         )
     classes = None if is_transformed(dataset) else (dataset.features or {}).get(label)
     classes = getattr(classes, "feature", classes)  # of a list
@@ -186,13 +186,13 @@ def _strings(
             if "id" in arrays and not _are_ids(arrays["id"].type):
                 raise CorpusError(
                     f"The ids in column {columns['id']!r} are of type {arrays['id'].type}, expected strings or "
-                    "integers. Make strings of them first (pandas makes floats of integers where one is missing)."
+                    "integers. Convert them to strings first (pandas turns integers into floats if one is missing)."
                 )
             yield {role: array.cast(pa.string()) for role, array in arrays.items()}
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
             raise CorpusError(f"The columns {dict(columns)} cannot be read as strings ({error}).") from error
         except UnicodeEncodeError as error:
-            raise CorpusError(f"A text has {half_character(error.object)}: mend or drop it.") from None
+            raise CorpusError(f"A text has {half_character(error.object)}: fix or drop it.") from None
 
 
 def _array(values: list[Any] | pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:

@@ -74,8 +74,8 @@ class Corpus:
             raise CorpusError("The corpus has no targets.")
         if is_transformed(targets):
             raise CorpusError(
-                "The targets have a transform, and Corpus(targets) reads the columns below it: Corpus.from_dataset "
-                "reads what the transform gives."
+                "The targets have a transform, which Corpus(targets) would ignore: use Corpus.from_dataset, which "
+                "applies it."
             )
         types = {field.name: str(field.type) for field in targets.data.schema}
         if [types.get("id"), types.get("text")] != ["string"] * 2 or types.get("title") not in ("string", "null"):
@@ -465,7 +465,7 @@ class Corpus:
         try:
             wanted = pa.array(ids, pa.string())
         except UnicodeEncodeError as error:
-            raise CorpusError(f"An id has {half_character(error.object)}: mend or drop it.") from None
+            raise CorpusError(f"An id has {half_character(error.object)}: fix or drop it.") from None
         distinct = wanted.unique()
         row_of_distinct = np.full(len(distinct), -1, dtype=np.int64)
         start = 0
@@ -567,7 +567,7 @@ class Corpus:
         anew = TextCorpus(self, model, prompt)
         layout = TokenLayout.probe(model, prompt)
         if layout is None:
-            logger.info("The model's features cannot be cut into rows: targets are tokenized again at each step.")
+            logger.info("The model's features cannot be split into rows: targets are tokenized again at each step.")
             return anew
         rules = [tokenizer_fingerprint(model, modules, prompt), prompt or "", max_lengths(modules), layout.keys]
         schema = pa.schema([(name, pa.list_(pa.int32())) for name in layout.keys])
@@ -583,8 +583,8 @@ class Corpus:
         for rows in _some_batches(kept.lengths):
             if not are_equal(kept.features(rows), anew.features(rows)):
                 logger.warning(
-                    "What %s makes of a text cannot be kept as token ids (rows %s differ): targets are tokenized "
-                    "again at each step.",
+                    "The features of %s cannot be kept as token ids (rows %s differ): targets are tokenized again at "
+                    "each step.",
                     type(modules[0]).__name__,
                     rows.tolist(),
                 )

@@ -23,9 +23,9 @@ from .routing import DOCUMENT, call, depends_on_task, modules_for
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 ONE_PROCESS_FOR_SEVERAL_GPUS = (
-    "One process sees several GPUs, for which the trainer uses torch.nn.DataParallel: it cuts every batch in pieces, "
-    "and copies the model for each of them in every call. Start a process for each GPU: accelerate launch "
-    "--num_processes N script.py; or show it one: CUDA_VISIBLE_DEVICES=0."
+    "One process sees several GPUs, so the trainer uses torch.nn.DataParallel, which splits every batch and copies "
+    "the model in every call. Start one process per GPU: accelerate launch --num_processes N script.py; or make only "
+    "one visible: CUDA_VISIBLE_DEVICES=0."
 )
 
 

@@ -48,8 +48,8 @@ def _tensors(modules: Sequence[nn.Module]) -> Iterator[tuple[str, torch.Tensor]]
             elif not isinstance(value, torch.dtype):
                 raise InputError(
                     f"{type(module).__name__} holds {name} as a {type(value).__name__}: a quantized model cannot be "
-                    "trained, nor its embeddings be told from another's. Build the cache, and train, with the model "
-                    "as it was before; EmbeddingCache.build(…, dtype='int8') makes a small cache."
+                    "trained, nor can its embeddings be identified. Build the cache and train with the unquantized "
+                    "model; EmbeddingCache.build(…, dtype='int8') makes a small cache."
                 )
 
 

@@ -61,6 +61,6 @@ def _route(router: Router, task: str) -> str:
             return name
     raise InputError(
         f"The model's Router has no route for the task {task!r}, only {list(router.sub_modules)}. Queries take the "
-        "route 'query' and targets the route 'document': call them so, or say which ones they are, e.g. "
-        "Router(…, route_mappings={('query', None): 'question', ('document', None): 'passage'})."
+        "route 'query' and targets the route 'document': rename the routes, or map them, e.g. Router(…, "
+        "route_mappings={('query', None): 'question', ('document', None): 'passage'})."
     )

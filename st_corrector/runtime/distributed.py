@@ -49,9 +49,9 @@ class Processes:
             return cls()
         if PartialState._shared_state and PartialState().num_processes != dist.get_world_size():
             raise InputError(
-                f"{dist.get_world_size()} processes have been started, but accelerate takes each for the only one, as "
-                "it does where there is no GPU and nobody has said so: each would train an encoder of its own. Pass "
-                "use_cpu=True in the training arguments, or Accelerator(cpu=True)."
+                f"{dist.get_world_size()} processes have been started, but accelerate treats each as the only one, as "
+                "it does without a GPU unless told otherwise: each would train its own encoder. Pass use_cpu=True in "
+                "the training arguments, or Accelerator(cpu=True)."
             )
         return cls(dist.get_rank(), dist.get_world_size())
 
@@ -156,9 +156,9 @@ class Processes:
         others = [rank for rank, each in enumerate(checksums) if each != checksums[0]]
         if others:
             raise ProcessError(
-                f"{what} differs between processes: that of rank {others} is not that of rank 0. All learn it from the "
-                "same pairs in the same order, so something was computed otherwise: the processes must run the same "
-                "versions on the same kind of device, and none may change it by itself."
+                f"{what} differs between processes: that of rank {others} is not that of rank 0. All learn it from "
+                "the same pairs in the same order, so one of them computed something differently: the processes must "
+                "run the same versions on the same kind of device, and none may change it on its own."
             )
 
 

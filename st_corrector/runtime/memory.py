@@ -39,5 +39,5 @@ def require_memory(needs: Mapping[str, int], device: torch.device | str) -> None
         raise InputError(
             f"This does not fit.\n{describe_memory(needs, device)}\nStore the cache in a smaller dtype "
             "(EmbeddingCache.build(…, dtype='int8'), or cache.to(dtype=torch.int8)), leave it on disk, from where "
-            "EmbeddingCache.load streams it, or take smaller batches."
+            "EmbeddingCache.load streams it, or use smaller batches."
         )

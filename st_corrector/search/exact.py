@@ -302,7 +302,7 @@ class CorrectedSearch:
         if sampler not in get_args(Sampler):
             raise InputError(f"sampler {sampler!r} is not one of {', '.join(get_args(Sampler))}.")
         if sampler != "top_k" and seed is None:
-            raise InputError(f"sampler={sampler!r} needs a seed: an integer, another one for each draw.")
+            raise InputError(f"sampler={sampler!r} needs a seed: an integer, different for each draw.")
         if not torch.isfinite(queries).all():
             bad = (~torch.isfinite(queries).all(1)).nonzero().flatten()
             raise InputError(f"Queries {bad[:5].tolist()} of {len(queries)} hold NaN or infinite numbers.")

@@ -62,7 +62,7 @@ def usable(device: torch.device) -> bool:
         return block_maxima(values, probes, None, left_out, BLOCK).item() == 16
     except Exception as error:  # from Triton, a compiler or the driver, of any class
         logger.warning(
-            "Searches on %s go without the Triton kernel, which is slower: it cannot be compiled or launched there "
+            "Searches on %s do not use the Triton kernel and are slower: it cannot be compiled or launched there "
             "(%s: %s).",
             device,
             type(error).__name__,
@@ -121,7 +121,7 @@ class BlockScores:
             scores *= self._factors[rows]
         if scores.isnan().any():
             raise InputError(
-                "Scores are not numbers: the queries, the cache or what the corrector makes of it is not finite."
+                "Scores are not numbers: the queries, the cache or the corrected embeddings are not finite."
             )
         gone |= self._left_out[rows]
         if self._excluded is not None:

@@ -68,7 +68,7 @@ class Shortlist:
         if not 0 <= self.min_recall <= 1:
             raise InputError(f"min_recall must lie in [0, 1], got {self.min_recall}.")
         if self.every is not None and isinstance(self.index, FaissIndex):
-            raise InputError("every makes the index anew: give its factory string instead of an index made before.")
+            raise InputError("every builds the index again: give its factory string instead of an existing index.")
 
 
 class ShortlistSearch(CorrectedSearch):
@@ -122,8 +122,8 @@ class ShortlistSearch(CorrectedSearch):
         queries = self._check(queries, k, sampler, seed)
         if sampler != "top_k":
             raise InputError(
-                f"sampler={sampler!r} looks at every row, a shortlist does not: take 'top_k' (with "
-                "FalseNegativeFilter(range_max=…) the ranks up to range_max are sampled from)."
+                f"sampler={sampler!r} looks at every row, a shortlist does not: use 'top_k' "
+                "(FalseNegativeFilter(range_max=…) samples from the ranks up to range_max)."
             )
         self.corrector.to(queries.device)
         found = self._search_shortlist(queries, k, exclude, ceiling)
@@ -204,7 +204,7 @@ class ShortlistSearch(CorrectedSearch):
             index = FaissIndex.build(cache, index, normalize=normalize, parameters=self.shortlist.parameters)
         if len(index) != len(cache) or index.normalize != normalize:
             raise InputError(
-                f"{index!r} with normalize={index.normalize} is no index of {cache!r} with normalize={normalize}."
+                f"{index!r} with normalize={index.normalize} is not an index of {cache!r} with normalize={normalize}."
             )
         return _Indexed(index, self.overlay, cache.first_row)
 

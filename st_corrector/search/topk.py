@@ -134,8 +134,8 @@ class RunningTopK:
     def _wait(self, query: Tensor, score: Tensor, row: Tensor) -> None:
         if score.isnan().any():
             raise InputError(
-                f"The score of row {int(row[score.isnan()].min())} is not a number: the queries, the cache's embedding "
-                "or what the corrector makes of it is not finite."
+                f"The score of row {int(row[score.isnan()].min())} is not a number: the queries, the cache's "
+                "embedding or its correction is not finite."
             )
         self._waiting.append((query, score, row))
         self._waiting_count += len(query)

@@ -78,7 +78,7 @@ def read_or_write_arrow(path: Path, schema: pa.Schema, tables: Iterable[pa.Table
             try:
                 return Dataset.from_file(str(path))
             except (pa.ArrowInvalid, OSError) as error:
-                logger.warning("%s is damaged (%s): it is written anew.", path, error)
+                logger.warning("%s is damaged (%s): it is written again.", path, error)
         return write_arrow(path, schema, tables)
     finally:
         lock.release()
@@ -110,13 +110,13 @@ def _table(records: list[dict[str, Any]], schema: pa.Schema, first: int) -> pa.T
             for name, value in record.items():
                 for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
                     if isinstance(text, str) and (half := half_character(text)):
-                        raise CorpusError(f"{name!r} of record {number} has {half}: mend or drop it.") from None
+                        raise CorpusError(f"{name!r} of record {number} has {half}: fix or drop it.") from None
         raise
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise CorpusError(f"Among records {first} … {first + len(records) - 1}: {error}. Expected: {schema}") from error
 
 
-_ADVICE = "Then call the same again, or set HF_DATASETS_CACHE (or cache_dir) to another folder."
+_ADVICE = "Then repeat the call, or set HF_DATASETS_CACHE (or cache_dir) to another folder."
 
 
 def half_character(text: str) -> str | None:

@@ -41,7 +41,7 @@ def storing(path: Path, advice: str) -> Iterator[None]:
 
 
 @contextmanager
-def whole(path: Path, advice: str = "Then call the same again.") -> Iterator[Path]:
+def whole(path: Path, advice: str = "Then repeat the call.") -> Iterator[Path]:
     """Give the block a file to write, which replaces ``path`` once it is complete; until then ``path`` is unchanged.
 
     Raises:

@@ -58,6 +58,6 @@ def _difference(key: str, there: Any, here: Any) -> str:
 # What digests stand for, since they are unreadable.
 _IN_WORDS = {
     "corpus": "other texts, or the same in another order",
-    "tokenizer": "another vocabulary, other special tokens or rules, or texts are cut elsewhere",
+    "tokenizer": "another vocabulary, other special tokens or rules, or another truncation",
     "weights": "other weights, or the same in another precision",
 }

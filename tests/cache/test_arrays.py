@@ -71,7 +71,7 @@ def test_memory_mapped_files_are_kept_where_they_are(vectors, tmp_path):
 @pytest.mark.parametrize("form", REFUSED)
 def test_what_are_no_embeddings_is_refused_in_words(vectors, form):
     given = REFUSED[form](vectors)
-    message = "Expected floating-point embeddings of shape|Expected vectors of one dimension|are masked"
+    message = "Expected floating-point embeddings of shape|Expected vectors of equal dimension|are masked"
     with pytest.raises(CacheError, match=message):
         EmbeddingCache.from_tensor(given)
     for call in (upgrade_embeddings, lambda given, _: fit_to_pairs(given, torch.randn(ROWS, DIM))):

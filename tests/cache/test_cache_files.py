@@ -358,7 +358,7 @@ def test_a_shard_of_another_cache_is_told_apart(static_model, built, tmp_path):
     EmbeddingCache.build(static_model, other, tmp_path / "other", shard_size=64, progress=False)
     name = "embeddings-000001.safetensors"
     (built / name).write_bytes((tmp_path / "other" / name).read_bytes())
-    with pytest.raises(CacheError, match=r"embeddings-000001\.safetensors is another than the one that was written"):
+    with pytest.raises(CacheError, match=r"embeddings-000001\.safetensors is not the file that was written"):
         EmbeddingCache.load(built)
 
 

@@ -761,7 +761,7 @@ def test_every_output_of_mine_hard_negatives_is_read_as_what_it_is_or_refused(st
     dataset = mined(static_model, pairs, output_format, scores)
     negatives = [name for name in dataset.column_names if name.startswith("negative")]
     if scores and not negatives:
-        with pytest.raises(CorpusError, match=r"has a column 'scores?' beside its pairs.*remove_columns\('scores?'\)"):
+        with pytest.raises(CorpusError, match=r"has a column 'scores?' next to its pairs.*remove_columns\('scores?'\)"):
             Corpus.from_pairs(dataset)
         return
     corpus = Corpus.from_pairs(dataset, negatives=negatives)
@@ -822,8 +822,8 @@ CLASSES = Dataset.from_dict(
         ({"label": [0, 0]}, r"No label in column 'label' of split 'train' is 1, so nothing is relevant"),
         ({"labels": [[1, 0], [1]]}, r"row 0 of split 'train' is \[1, 0\], expected 1 .* of 1 texts"),
         ({"label": [-1, 1]}, "row 0 of split 'train' is -1"),
-        ({"score": [0.9, 0.1]}, r"has a column 'score' beside its pairs"),
-        ({"scores": [[0.9], [0.1]]}, r"has a column 'scores' beside its pairs"),
+        ({"score": [0.9, 0.1]}, r"has a column 'score' next to its pairs"),
+        ({"scores": [[0.9], [0.1]]}, r"has a column 'scores' next to its pairs"),
     ],
 )
 @pytest.mark.parametrize("streamed", [False, True])

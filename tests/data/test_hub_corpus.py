@@ -302,11 +302,11 @@ WRONG = {
         {"default": None, "triplets": {"train": TRAIN}},
         r"'triplets'\]: which holds .* qrels_config=",
     ),
-    "no judgements": ({"default": None}, r"which holds the judgements\? Expected was one of 'qrels' and 'default'"),
+    "no judgements": ({"default": None}, r"which holds the judgements\? Expected exactly one of 'qrels' and 'default'"),
     "two of judgements": ({"qrels": {"train": TRAIN}}, r"\['corpus', 'queries', 'default', 'qrels'\]: which holds"),
     "two splits": (
         {"corpus": {"one": CORPUS, "two": CORPUS}},
-        r"'corpus' of .* has the splits \['one', 'two'\], expected one, or one of its name",
+        r"'corpus' of .* has the splits \['one', 'two'\], expected one, or one with the config's name",
     ),
     "no text": (
         {"corpus": {"corpus": {"_id": ["a"], "body": ["x"]}}},

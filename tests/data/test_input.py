@@ -51,7 +51,7 @@ def test_all_bad_lines_are_counted_and_the_first_are_shown(folder, tmp_path):
     with pytest.raises(CorpusError) as raised:
         Corpus.from_beir(folder)
     said = str(raised.value)
-    assert "corpus.jsonl has 9 malformed lines:" in said and "and 4 more" in said and "Mend or remove" in said
+    assert "corpus.jsonl has 9 malformed lines:" in said and "and 4 more" in said and "Fix or remove" in said
     assert "line 2: not valid JSON" in said and "line 3: a JSON list, expected an object with _id and text" in said
     assert "line 5: has no '_id' and no 'text', only ['contents', 'id']" in said and "line 6: _id is a list" in said
     assert not derived(tmp_path), "nothing partial is left"
@@ -259,7 +259,7 @@ def test_a_damaged_derived_file_is_written_anew(folder, tmp_path, caplog):
     for file in files:
         file.write_bytes(file.read_bytes()[:20])
     assert Corpus.from_beir(folder).texts(range(4)) == expected
-    assert "is damaged" in caplog.text and "written anew" in caplog.text
+    assert "is damaged" in caplog.text and "written again" in caplog.text
 
 
 def test_what_fails_in_reading_is_not_called_a_full_disk():
@@ -304,7 +304,7 @@ MESSAGES = {
     CorpusError: (lambda path: Corpus.from_texts([]), r"The corpus has no targets"),
     CacheError: (provoke_cache, r"holds no embedding cache: build one with EmbeddingCache\.build"),
     CheckpointError: (provoke_checkpoint, r"holds no state of the corrector .*: start a new run from this model"),
-    StorageError: (provoke_storage, r"file cannot be written: No such file or directory\. Then call the same again"),
+    StorageError: (provoke_storage, r"file cannot be written: No such file or directory\. Then repeat the call"),
     InputError: (lambda path: CorrectorTrainer(make_static_model()), r"Pass a loss, or corpus=…"),
     NonFiniteError: (
         lambda path: EmbeddingCache.from_tensor(torch.tensor([[0.0], [torch.nan]])),

@@ -182,7 +182,7 @@ def test_processes_that_do_not_know_of_one_another_are_refused(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
     refused = subprocess.run([*command, script], capture_output=True, text=True, env=environment(tmp_path / "x"))
     if not torch.accelerator.is_available():
-        assert refused.returncode and "2 processes have been started, but accelerate takes each" in refused.stderr
+        assert refused.returncode and "2 processes have been started, but accelerate treats each" in refused.stderr
     together = subprocess.run(
         [*command, script, "cpu"], capture_output=True, text=True, env=environment(tmp_path / "x")
     )

@@ -149,7 +149,7 @@ def test_without_what_the_kernel_needs_searches_go_without_it(monkeypatch, caplo
         kernels.usable.cache_clear()
     assert torch.equal(found.rows, (vectors[:2] @ vectors.T).topk(3).indices)
     (record,) = caplog.records
-    assert record.levelname == "WARNING" and "go without the Triton kernel" in record.getMessage()
+    assert record.levelname == "WARNING" and "do not use the Triton kernel" in record.getMessage()
 
 
 TYPES = {

@@ -173,9 +173,9 @@ def test_bad_shortlists_are_refused(cache):
     with pytest.raises(InputError, match=r"min_recall must lie in \[0, 1\]"):
         Shortlist(min_recall=90)
     index = FaissIndex.build(cache, "Flat")
-    with pytest.raises(InputError, match="every makes the index anew"):
+    with pytest.raises(InputError, match="every builds the index again"):
         Shortlist(index, every=3)
-    with pytest.raises(InputError, match="is no index of EmbeddingCache"):
+    with pytest.raises(InputError, match="is not an index of EmbeddingCache"):
         ShortlistSearch(cache, affine(), Shortlist(index), normalize=False)
     with pytest.raises(InputError, match="looks at every row"):
         ShortlistSearch(cache, affine(), Shortlist(index)).search(queries(), 3, sampler="gumbel", seed=1)
