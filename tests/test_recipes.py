@@ -87,7 +87,17 @@ def test_accelerate_launches_train_nq_with_the_static_encoder_and_refreshes(smal
     options = ["--max_steps", 5, "--per_device_train_batch_size", 8, "--encoder", "static"]
     options += ["--results", tmp_path / "r.json", "--caches", tmp_path / "caches", "--output_dir", tmp_path / "out"]
     run(
-        *("train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3, "--strategy", "refresh:2"),
+        *(
+            RECIPES / "train_nq.py",
+            "--dataset",
+            small_nq,
+            "--model",
+            minilm_path,
+            "--seed",
+            3,
+            "--strategy",
+            "refresh:2",
+        ),
         *options,
         launcher=ACCELERATE,
     )
@@ -102,7 +112,7 @@ def test_a_lora_adapter_is_trained_alone_saved_alone_and_resumed(small_nq, minil
     pytest.importorskip("peft", reason="LoRA needs peft")
     options = ["--max_steps", 4, "--per_device_train_batch_size", 8, "--num_negatives", 2, "--max_seq_length", 32]
     options += ["--lora_r", 4, "--learning_rate", 1e-3, "--save_strategy", "steps", "--save_steps", 2]
-    command = ["train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3, *options]
+    command = [RECIPES / "train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3, *options]
     command += ["--caches", tmp_path / "caches", "--output_dir", tmp_path / "out"]
     run(*command)
     results = check_results(tmp_path / "out" / "results.json", "corrected", 4)
@@ -357,7 +367,15 @@ def test_train_msmarco_trains_on_ids_of_triplets_from_the_hub(small_nq, hub, min
     options = ["--max_steps", 5, "--per_device_train_batch_size", 8, "--num_negatives", 2, "--encoder", "static"]
     options += ["--eval_queries", 20, "--seed", 3, "--model", minilm_path, "--caches", tmp_path / "caches"]
     out = run(
-        *("train_msmarco.py", "--dataset", "tester/msmarco", "--dataset_config", "triplets", "--streaming", "True"),
+        *(
+            RECIPES / "train_msmarco.py",
+            "--dataset",
+            "tester/msmarco",
+            "--dataset_config",
+            "triplets",
+            "--streaming",
+            "True",
+        ),
         *(*options, "--output_dir", tmp_path / "out"),
         environment={**hub.environment(), "HF_DATASETS_CACHE": str(tmp_path / "datasets")},
     )

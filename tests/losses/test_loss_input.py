@@ -16,6 +16,7 @@ from sentence_transformers.sentence_transformer.losses import (
     MatryoshkaLoss,
 )
 from sentence_transformers.util import cos_sim, dot_score
+from support import runs
 from support.encoders import ENCODERS
 
 from st_corrector import (
@@ -24,7 +25,6 @@ from st_corrector import (
     CorpusRetrievalEvaluator,
     CorrectedMultipleNegativesLoss,
     CorrectorTrainer,
-    CorrectorTrainingArguments,
     EmbeddingCache,
     InputError,
 )
@@ -32,20 +32,8 @@ from st_corrector.negatives.filters import known_positives, pad_rows
 
 
 def arguments(tmp_path, **settings):
-    return CorrectorTrainingArguments(
-        **{
-            "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": 16,
-            "num_negatives": 4,
-            "max_steps": 2,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "use_cpu": True,
-            **settings,
-        }
-    )
+    own = {"learning_rate": 5e-5, "max_steps": 2, "save_strategy": "no", "logging_steps": 1, "use_cpu": True}
+    return runs.arguments(tmp_path / "out", **{**own, **settings})
 
 
 def longer(model, similarity):

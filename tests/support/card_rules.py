@@ -1,8 +1,8 @@
 """What is wrong with the metadata of a card: the rules of the Hub's ``/api/validate-yaml``, as far as they are known.
 
 The Hub does not publish its own. Here are those that its documentation and its error messages, quoted in many issues,
-tell (licences, languages, ids of models and data sets, which values are lists), and what the clients themselves refuse
-to read (model-index, configurations, features). Beyond them the Hub checks names of tasks and metrics, widgets and
+tell (languages, ids of models and data sets, which values are lists), and what the clients themselves refuse to read
+(model-index, configurations, features). Beyond them the Hub checks licences, names of tasks and metrics, widgets and
 sizes of images; it words some messages otherwise; it reads YAML 1.2, where ``language: no`` is Norwegian and not False.
 That it refuses results that are no finite numbers is a guess: JSON, which its API speaks, has none.
 """
@@ -22,17 +22,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils._validators import validate_repo_id
 
-# https://huggingface.co/docs/hub/repositories-licenses
-LICENSES = frozenset(
-    """afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
-    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
-    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
-    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
-    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0
-    eupl-1.1 eupl-1.2 gemma gfdl gpl gpl-2.0 gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2
-    llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl
-    postgresql unknown unlicense wtfpl zlib""".split()  # noqa: SIM905
-)
 LISTS = {"license": True, "language": True, "base_model": True, "datasets": True, "metrics": True, "tags": False}
 """Lists of strings, and whether a single string may stand for one."""
 STRINGS = ("library_name", "pipeline_tag", "pretty_name", "license_name", "license_link")
@@ -82,8 +71,6 @@ def _check_list(name: str, value: object) -> Iterator[str]:
     for where, item in items.items():
         if not isinstance(item, str):
             yield f"{where} must be a string"
-        elif name == "license" and item not in LICENSES:
-            yield f"{where} must be one of [{', '.join(sorted(LICENSES))}]"
         elif name == "language" and not re.fullmatch("[a-z]{2,3}|code|multilingual", item):
             yield (
                 f'{where} with value "{item}" is not valid. It must be an ISO 639-1, 639-2 or 639-3 code (two/three'

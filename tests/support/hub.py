@@ -5,12 +5,12 @@ them to speak to :class:`HubServer`, which answers their HTTP requests (``hub_ap
 was written from what huggingface_hub 1.5 and 2.4 send and expect, not from the Hub's code; ``test_hub_double.py`` shows
 with the clients what may be relied on.
 
-What it has: one user with one token; model and dataset repositories, private ones too; branches, tags, commits, and
-loading by any of them; regular and Git-LFS files, the latter uploaded apart (the "basic" transfer); Range requests;
+What it has: one user with one token; model and dataset repositories, private ones too; branches, commits, and
+loading by either; regular and Git-LFS files, the latter uploaded apart (the "basic" transfer); Range requests;
 the error codes that the client makes its exceptions of; the check of cards' metadata (``card_rules.py``).
 
 What it leaves out: Xet storage (:meth:`HubServer.environment` turns it off: huggingface_hub 2 uploads large files by
-Xet without asking the server whether it may), redirects to a CDN, pull requests and discussions (refused),
+Xet without asking the server whether it may), redirects to a CDN, tags, pull requests, discussions,
 organisations, gated repositories, Spaces, histories, deleting and renaming of repositories, ``.gitignore``, abbreviated
 commit ids, pages of long listings, search, the dataset viewer, rate limits, and what the Hub computes from files.
 """
@@ -18,11 +18,9 @@ commit ids, pages of long listings, search, the dataset viewer, rate limits, and
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import secrets
-import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,12 +37,11 @@ from support.hub_api import Answer, Api, Refusal, Repository, Request
 
 @dataclass
 class Fault:
-    """What is to happen to the next ``times`` requests that match: an error, or that the connection is closed."""
+    """The error with which the next ``times`` requests that match are answered."""
 
     pattern: str
     times: int
-    status: int | None = None
-    after: int = 0
+    status: int
 
 
 class HubServer:
@@ -84,11 +81,7 @@ class HubServer:
 
     def fail(self, pattern: str, times: int = 1, status: int = 503) -> None:
         """Answer the next requests that ``pattern`` is found in (as in :meth:`requested`) with ``status``."""
-        self._faults.append(Fault(pattern, times, status=status))
-
-    def cut(self, pattern: str, after: int, times: int = 1) -> None:
-        """Close the connection of the next such requests after so many bytes: of theirs, or of a GET's answer."""
-        self._faults.append(Fault(pattern, times, after=after))
+        self._faults.append(Fault(pattern, times, status))
 
     def seen(self, request: Request) -> Fault | None:
         """Note a request; the fault that is to happen to it, which is used up."""
@@ -161,22 +154,14 @@ class Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(self.command, self.path, headers)
         fault = self.server.hub.seen(request)
-        cut = fault.after if fault is not None and fault.status is None else None
-        uploads = self.command in ("POST", "PUT")
-        body = b"".join(self.body(cut if uploads else None))
-        request.received = len(body)
-        if cut is None or not uploads:
-            answer = self.answer(request, body, fault.status if fault is not None else None)
-            self.send_response(answer.status)
-            for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            sent = b"" if self.command == "HEAD" else answer.body[:cut]
-            request.sent, request.status = len(sent), answer.status if cut is None else None
-            self.wfile.write(sent)
-        if cut is not None:
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
+        answer = self.answer(request, b"".join(self.body()), fault.status if fault is not None else None)
+        self.send_response(answer.status)
+        for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        sent = b"" if self.command == "HEAD" else answer.body
+        request.sent, request.status = len(sent), answer.status
+        self.wfile.write(sent)
 
     do_HEAD = do_POST = do_PUT = do_GET
 
@@ -195,14 +180,12 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:
             return Answer(f"The stand-in for the Hub has failed: {error!r}".encode(), 500)
 
-    def body(self, limit: int | None) -> Iterator[bytes]:
-        """The request's body, of no known length where it is sent in chunks; no more than ``limit`` bytes of it."""
-        left = math.inf if limit is None else limit
+    def body(self) -> Iterator[bytes]:
+        """The request's body, of no known length where it is sent in chunks."""
         chunked = self.headers.get("Transfer-Encoding") == "chunked"
         while length := int(self.rfile.readline(), 16) if chunked else int(self.headers.get("Content-Length", 0)):
-            yield (data := self.rfile.read(int(min(length, left))))
-            left -= len(data)
-            if not chunked or left <= 0:
+            yield self.rfile.read(length)
+            if not chunked:
                 return
             self.rfile.readline()
         if chunked:

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_static_model
+from support import runs
 from transformers import TrainerCallback
 
 from st_corrector import (
     CorrectedMultipleNegativesLoss,
     CorrectorTrainer,
-    CorrectorTrainingArguments,
     EmbeddingCache,
     FalseNegativeFilter,
     FidelityCallback,
@@ -57,10 +57,8 @@ def test_metrics_are_means_over_the_steps_that_have_them():
 
 
 def arguments(folder, **settings):
-    defaults = {"per_device_train_batch_size": 20, "max_steps": 12, "logging_steps": 4, "learning_rate": 0.05}
-    return CorrectorTrainingArguments(
-        output_dir=str(folder), report_to="none", save_strategy="no", disable_tqdm=True, **{**defaults, **settings}
-    )
+    own = {"per_device_train_batch_size": 20, "max_steps": 12, "logging_steps": 4, "save_strategy": "no"}
+    return runs.arguments(folder, **{**own, **settings})
 
 
 class Reporter(TrainerCallback):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import make_static_model
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss, MatryoshkaLoss
+from support import runs
 from transformers import TrainerCallback
 
 from st_corrector import (
     CorpusRetrievalEvaluator,
     CorrectedMultipleNegativesLoss,
     CorrectorTrainer,
-    CorrectorTrainingArguments,
     EmbeddingCache,
     InputError,
 )
@@ -46,22 +46,8 @@ class Seen(TrainerCallback):
 
 
 def arguments(tmp_path, **settings):
-    return CorrectorTrainingArguments(
-        **{
-            "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": 16,
-            "num_negatives": 4,
-            "max_steps": 6,
-            "learning_rate": 0.02,
-            "seed": 1,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "use_cpu": True,
-            **settings,
-        }
-    )
+    own = {"learning_rate": 0.02, "seed": 1, "save_strategy": "no", "logging_steps": 1, "use_cpu": True}
+    return runs.arguments(tmp_path / "out", **{**own, **settings})
 
 
 FUNCTIONS = ("a function", "a function of a wrapper", "functions by data set")
