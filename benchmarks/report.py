@@ -78,11 +78,13 @@ Runs = dict[str, list[dict]]
 
 
 def load(folder: Path) -> Runs:
-    """The runs of a regime by strategy, in the study's order, each sorted by seed."""
+    """The runs of a regime by strategy, in the study's order, each sorted by seed; behind them what the study had and the
+    package has no more: a negative result stays a result.
+    """
     runs: Runs = defaultdict(list)
     for path in sorted(folder.glob("*-seed*.json")):
         runs[path.name.rpartition("-seed")[0]].append(json.loads(path.read_text()))
-    return {name: runs[name] for name in STRATEGIES if name in runs}
+    return {name: runs[name] for name in (*STRATEGIES, *sorted(runs.keys() - STRATEGIES)) if name in runs}
 
 
 def mean_sd(values: list[float], sign: str = "") -> str:
@@ -216,7 +218,7 @@ def table(runs: Runs) -> str:
 def summary(regimes: dict[str, Runs]) -> str:
     """MRR@10 of the rows that the project's README shows."""
     shown = {title: regimes[name] for title, name in SUMMARY.items() if name in regimes}
-    lines = [f"| | {' | '.join(shown)} | re-encoded for the cache |", "|---|" + "---|" * (len(shown) + 1)]
+    lines = [f"| | {' | '.join(shown)} | targets re-encoded for the cache |", "|---|" + "---|" * (len(shown) + 1)]
     for name, words in SUMMARY_ROWS.items():
         cells = [mean_sd([mrr(run) for run in runs[name]]) if name in runs else "" for runs in shown.values()]
         encoded = " and ".join(f"{mean(runs[name], reencoded):,.0f}" for runs in shown.values() if name in runs)
