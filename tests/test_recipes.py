@@ -87,17 +87,8 @@ def test_accelerate_launches_train_nq_with_the_static_encoder_and_refreshes(smal
     options = ["--max_steps", 5, "--per_device_train_batch_size", 8, "--encoder", "static"]
     options += ["--results", tmp_path / "r.json", "--caches", tmp_path / "caches", "--output_dir", tmp_path / "out"]
     run(
-        *(
-            RECIPES / "train_nq.py",
-            "--dataset",
-            small_nq,
-            "--model",
-            minilm_path,
-            "--seed",
-            3,
-            "--strategy",
-            "refresh:2",
-        ),
+        RECIPES / "train_nq.py",
+        *("--dataset", small_nq, "--model", minilm_path, "--seed", 3, "--strategy", "refresh:2"),
         *options,
         launcher=ACCELERATE,
     )
@@ -133,7 +124,8 @@ def test_two_processes_run_the_recipe_as_one_does(small_nq, minilm_path, tmp_pat
         options = ["--max_steps", 5, "--per_device_train_batch_size", 8 // processes, "--encoder", "static"]
         launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571")
         run(
-            *("train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3, "--num_negatives", 2),
+            RECIPES / "train_nq.py",
+            *("--dataset", small_nq, "--model", minilm_path, "--seed", 3, "--num_negatives", 2),
             *(*options, "--batch_sampler", "batch_sampler", "--output_dir", tmp_path / f"out-{processes}"),
             *("--dataloader_drop_last", "True", "--caches", tmp_path / "caches", "--use_cpu", "True"),
             launcher=launcher if processes == 2 else (),
@@ -367,15 +359,8 @@ def test_train_msmarco_trains_on_ids_of_triplets_from_the_hub(small_nq, hub, min
     options = ["--max_steps", 5, "--per_device_train_batch_size", 8, "--num_negatives", 2, "--encoder", "static"]
     options += ["--eval_queries", 20, "--seed", 3, "--model", minilm_path, "--caches", tmp_path / "caches"]
     out = run(
-        *(
-            RECIPES / "train_msmarco.py",
-            "--dataset",
-            "tester/msmarco",
-            "--dataset_config",
-            "triplets",
-            "--streaming",
-            "True",
-        ),
+        RECIPES / "train_msmarco.py",
+        *("--dataset", "tester/msmarco", "--dataset_config", "triplets", "--streaming", "True"),
         *(*options, "--output_dir", tmp_path / "out"),
         environment={**hub.environment(), "HF_DATASETS_CACHE": str(tmp_path / "datasets")},
     )

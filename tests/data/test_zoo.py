@@ -13,6 +13,7 @@ from sentence_transformers.base.losses import gradcache
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from support.encoders import ENCODERS, dense, of
+from support.runs import arguments
 
 import st_corrector
 from st_corrector import (
@@ -22,7 +23,6 @@ from st_corrector import (
     CorpusRetrievalEvaluator,
     CorrectedMultipleNegativesLoss,
     CorrectorTrainer,
-    CorrectorTrainingArguments,
     EmbeddingCache,
     InputError,
 )
@@ -127,21 +127,17 @@ def test_a_models_cache_is_that_of_the_model_saved_and_loaded(name, model, judge
 def test_a_models_cache_is_that_of_what_training_made_of_it(name, model, judged, tmp_path):
     cache = EmbeddingCache.build(model, judged, tmp_path / "cache", progress=False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    arguments = CorrectorTrainingArguments(
-        output_dir=str(tmp_path / "out"),
+    chosen = arguments(
+        tmp_path / "out",
         router_mapping={"anchor": "query", "positive": "document"} if "heads" in name else {},
         prompts={"anchor": "query : ", "positive": "passage : "} if model.prompts.get("document") else None,
         num_negatives=3,
-        per_device_train_batch_size=16,
         max_steps=2,
         learning_rate=1e-3,
-        save_steps=2,
-        report_to="none",
-        disable_tqdm=True,
         use_cpu=True,
     )
     loss = CorrectedMultipleNegativesLoss(model, judged, cache, num_negatives=3)
-    CorrectorTrainer(model, arguments, corpus=judged, loss=loss).train()
+    CorrectorTrainer(model, chosen, corpus=judged, loss=loss).train()
     assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
     CorrectedMultipleNegativesLoss(model, judged, cache, num_negatives=3)
     trained = SentenceTransformer(str(tmp_path / "out" / "checkpoint-2"), device="cpu")

@@ -10,12 +10,12 @@ import matplotlib
 import pytest
 import torch
 from conftest import make_static_model, make_texts
+from support import runs
 
 from st_corrector import (
     Corpus,
     CorpusRetrievalEvaluator,
     CorrectorTrainer,
-    CorrectorTrainingArguments,
     InputError,
     StorageError,
 )
@@ -425,9 +425,8 @@ def test_the_report_of_a_real_run(tmp_path):
     corpus = Corpus.from_texts(texts)
     ids = [str(n) for n in range(len(texts))]
     corpus.add_split("train", dict(zip(ids, queries, strict=True)), {id: [id] for id in ids})
-    arguments = CorrectorTrainingArguments(
-        output_dir=str(tmp_path / "out"),
-        num_negatives=4,
+    chosen = runs.arguments(
+        tmp_path / "out",
         corrector_settings={"hidden": 8},
         relative_margin=0.02,
         probe_every=4,
@@ -438,12 +437,10 @@ def test_the_report_of_a_real_run(tmp_path):
         eval_strategy="steps",
         eval_steps=4,
         save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         use_cpu=True,
     )
     evaluator = CorpusRetrievalEvaluator(corpus, "train", write_csv=False)
-    trainer = CorrectorTrainer(make_static_model(), arguments, corpus=corpus, evaluator=evaluator)
+    trainer = CorrectorTrainer(make_static_model(), chosen, corpus=corpus, evaluator=evaluator)
     trainer.train()
     record = RunRecord.load(tmp_path / "out")
     page = page_of(record, tmp_path)

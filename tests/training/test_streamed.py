@@ -3,11 +3,11 @@
 import pytest
 from conftest import make_bert_model, make_static_model
 from datasets import IterableDatasetDict
+from support.runs import arguments, trainer_of
 
 from st_corrector import (
     CorrectedMultipleNegativesLoss,
     CorrectorTrainer,
-    CorrectorTrainingArguments,
     EmbeddingCache,
     InputError,
 )
@@ -46,12 +46,11 @@ def test_streamed_evaluation_is_evaluation(corpus, tmp_path, encoder, labels):
     model = make_static_model() if encoder == "static" else make_bert_model(tmp_path)
     cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
     loss = CorrectedMultipleNegativesLoss(model, corpus, cache, num_negatives=4)
-    settings = {"output_dir": str(tmp_path / "out"), "report_to": "none", "disable_tqdm": True}
-    arguments = CorrectorTrainingArguments(per_device_eval_batch_size=200, **settings)
+    chosen = arguments(tmp_path / "out", per_device_eval_batch_size=200)
     pairs = corpus.pairs("train") if labels else corpus.pairs("train").remove_columns("label")
 
     def evaluate(**data):
-        return CorrectorTrainer(model, arguments, corpus=corpus, loss=loss, **data).evaluate
+        return CorrectorTrainer(model, chosen, corpus=corpus, loss=loss, **data).evaluate
 
     expected = evaluate(eval_dataset=pairs)()["eval_loss"]
     for way in WAYS:
@@ -60,22 +59,20 @@ def test_streamed_evaluation_is_evaluation(corpus, tmp_path, encoder, labels):
 
 
 def test_a_run_on_streamed_pairs_is_evaluated_on_streamed_pairs(corpus, tmp_path):
-    settings = {"output_dir": str(tmp_path), "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-    settings |= {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "num_negatives": 4}
+    settings = {"save_strategy": "no", "max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
     pairs = corpus.pairs("train").to_iterable_dataset()
     data = {"corpus": corpus, "train_dataset": pairs, "eval_dataset": pairs}
     with pytest.raises(InputError, match="'dispatch_batches': False"):
-        CorrectorTrainer(make_static_model(), CorrectorTrainingArguments(**settings), **data)
+        CorrectorTrainer(make_static_model(), arguments(tmp_path, **settings), **data)
     settings["accelerator_config"] = {"dispatch_batches": False}
-    trainer = CorrectorTrainer(make_static_model(), CorrectorTrainingArguments(**settings), **data)
+    trainer = CorrectorTrainer(make_static_model(), arguments(tmp_path, **settings), **data)
     trainer.train()
     assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2
     assert trainer.accelerator.dispatch_batches is False
 
 
 def test_evaluation_leaves_the_setting_as_it_is(corpus, tmp_path):
-    arguments = CorrectorTrainingArguments(output_dir=str(tmp_path), report_to="none", num_negatives=4)
-    trainer = CorrectorTrainer(make_static_model(), arguments, corpus=corpus)
+    trainer = trainer_of(corpus, tmp_path)
     before = trainer.accelerator.dispatch_batches
     trainer.evaluate(corpus.pairs("train").to_iterable_dataset())
     assert trainer.accelerator.dispatch_batches is before
