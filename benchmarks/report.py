@@ -78,8 +78,8 @@ Runs = dict[str, list[dict]]
 
 
 def load(folder: Path) -> Runs:
-    """The runs of a regime by strategy, in the study's order, each sorted by seed; behind them what the study had and the
-    package has no more: a negative result stays a result.
+    """The runs of a regime by strategy, in the study's order, each sorted by seed; then those of strategies that have
+    been removed from the package since, for a negative result stays a result.
     """
     runs: Runs = defaultdict(list)
     for path in sorted(folder.glob("*-seed*.json")):

@@ -24,9 +24,9 @@ from .errors import (
     StorageError,
 )
 from .evaluation import CorpusRetrievalEvaluator
-from .losses.cached import CachedCorrectedMultipleNegativesLoss
-from .losses.corrected import CorrectedMultipleNegativesLoss
+from .losses.cached_multiple_negatives import CachedCorrectedMultipleNegativesLoss
 from .losses.corrected_corpus import CorrectedCorpus
+from .losses.multiple_negatives import CorrectedMultipleNegativesLoss
 from .losses.settings import CorrectionSettings
 from .negatives.filters import AnswerCheck, Check, CrossEncoderCheck, FalseNegativeFilter
 from .negatives.settings import NegativeSettings

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..data.encoding import unwrap
 from ..errors import InputError
-from ..losses.corrected import CorrectedMultipleNegativesLoss
+from ..losses.multiple_negatives import CorrectedMultipleNegativesLoss
 from ..search.fidelity import selection_fidelity, staleness
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..losses.corrected import CorrectedMultipleNegativesLoss
+from ..losses.multiple_negatives import CorrectedMultipleNegativesLoss
 from ..runtime.distributed import Processes
 from ..storage.files import make_folder, whole
 

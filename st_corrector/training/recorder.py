@@ -20,7 +20,7 @@ from .._version import __version__
 from ..data.encoding import unwrap
 from ..data.text import contains_answer
 from ..errors import InputError
-from ..losses.corrected import CorrectedMultipleNegativesLoss
+from ..losses.multiple_negatives import CorrectedMultipleNegativesLoss
 from ..negatives.filters import known_positives, pad_rows
 from ..reporting.record import Choice, Chosen, Example, LossRecord, RunRecord
 from ..search.topk import NO_ROW

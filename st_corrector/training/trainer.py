@@ -29,9 +29,9 @@ from ..correctors.saving import FOLDER as CORRECTOR_FOLDER
 from ..data.corpus import Corpus
 from ..data.encoding import ONE_PROCESS_FOR_SEVERAL_GPUS, DocumentEncoder
 from ..errors import CheckpointError, InputError, NonFiniteError, ProcessError, StorageError
-from ..losses.cached import CachedCorrectedMultipleNegativesLoss
+from ..losses.cached_multiple_negatives import CachedCorrectedMultipleNegativesLoss
 from ..losses.checks import LAYERS
-from ..losses.corrected import CorrectedMultipleNegativesLoss
+from ..losses.multiple_negatives import CorrectedMultipleNegativesLoss
 from ..negatives.filters import Check
 from ..reporting.model_card import CorrectorModelCardData
 from ..runtime.distributed import Processes

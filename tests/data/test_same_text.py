@@ -21,7 +21,7 @@ from st_corrector import (
 )
 from st_corrector.data import duplicates
 from st_corrector.data.text import contains_answer, normalized
-from st_corrector.losses import corrected
+from st_corrector.losses import multiple_negatives as corrected
 from st_corrector.negatives.filters import known_positives
 
 

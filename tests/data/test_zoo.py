@@ -290,7 +290,7 @@ def test_a_sentence_transformers_without_our_gradient_caching_breaks_nothing_els
         monkeypatch.setitem(sys.modules, gradcache.__name__, None)
     else:
         monkeypatch.delattr(gradcache, missing)
-    path = Path(st_corrector.losses.__file__).with_name("cached.py")
+    path = Path(st_corrector.losses.__file__).with_name("cached_multiple_negatives.py")
     spec = importlib.util.spec_from_file_location("st_corrector.losses.cached_anew", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

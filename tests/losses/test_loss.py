@@ -24,7 +24,7 @@ from st_corrector import (
     RefreshCallback,
     RidgeCorrector,
 )
-from st_corrector.losses import corrected
+from st_corrector.losses import multiple_negatives as corrected
 
 CORRECTORS = ["identity", "mlp", "ridge"]
 

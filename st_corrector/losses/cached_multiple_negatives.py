@@ -20,7 +20,7 @@ from ..data.encoding import unwrap
 from ..errors import InputError
 from ..negatives.settings import NegativeSettings
 from .batch import Column
-from .corrected import CorrectedMultipleNegativesLoss
+from .multiple_negatives import CorrectedMultipleNegativesLoss
 from .settings import CorrectionSettings
 
 # Not all of these names of sentence-transformers are public: a release without one must not break our import.
