@@ -93,6 +93,15 @@ def test_no_module_imports_itself_by_a_detour():
     assert not cycles(), "\n".join(" ↔ ".join(sorted(each)) for each in cycles())
 
 
+def test_nobody_reaches_into_the_corrected_corpus():
+    """Loss, checkpoints, recorder and callbacks speak to it, and not to its search, overlay or divergence watch."""
+    inside = {"search", "overlay", "divergence_watch"}
+    for name, path in MODULES.items():
+        if wing_of(name) in ("losses", "training") and not name.endswith(".corrected_corpus"):
+            used = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+            assert not used & inside, f"{name} uses {used & inside}"
+
+
 def test_each_wing_says_what_it_is():
     for wing in FLOOR_OF.keys() - {"_version"}:
         assert ast.get_docstring(ast.parse((MODULES[f"st_corrector.{wing}"]).read_text())), wing
