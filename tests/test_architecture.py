@@ -102,6 +102,15 @@ def test_nobody_reaches_into_the_corrected_corpus():
             assert not used & inside, f"{name} uses {used & inside}"
 
 
+def test_no_module_is_left_behind():
+    """Every module is imported by another, or is where users come in: the root's names, the command line."""
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    at_root = {f"st_corrector.{node.module}" for node in ast.walk(stub) if isinstance(node, ast.ImportFrom)}
+    used = at_root.union(*IMPORTS.values(), {"st_corrector", "st_corrector.cli", "st_corrector.cli.__main__"})
+    wings = {f"st_corrector.{wing}" for wing in FLOOR_OF}
+    assert not MODULES.keys() - used - wings
+
+
 def test_each_wing_says_what_it_is():
     for wing in FLOOR_OF.keys() - {"_version"}:
         assert ast.get_docstring(ast.parse((MODULES[f"st_corrector.{wing}"]).read_text())), wing
