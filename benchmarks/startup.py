@@ -16,12 +16,15 @@ import argparse
 import gzip
 import json
 import os
+import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +93,9 @@ def main() -> None:
     commit = ["git", "-C", str(args.checkout), "rev-parse", "--short=12", "HEAD"]
     found: dict[str, object] = {
         "commit": subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip(),
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers", "datasets")},
+        "machine": {"python": platform.python_version(), "cores": os.cpu_count()},
         "repeats": args.repeats,
         "seconds": {
             name: medians([timed(command, args.checkout)[0] for _ in range(args.repeats)])

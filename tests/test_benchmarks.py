@@ -561,3 +561,13 @@ def test_the_synthetic_study_knows_its_risks(monkeypatch):
     some = one[0][:1_000]
     distance = study.sliced_wasserstein(some, some + shift, directions=20_000)
     assert distance == pytest.approx(2 / study.DIM**0.5, rel=0.03)
+
+
+@pytest.mark.long
+def test_what_start_up_takes_is_measured(nq, tmp_path):
+    run(BENCHMARKS / "startup.py", "--dataset", nq, "--targets", 2000, "--repeats", 1, "--results", tmp_path / "s.json")
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["start"]["targets"] == 2000 and found["start"]["later"]["cpu"] < found["start"]["first"]["cpu"]
+    assert (
+        found["seconds"]["st-corrector --help"]["cpu"] < 0.5 < found["seconds"]["import sentence_transformers"]["cpu"]
+    )
