@@ -350,8 +350,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         components = self.accum_loss_components["train"]
-        if not components.get("steps") and self.args.world_size == 1:
-            components.clear()  # after steps of other losses alone their mean would be 0 / 0
+        if not self.guard.processes.any(bool(components.get("steps")), self.args.device):
+            components.clear()  # after skipped steps, or steps of other losses alone, their mean would be 0 / 0
         if "loss" in logs or "train_loss" in logs:  # the latter at the end, after steps that were not logged yet
             for name, loss in self._corrected_losses().items():
                 metrics = {f"{_prefix(name)}{key}": round(value, 6) for key, value in loss.pop_metrics().items()}
