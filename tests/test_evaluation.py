@@ -161,6 +161,17 @@ def test_truncated_dimensions_are_compared_at_the_same_width(judged):
     torch.testing.assert_close(scores.gather(1, rows), scores.topk(100).values)
 
 
+def test_ranks_in_float32_under_a_callers_autocast(static_model, judged):
+    model = SentenceTransformer(modules=[static_model[0]], device="cpu")  # looked up, and so in float32 under autocast
+    evaluator = CorpusRetrievalEvaluator(judged, "dev", write_csv=False)
+    expected = evaluator.retrieve(model)
+    queries, targets = model.encode_query(judged.qrels("dev").queries["text"][:]), model.encode(judged.texts(range(9)))
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = torch.from_numpy(queries) @ torch.from_numpy(targets).T
+        assert torch.equal(evaluator.retrieve(model), expected)
+    assert coarse.dtype == torch.bfloat16, "a product of one's own is rounded there"
+
+
 def test_few_scores_are_held_at_once(static_model, judged, monkeypatch):
     expected = CorpusRetrievalEvaluator(judged, "dev").retrieve(static_model)
     widest = []

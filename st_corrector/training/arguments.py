@@ -15,8 +15,8 @@ from ..negatives.settings import NegativeSettings
 from .guard import NonFinitePolicy
 
 SETTINGS = (NegativeSettings, FalseNegativeFilter, CorrectionSettings)
-"""Where settings are declared that are arguments too; what their arguments cannot be given by on a command line
-(checks, a shortlist) is given to the trainer or the loss.
+"""The single sources of the arguments that are settings. A command line cannot hold checks or a shortlist: checks go to
+the trainer, a shortlist to a loss of one's own.
 """
 
 

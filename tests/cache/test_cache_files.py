@@ -83,19 +83,21 @@ def killed_builds(tmp_path, kills, seed):
             path.stat().st_mtime_ns != written for path, written in done.items()
         )
         shutil.rmtree(folder)
-    assert counts["same_bytes"] == kills and counts["finished_shards_encoded_again"] == 0
-    assert counts["before_its_end"] > kills // 2 and counts["shards_kept"] > counts["before_its_end"]
     return counts
 
 
 def test_a_build_killed_at_any_moment_is_completed_to_the_same_bytes(tmp_path):
-    killed_builds(tmp_path, 3, seed=0)
+    counts = killed_builds(tmp_path, 3, seed=0)
+    assert counts["same_bytes"] == 3 and counts["finished_shards_encoded_again"] == 0 and counts["before_its_end"] > 0
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_a_hundred_builds_killed_at_any_moment(tmp_path, report):
-    report("kills of a cache build", **killed_builds(tmp_path, 100, seed=1))
+    counts = killed_builds(tmp_path, 100, seed=1)
+    report("kills of a cache build", **counts)
+    assert counts["same_bytes"] == 100 and counts["finished_shards_encoded_again"] == 0
+    assert counts["before_its_end"] > 50 and counts["shards_kept"] > counts["before_its_end"]
 
 
 @pytest.mark.parametrize("place", ["the embeddings", "the digest", "the header"])
