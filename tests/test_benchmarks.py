@@ -332,6 +332,7 @@ def step(monkeypatch, tmp_path):
     module = importlib.import_module("step")
     make_bert_model(tmp_path)
     monkeypatch.setattr(module, "make_encoder", lambda setting: load_bert_model(tmp_path / "bert-right").train())
+    AcceleratorState._reset_state(True)  # of tests before, in the same process, which train in another precision
     yield module
     AcceleratorState._reset_state(True)
 

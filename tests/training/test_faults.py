@@ -155,12 +155,13 @@ def test_memory_is_flat_over_two_thousand_steps(tmp_path, report):
     measured, losses, encoded = receiver.recv()
     process.join()
     assert losses[-1] < losses[0] / 2 and encoded > 2_000 * 100
-    warm_after = 8  # 400 steps: every target has been written back by then
+    # 600 steps: every target has been written back by then, and a checkpoint has loaded the code that writes it.
+    warm_after = 11
     after_warmup = measured[warm_after:]
     growth = [max(after_warmup) / after_warmup[0] - 1, after_warmup[-1] / after_warmup[0] - 1]
     figures = {"resident_mb": [round(each) for each in measured], "growth": [round(each, 4) for each in growth]}
     report("soak", steps=2_000, warm_after=warm_after, **figures)
-    assert max(growth) < 0.02
+    assert max(growth) < 0.02, str(figures)
 
 
 def when(file, steps):
