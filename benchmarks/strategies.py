@@ -2,6 +2,7 @@
 
     python benchmarks/strategies.py --preset smoke --dataset data/nq     # a minute: does everything run?
     python benchmarks/strategies.py --preset cpu --dataset data/nq       # hours on two cores, static encoder
+    python benchmarks/strategies.py --preset labels --dataset data/nq    # own pairs and a teacher beside them
     python benchmarks/strategies.py --preset gpu --dataset data/nq --at_once 4 --minutes 9     # transformers
 
 Each run is the recipe itself, in a process of its own, and leaves one JSON with its figures and its command. Runs whose
@@ -67,6 +68,10 @@ REGIMES = {
     "nq-high-coverage": static(max_targets=30_000, max_steps=300, num_negatives=8),
     "nq-medium-coverage": static(),
     "nq-low-coverage": static(max_steps=60, per_device_train_batch_size=32, num_negatives=8),
+    "labels-high-coverage": static(max_targets=30_000, max_steps=300, num_negatives=8),
+    # Settings are chosen here: on 1,000 of the training questions, which nothing that is reported is measured on.
+    "labels-choice": static(max_targets=30_000, max_steps=300, num_negatives=8, hold_out=1_000),
+    "labels-low-coverage": static(max_steps=60, per_device_train_batch_size=32, num_negatives=8),
     "nq-coverage-0.05": static(max_steps=40, per_device_train_batch_size=16, num_negatives=8),
     "nq-coverage-15": static(max_targets=10_000, max_steps=300, num_negatives=8),
     **{
@@ -228,6 +233,36 @@ class Block(NamedTuple):
     seeds: tuple[int, ...]
 
 
+# What a target hears besides: the corpus's own questions, a teacher's labels, both (--preset labels).
+LABELLED = ("in-batch", "mined-once", "stale", "stale-write-back", "mlp-pull-back", "exhaustive")
+OWN = options(own_pairs_share=0.36)
+TEACHER = options(teacher_model="default", teacher_max_seq_length=96)
+# Where nothing is chosen from the corpus, how far a teacher is to be trusted is not found out: as it is elsewhere.
+TRUSTED = options(teacher_weight=4, teacher_scale=10)
+for name in LABELLED:
+    taught = TEACHER + (TRUSTED if name in ("in-batch", "mined-once") else [])
+    added = {"own-pairs": OWN, "teacher": taught, "own-pairs-teacher": OWN + taught}
+    STRATEGIES |= {f"{name}-{kind}": STRATEGIES[name] + given for kind, given in added.items()}
+
+
+# What was chosen among.
+CHOICES = {
+    **{f"own-pairs-{share}": options(own_pairs_share=share) for share in (0.25, 0.36, 0.5)},
+    "own-pairs-first-sentence": options(own_pairs_share=0.36, own_question="first_sentence"),
+    **{
+        f"teacher-weight-{weight}-scale-{scale}": TEACHER + options(teacher_weight=weight, teacher_scale=scale)
+        for weight, scale in ((1, 7), (1, 10), (1, 15), (1, 20), (2, 10), (4, 10), (8, 10))
+    },
+    "teacher": TEACHER,
+}
+STRATEGIES |= {f"mlp-pull-back-{name}": STRATEGIES["mlp-pull-back"] + given for name, given in CHOICES.items()}
+
+
+def _labelled(name: str) -> tuple[str, ...]:
+    """A strategy with the corpus's own pairs, with a teacher, with both."""
+    return tuple(f"{name}-{kind}" for kind in ("own-pairs", "teacher", "own-pairs-teacher"))
+
+
 PRESETS = {
     "smoke": [
         Block(
@@ -252,6 +287,22 @@ PRESETS = {
         Block("minilm-2-layers-all-passages", ("refresh-10", "refresh-50", "mined-once"), (0,)),
         Block("minilm-2-layers-lora", ("in-batch", "stale", "stale-write-back", "mlp-pull-back"), (0,)),
         Block("minilm-cpu", TRANSFORMER, (0,)),
+    ],
+    # The most telling first, seed by seed: what own pairs and a teacher give beside the default and exhaustive.
+    "labels": [
+        Block("labels-choice", ("mlp-pull-back", *(f"mlp-pull-back-{name}" for name in CHOICES)), (0, 1)),
+        Block("labels-high-coverage", ("mlp-pull-back", *_labelled("mlp-pull-back"), "exhaustive"), (0, 1, 2)),
+        Block("labels-high-coverage", ("in-batch", *_labelled("in-batch"), "stale-write-back"), (0, 1, 2)),
+        Block("labels-high-coverage", (*_labelled("stale-write-back"), "stale", *_labelled("stale")), (0, 1, 2)),
+        Block("labels-high-coverage", ("mined-once", *_labelled("mined-once"), *_labelled("exhaustive")), (0, 1, 2)),
+        Block("labels-low-coverage", ("mlp-pull-back", *_labelled("mlp-pull-back"), "exhaustive"), (0, 1, 2)),
+        Block("labels-low-coverage", ("in-batch", *_labelled("in-batch"), "stale-write-back"), (0, 1, 2)),
+        Block("labels-low-coverage", (*_labelled("stale-write-back"), "stale", *_labelled("stale")), (0, 1, 2)),
+        Block("labels-low-coverage", ("mined-once", *_labelled("mined-once"), *_labelled("exhaustive")), (0, 1, 2)),
+        *(
+            Block(regime, tuple(each for name in LABELLED for each in (name, *_labelled(name))), (3, 4))
+            for regime in ("labels-high-coverage", "labels-low-coverage")
+        ),
     ],
     # The most telling first: whatever time there is, it buys these. Verifying 8 needs fewer negatives than 8.
     "gpu": [
@@ -458,15 +509,17 @@ def main() -> None:
     parser.add_argument(
         "--results",
         type=Path,
-        help="a folder for each regime is made in it; by default benchmarks/results, gpu/study in it for the preset "
-        "gpu, and outputs/smoke-results with --smoke",
+        help="a folder for each regime is made in it; by default benchmarks/results, gpu/study and "
+        "labels in it for these presets, and outputs/smoke-results with --smoke",
     )
     parser.add_argument("--outputs", type=Path, default=ROOT / "outputs", help="where models and embedding caches go")
     args = parser.parse_args()
     if args.at_once < 1:
         parser.error("--at_once must be at least 1")
     results = args.results or (
-        ROOT / "outputs" / "smoke-results" if args.smoke else GPU_RESULTS if args.preset == "gpu" else RESULTS
+        ROOT / "outputs" / "smoke-results"
+        if args.smoke
+        else {"gpu": GPU_RESULTS, "labels": RESULTS / "labels"}.get(args.preset, RESULTS)
     )
     wanted = [
         run

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from common import STRATEGIES, Strategy, default_model, static_encoder, table, train
-from data import DEV, DataArguments, load_corpus
+from data import DEV, HELD_OUT, DataArguments, load_corpus
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from transformers import HfArgumentParser, set_seed
@@ -38,7 +38,8 @@ INHERITED = {option.name for option in dataclasses.fields(SentenceTransformerTra
 OPTIONS = [option for option in dataclasses.fields(CorrectorTrainingArguments) if option.name not in INHERITED]
 FOR_ALL = {
     *("num_negatives", "scale", "corrector", "corrector_settings", "train_split"),
-    *("cache_batch_size", "cache_dtype", "cache_on_device"),
+    *("cache_batch_size", "cache_dtype", "cache_on_device", "own_pairs_share", "own_question"),
+    *("distillation_loss", "teacher_weight", "teacher_scale"),
 }
 # The strategy decides over these.
 NOT_HERE = ("refresh_every", "cache_path", "train_split")
@@ -82,6 +83,16 @@ class RecipeArguments(DataArguments):
     max_seq_length: int | None = field(
         default=None, metadata={"help": "Longest text in tokens; the model's by default."}
     )
+    teacher_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of an embedder whose similarities are soft labels: it embeds all once. "
+            "default: all-MiniLM-L6-v2."
+        },
+    )
+    teacher_max_seq_length: int | None = field(
+        default=None, metadata={"help": "Longest text of the teacher in tokens; the teacher's by default."}
+    )
     caches: str = field(default="outputs/caches", metadata={"help": "Where embedding caches are kept between runs."})
     results: str | None = field(
         default=None, metadata={"help": "Where results.json goes; by default into --output_dir."}
@@ -117,6 +128,15 @@ def load_model(args: RecipeArguments, seed: int) -> SentenceTransformer:
         )
         model.add_adapter(adapter)
     return model
+
+
+def load_teacher(args: RecipeArguments) -> SentenceTransformer | None:
+    if args.teacher_model is None:
+        return None
+    teacher = SentenceTransformer(default_model() if args.teacher_model == "default" else args.teacher_model)
+    if args.teacher_max_seq_length:
+        teacher.max_seq_length = args.teacher_max_seq_length
+    return teacher
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -166,6 +186,8 @@ def parse_arguments(
         parser.error("--from_scratch is for transformers: the static encoder is made of pretrained token vectors")
     if recipe.lora_r is not None and (recipe.encoder == "static" or recipe.lora_r < 1):
         parser.error("--lora_r is the rank of a transformer's adapter: at least 1, and not with static")
+    if recipe.teacher_model is not None and not strategy.chooses and training.teacher_weight is None:
+        parser.error("--teacher_weight is found out by the negatives from the corpus: here it must be given")
     if recipe.num_layers is not None and (recipe.encoder == "static" or recipe.num_layers < 1):
         parser.error("--num_layers is how many layers of a transformer are kept: at least 1, and not with static")
     if not strategy.chooses:
@@ -203,7 +225,7 @@ def run(recipe: RecipeArguments, training: CorrectorTrainingArguments) -> None:
     corpus = load_corpus(recipe)
     print(corpus)
     model = load_model(recipe, training.seed)
-    dev = next(split for split in DEV if split in corpus.splits)
+    dev = next(split for split in (HELD_OUT, *DEV) if split in corpus.splits)
     output = Path(training.output_dir)
     # An adapter is saved with the name of its base, which would be another model than this one.
     final = None if recipe.lora_r and (recipe.num_layers or recipe.from_scratch) else output / "final"
@@ -213,6 +235,7 @@ def run(recipe: RecipeArguments, training: CorrectorTrainingArguments) -> None:
         training,
         recipe.strategy,
         recipe.caches,
+        teacher=load_teacher(recipe),
         checks=[AnswerCheck(corpus, training.train_split)] if recipe.answer_check else [],
         evaluator=CorpusRetrievalEvaluator(
             corpus,

@@ -24,9 +24,9 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
 )
 from sentence_transformers.base.modules import Dense, Normalize
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-from sentence_transformers.util import mine_hard_negatives
+from sentence_transformers.util import mine_hard_negatives, pairwise_cos_sim
 from torch import nn
 
 from st_corrector import (
@@ -36,14 +36,18 @@ from st_corrector import (
     CorrectedMultipleNegativesLoss,
     CorrectorTrainer,
     CorrectorTrainingArguments,
+    EmbeddingTeacher,
     RefreshCallback,
     __version__,
 )
 from st_corrector.data.encoding import DocumentEncoder
+from st_corrector.data.query_keys import query_keys
+from st_corrector.data.text import normalized
 from st_corrector.data.tokens import TokenizedCorpus
 from st_corrector.losses.similarity import Similarity
 from st_corrector.storage.files import whole
 from st_corrector.storage.fingerprint import digest_json
+from st_corrector.training.own_pairs import training_pairs
 
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 STRATEGIES = "in-batch, mined-once, stale, corrected, exhaustive, refresh:<steps> or refresh:<epochs>-epochs"
@@ -108,6 +112,7 @@ def train(
     strategy: str,
     caches: str | os.PathLike,
     checks: Sequence[Check] = (),
+    teacher: SentenceTransformer | None = None,
     evaluator: CorpusRetrievalEvaluator | None = None,
     before: dict[str, float] | None = None,
     final: Path | None = None,
@@ -122,6 +127,7 @@ def train(
             refreshes where it says something about them.
         caches: a folder where what several runs need of one untrained model is kept: its embeddings, its metrics.
         checks: rules on false negatives that look at texts.
+        teacher: an embedder whose similarities are soft labels.
         before: the untrained model's metrics, where they are known already.
         final: a folder for the trained model, its card and its corrector, which are pushed to the Hub if ``args`` say
             so.
@@ -133,7 +139,7 @@ def train(
     fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
     shared = Path(caches) / digest_json([fingerprint, precision(args)])[:12]
     with one_at_a_time(shared, args):
-        trainer = trainer_for(model, corpus, args, chosen, shared, checks)
+        trainer = trainer_for(model, corpus, args, chosen, shared, checks, teacher)
         prepared = time.perf_counter()
         if before is None:
             with trainer.in_training_precision():
@@ -166,6 +172,7 @@ def train(
         **encoded(trainer.loss, trainer, model, corpus),
         "log": log,
         "probes": trainer.fidelity.history if trainer.fidelity else [],
+        "trust": trusted(trainer.loss),
         "precision": precision(args),
         "device": describe_device(args.device),
         "versions": versions(),
@@ -179,11 +186,23 @@ def trainer_for(
     strategy: Strategy,
     cache_path: Path,
     checks: Sequence[Check],
+    teacher: SentenceTransformer | None,
 ) -> CorrectorTrainer:
     """The trainer of a strategy, as a user would make it."""
+    pairs = training_pairs(corpus, args)
+    labels = None if teacher is None else teacher_of(teacher, corpus, pairs, cache_path.parent, args)
     if strategy.name == "mined-once":
-        dataset = mine_once(model, corpus, args.num_negatives)
         similarity = Similarity(model)
+        dataset = mine_once(model, corpus, pairs, args.num_negatives)
+        if labels is not None:
+            temperature = 1 / (args.scale or similarity.default_scale)
+            soft = DistillKLDivLoss(
+                model,
+                similarity_fct=pairwise_cos_sim,
+                temperature=temperature,
+                teacher_temperature=1 / args.teacher_scale,
+            )
+            return CorrectorTrainer(model, args, train_dataset=with_scores(dataset, corpus, labels), loss=soft)
         loss = MultipleNegativesRankingLoss(
             model, scale=args.scale or similarity.default_scale, similarity_fct=similarity.function
         )
@@ -195,10 +214,18 @@ def trainer_for(
     if strategy.unit == "step":
         args.refresh_every = strategy.every
     args.cache_path = str(cache_path)
-    trainer = CorrectorTrainer(model, args, corpus=corpus, checks=checks)
+    trainer = CorrectorTrainer(model, args, corpus=corpus, checks=checks, teacher=labels, train_dataset=pairs)
     if strategy.unit == "epoch" and strategy.every is not None:
         trainer.add_callback(RefreshCallback(trainer.loss, strategy.every, "epoch", args.cache_batch_size))
     return trainer
+
+
+def trusted(loss: nn.Module) -> list[dict[str, float]]:
+    """How far the teacher was trusted, whenever that was found out."""
+    if not isinstance(loss, CorrectedMultipleNegativesLoss) or loss.distillation is None:
+        return []
+    trust = loss.distillation.trust
+    return [] if trust is None else [{"step": step, **found._asdict()} for step, found in trust.history]
 
 
 def precision(args: CorrectorTrainingArguments) -> str:
@@ -247,10 +274,34 @@ def keep(trainer: CorrectorTrainer, folder: Path) -> None:
         print(f"Pushed to {url}")
 
 
-def mine_once(model: SentenceTransformer, corpus: Corpus, num_negatives: int) -> Dataset:
+def teacher_of(
+    model: SentenceTransformer, corpus: Corpus, pairs: Dataset, shared: Path, args: CorrectorTrainingArguments
+) -> EmbeddingTeacher:
+    """The teacher that has embedded the corpus and the questions of ``pairs``: made once for all runs."""
+    model = model.to(args.device)
+    fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
+    path = shared / f"teacher-{digest_json(fingerprint)[:12]}"
+    return EmbeddingTeacher.build(model, corpus, path, pairs, batch_size=args.cache_batch_size)
+
+
+def with_scores(tuples: Dataset, corpus: Corpus, teacher: EmbeddingTeacher) -> Dataset:
+    """Mined tuples with the teacher's scores of their targets, as :class:`DistillKLDivLoss` takes them."""
+    row_of = {text: row for row, text in enumerate(corpus.texts(range(len(corpus))))}
+    anchor, *columns = tuples.column_names
+
+    def scored(batch: dict[str, list[str]]) -> dict[str, list[list[float]]]:
+        keys, own = torch.from_numpy(query_keys(batch[anchor])), query_keys(map(normalized, batch[anchor]), own=True)
+        keys = torch.where(teacher.knows(keys), keys, torch.from_numpy(own))
+        rows = torch.tensor([[row_of[text] for text in batch[column]] for column in columns]).T
+        return {"label": [teacher.scores(key[None], row)[0].tolist() for key, row in zip(keys, rows, strict=True)]}
+
+    return tuples.map(scored, batched=True, batch_size=256)
+
+
+def mine_once(model: SentenceTransformer, corpus: Corpus, pairs: Dataset, num_negatives: int) -> Dataset:
     """What most users do today: sentence-transformers' own mining, before training, from the same corpus."""
     return mine_hard_negatives(
-        corpus.pairs("train").remove_columns("label"),
+        pairs.remove_columns("label"),
         model,
         corpus=corpus.texts(range(len(corpus))),
         num_negatives=num_negatives,

@@ -68,9 +68,18 @@ class DataArguments:
     eval_queries: int = field(
         default=2000, metadata={"help": "Training queries that are held out as dev, where the data has no dev split."}
     )
+    hold_out: int = field(
+        default=0,
+        metadata={
+            "help": "Hold this many training queries out and evaluate on them, whatever dev split there is: to choose "
+            "settings by."
+        },
+    )
 
 
-# Which arguments each kind of data uses, in addition to dataset and eval_queries.
+HELD_OUT = "held-out"
+"""The split of --hold_out."""
+# Which arguments each kind of data uses, in addition to dataset, eval_queries and hold_out.
 _KINDS = {
     "a BEIR folder": {"max_targets", "missing_targets"},
     "a retrieval data set": {
@@ -130,12 +139,17 @@ def load_corpus(args: DataArguments) -> Corpus:
             corpus.hold_out(args.eval_queries)
         except CorpusError as error:
             raise InputError(f"--eval_queries: {error}") from error
+    if args.hold_out:
+        try:
+            corpus.hold_out(args.hold_out, into=HELD_OUT)
+        except CorpusError as error:
+            raise InputError(f"--hold_out: {error}") from error
     print(f"{args.dataset} is {kind}; dev is {f'its split {dev!r}' if dev else 'held out of its training queries'}.")
     return corpus
 
 
 def _refuse_arguments(args: DataArguments, kind: str) -> None:
-    meant = {"dataset", "eval_queries", *_KINDS[kind]}
+    meant = {"dataset", "eval_queries", "hold_out", *_KINDS[kind]}
     given = [f"--{each.name}" for each in fields(DataArguments) if getattr(args, each.name) != each.default]
     if wrong := [option for option in given if option.removeprefix("--") not in meant]:
         raise InputError(f"--dataset {args.dataset} is {kind}: leave out {', '.join(wrong)}.")

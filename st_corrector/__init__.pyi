@@ -22,17 +22,20 @@ from .errors import (
     ProcessError,
     StCorrectorError,
     StorageError,
+    TeacherError,
 )
 from .evaluation import CorpusRetrievalEvaluator
 from .losses.cached_multiple_negatives import CachedCorrectedMultipleNegativesLoss
 from .losses.corrected_corpus import CorrectedCorpus
+from .losses.distillation import DistillationSettings
 from .losses.multiple_negatives import CorrectedMultipleNegativesLoss
 from .losses.settings import CorrectionSettings
-from .negatives.filters import AnswerCheck, Check, CrossEncoderCheck, FalseNegativeFilter
+from .negatives.filters import AnswerCheck, Check, CrossEncoderCheck, FalseNegativeFilter, TeacherCheck
 from .negatives.settings import NegativeSettings
 from .search.exact import CorrectedSearch
 from .search.faiss_index import FaissIndex
 from .search.shortlist import Shortlist, ShortlistSearch
+from .teachers import AverageTeacher, CrossEncoderTeacher, EmbeddingTeacher, Teacher
 from .training.arguments import CorrectorTrainingArguments
 from .training.callbacks import FidelityCallback, RefreshCallback
 from .training.trainer import CorrectorTrainer
@@ -41,6 +44,7 @@ __all__ = [
     "AffineCorrector",
     "AffineMap",
     "AnswerCheck",
+    "AverageTeacher",
     "CacheError",
     "CachedCorrectedMultipleNegativesLoss",
     "CarryOverEstimate",
@@ -57,7 +61,10 @@ __all__ = [
     "CorrectorTrainer",
     "CorrectorTrainingArguments",
     "CrossEncoderCheck",
+    "CrossEncoderTeacher",
+    "DistillationSettings",
     "EmbeddingCache",
+    "EmbeddingTeacher",
     "FaissIndex",
     "FalseNegativeFilter",
     "FidelityCallback",
@@ -75,6 +82,9 @@ __all__ = [
     "ShortlistSearch",
     "StCorrectorError",
     "StorageError",
+    "Teacher",
+    "TeacherCheck",
+    "TeacherError",
     "__version__",
     "estimate_carry_over",
     "fit_corrector",

@@ -15,6 +15,10 @@ class CacheError(StCorrectorError, ValueError):
     """An embedding cache is damaged, incomplete, or belongs to something else."""
 
 
+class TeacherError(StCorrectorError, ValueError):
+    """A teacher's scores on disk belong to something else, or are no scores."""
+
+
 class CheckpointError(StCorrectorError, ValueError):
     """A checkpoint is damaged, incomplete, or belongs to something else."""
 

@@ -14,6 +14,7 @@ FLOORS = (  # from the ground up; a module imports from its own wing and from th
     ("correctors", "data"),
     ("cache",),
     ("search",),
+    ("teachers",),
     ("negatives",),
     ("losses",),
     ("evaluation", "carry_over"),

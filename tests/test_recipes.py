@@ -189,7 +189,7 @@ def test_a_hub_data_set_of_pairs_becomes_corpus_and_splits(recipe_module, hub, c
     for split in ("train", "dev"):
         for pair in corpus.pairs(split):
             assert pair["positive"] == PAIRS["reply"][PAIRS["question"][:].index(pair["anchor"])]
-            assert pair["positive"] == corpus.texts([pair["label"]])[0]
+            assert pair["positive"] == corpus.texts([pair["label"][0]])[0]
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl", "csv", "jsonl.gz"])

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import fields, replace
 
 import pytest
+import torch
 from conftest import ROOT, make_static_model
 from sentence_transformers import SentenceTransformerTrainingArguments
 
@@ -16,18 +17,20 @@ from st_corrector import (
     CorrectorTrainer,
     CorrectorTrainingArguments,
     EmbeddingCache,
+    EmbeddingTeacher,
     FalseNegativeFilter,
     NegativeSettings,
 )
 from st_corrector.training.arguments import SETTINGS
 
-NOT_ON_A_COMMAND_LINE = {"false_negatives", "checks", "shortlist"}
+NOT_ON_A_COMMAND_LINE = {"false_negatives", "checks", "shortlist", "teacher"}
 OTHERS = {  # every setting but the corrector's own, with a value that is not its default
     **{"num_negatives": 5, "sampler": "gumbel", "candidates": 9, "share_negatives": False, "in_batch_negatives": False},
     **{"scale": 7.0, "train_split": None, "max_score": 0.9, "absolute_margin": 0.01, "relative_margin": 0.02},
     **{"range_min": 1, "range_max": 12, "corrector": "ridge", "corrector_settings": '{"forgetting": 0.9}'},
     **{"corrector_warmup_steps": 2, "corrector_warmup_negatives": "in-batch", "corrector_divergence": "warn"},
-    **{"write_back": False, "background_targets": 3},
+    **{"write_back": False, "background_targets": 3, "hardness_mode": "all_negatives", "hardness_strength": 5.0},
+    **{"distillation_loss": "margin-mse", "teacher_weight": 0.5, "teacher_scale": 12.0},
 }
 
 
@@ -60,6 +63,7 @@ def test_both_losses_take_the_same():
     assert plain.keys() & {each.name for settings in SETTINGS for each in fields(settings)} == {
         "num_negatives",
         "corrector",
+        "teacher",
     }, "short forms of the common ones"
 
 
@@ -67,8 +71,13 @@ def test_what_the_arguments_say_is_what_the_loss_does(static_model, corpus, tmp_
     default = CorrectorTrainingArguments("x", report_to="none", use_cpu=True)
     assert all(getattr(default, name) != value for name, value in OTHERS.items())
     args = CorrectorTrainingArguments(str(tmp_path / "run"), report_to="none", use_cpu=True, **OTHERS)
-    loss = CorrectorTrainer(static_model, args, corpus=corpus).loss
-    flat = {**vars(loss.negatives), **vars(loss.negatives.false_negatives), **vars(loss.correction)}
+    targets = torch.nn.functional.normalize(torch.randn(len(corpus), 4), dim=-1)
+    keys = corpus.qrels("train").keys
+    teacher = EmbeddingTeacher(targets, targets[: len(keys)], keys)
+    loss = CorrectorTrainer(static_model, args, corpus=corpus, teacher=teacher).loss
+    assert loss.distillation.teacher is teacher
+    groups = (loss.negatives, loss.negatives.false_negatives, loss.correction, loss.distillation.settings)
+    flat = {name: value for group in groups for name, value in vars(group).items()}
     assert OTHERS.items() <= flat.items() and loss.scale == 7.0
     assert loss.corrected.corrector.forgetting == 0.9 and not loss.corrected.writes_back
     config = loss.get_config_dict()

@@ -23,7 +23,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.corpus import Corpus
-from ..data.encoding import DocumentEncoder
+from ..data.encoding import DocumentEncoder, QueryEncoder
+from ..data.routing import DOCUMENT, QUERY
 from ..errors import CacheError, NonFiniteError, StorageError
 from ..runtime.distributed import Processes
 from ..runtime.memory import require_memory
@@ -94,6 +95,11 @@ class EmbeddingCache:
         return cache
 
     @classmethod
+    def joined(cls, caches: Sequence[EmbeddingCache]) -> EmbeddingCache:
+        """Whole caches of one dtype and width, one after the other; nothing is copied."""
+        return cls([shard for cache in caches for shard in cache._shards])
+
+    @classmethod
     def from_blocks(
         cls,
         blocks: Iterable[Tensor],
@@ -129,6 +135,7 @@ class EmbeddingCache:
         dtype: str = "float32",
         shard_size: int = 16_384,
         progress: bool = True,
+        task: str = DOCUMENT,
     ) -> EmbeddingCache:
         """Encode every target of ``corpus`` with ``model`` into the folder ``path``.
 
@@ -142,6 +149,7 @@ class EmbeddingCache:
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"int8"`` with one float32 scale per row.
             shard_size: rows in one file; a kill loses at most one file.
             progress: show a progress bar.
+            task: ``"query"`` encodes a corpus of queries, as ``model.encode_query`` would.
 
         Raises:
             CacheError: ``path`` holds a cache of another model, corpus, prompt or dtype (it says which), another
@@ -157,7 +165,7 @@ class EmbeddingCache:
         if len(corpus) > shard_size * MOST_SHARDS:
             raise CacheError(f"{len(corpus):,} targets in shards of {shard_size} are too many files: raise shard_size.")
         processes = Processes.current()
-        encoder = DocumentEncoder(model, corpus, progress=progress)
+        encoder = (QueryEncoder if task == QUERY else DocumentEncoder)(model, corpus, progress=progress)
         folder = CacheFolder(Path(path))
         dim = encoder.encode(model, [0]).shape[1]
         description = Description(len(corpus), dim, dtype, shard_size, encoder.fingerprint(model))

@@ -136,8 +136,8 @@ def by_label(found: Any, label: Any, column: str, pair: int, split: str) -> tupl
     if len(labels) != len(positives) or not {*relevant} <= {0.0, 1.0}:
         raise CorpusError(
             f"Column {column!r} in row {pair} of split {split!r} is {label!r:.60}, expected 1 where a text is relevant "
-            f"and 0 where it is a negative, of {len(positives)} texts. If it says something else (such as the corpus "
-            f"rows that Corpus.pairs gives), leave it out: dataset.remove_columns({column!r})."
+            f"and 0 where it is a negative, of {len(positives)} texts. If it says something else (such as the labels "
+            f"that Corpus.pairs gives), leave it out: dataset.remove_columns({column!r})."
         )
     marked = list(zip(positives, relevant, strict=True))
     return as_texts([text for text, mark in marked if mark]), as_texts([text for text, mark in marked if not mark])

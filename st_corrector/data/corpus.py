@@ -33,8 +33,10 @@ from .columns import (
 from .duplicates import TextDigests
 from .judging import MissingTargets, Sources, judged_queries, query_record, require_missing, triples_of
 from .model_fingerprint import max_lengths, tokenizer_fingerprint
+from .own_questions import OwnQuestions, Question
 from .pairs import PairReader, text_tables
 from .qrels import Qrels
+from .query_keys import query_keys
 from .routing import DOCUMENT, modules_for
 from .text import join_title
 from .tokens import TextCorpus, TokenizedCorpus, TokenLayout, are_equal, tokenize_texts
@@ -42,7 +44,7 @@ from .tokens import TextCorpus, TokenizedCorpus, TokenLayout, are_equal, tokeniz
 logger = logging.getLogger(__name__)
 
 _QUERIES = pa.schema([("id", pa.string()), ("text", pa.string()), ("answers", pa.list_(pa.string()))])
-_PAIRS = pa.schema([("anchor", pa.string()), ("positive", pa.string()), ("label", pa.int64())])
+_PAIRS = pa.schema([("anchor", pa.string()), ("positive", pa.string()), ("label", pa.list_(pa.int64()))])
 
 
 class Corpus:
@@ -92,8 +94,10 @@ class Corpus:
         """Its name in model cards and reports: set by constructors that know it, or by you."""
         self._arrow = targets.with_format("arrow")
         self._qrels = dict(qrels or {})
-        self._cache_dir = _folder(cache_dir)
-        self._digests = TextDigests(targets, self._cache_dir)
+        self.cache_dir = _folder(cache_dir)
+        """The folder of the Arrow files derived from the corpus."""
+        self._digests = TextDigests(targets, self.cache_dir)
+        self._own_questions: dict[str, OwnQuestions] = {}
         columns = targets.data
         if empty := pc.sum(_is_empty(columns.column("text"), columns.column("title"))).as_py():
             rows = np.flatnonzero(_is_empty(columns.column("text"), columns.column("title")).to_numpy())[:3].tolist()
@@ -422,7 +426,7 @@ class Corpus:
         grade_of_pair: np.ndarray | None = None,
     ) -> None:
         """Add the split's ``queries``, and their judgements by the query's position, the target's row and its grade."""
-        path = self._cache_dir / f"queries-{digest_json([split, queries])}.arrow"
+        path = self.cache_dir / f"queries-{digest_json([split, queries])}.arrow"
         self._qrels[split] = Qrels(
             read_or_write_arrow(path, _QUERIES, batched_tables(queries, _QUERIES)),
             query_of_pair,
@@ -498,6 +502,10 @@ class Corpus:
         """A digest of the joined texts in order, on which an embedding cache of this corpus depends."""
         return self._digests.fingerprint
 
+    def text_digests(self, rows: np.ndarray) -> np.ndarray:
+        """64 bits of the hash of the joined text of each of ``rows``, int64, by which a text is known in any corpus."""
+        return self._digests.of(rows)
+
     def duplicates_of(self, row: int) -> np.ndarray:
         """All rows with the same joined text as ``row``, itself included, ascending, ignoring case, white space and
         Unicode form (:func:`~st_corrector.data.text.normalized`)."""
@@ -531,7 +539,8 @@ class Corpus:
         """The training data of ``split``: one row per (query, positive) judgement, with the columns ``anchor``,
         ``positive`` (the target's joined text, without the prompt) and ``label``.
 
-        ``label`` is the positive's corpus row. Any sentence-transformers trainer passes this column to the loss.
+        ``label`` is ``[row, key]``: the positive's corpus row, and by what a loss knows the query
+        (:func:`.query_keys`). Any sentence-transformers trainer passes this column to the loss.
         """
         qrels = self.qrels(split)
         anchors = qrels.queries.with_format("arrow")
@@ -539,11 +548,77 @@ class Corpus:
         def tables() -> Iterator[pa.Table]:
             for start in range(0, len(qrels.row), BATCH):
                 query, row = qrels.query[start : start + BATCH], qrels.row[start : start + BATCH]
-                text = anchors[query].column("text")
-                yield pa.table([text, pa.array(self.texts(row)), pa.array(row)], schema=_PAIRS)
+                yield self._pairs(anchors[query].column("text"), row, qrels.keys[query])
 
         key = digest(self.fingerprint, qrels.query.tobytes(), qrels.row.tobytes(), qrels.queries._fingerprint)
-        return read_or_write_arrow(self._cache_dir / f"pairs-{key}.arrow", _PAIRS, tables())
+        return read_or_write_arrow(self.cache_dir / f"keyed-pairs-{key}.arrow", _PAIRS, tables())
+
+    def own_pairs(
+        self, count: int | None = None, question: Question | None = None, split: str = "train", seed: int = 0
+    ) -> Dataset:
+        """Training data that the corpus brings with it: targets that no question of ``split`` asks for, each with a
+        question of its own, as :meth:`pairs` has them. Add them to these
+        (:func:`datasets.concatenate_datasets`), or let ``own_pairs_share`` of
+        :class:`~st_corrector.CorrectorTrainingArguments` do it.
+
+        They are drawn at random from all such targets; other splits have no part in it. In training, targets that share
+        a question (passages of one article) are not one another's negatives.
+
+        Args:
+            count: how many targets, at most; by default all.
+            question: ``"title"``, ``"first_sentence"``, one string (or None) for each target, or a function of
+                ``{"id", "title", "text"}`` that returns a string or None. By default the title where targets have
+                titles, else the first sentence.
+            split: the split that is trained on.
+            seed: of the draw; the first ones are the same for every ``count``.
+
+        Raises:
+            CorpusError: there is no such split, no target has a question, or the function returns something else.
+        """
+        answered = self.qrels(split).row
+        questions = self._ask(question)
+        rows, texts = questions.draw(answered, count, seed)
+
+        def tables() -> Iterator[pa.Table]:
+            for start in range(0, len(rows), BATCH):
+                some = rows[start : start + BATCH]
+                yield self._pairs(pa.array(texts[start : start + BATCH]), some, questions.keys[some])
+
+        key = digest(self.fingerprint, rows.tobytes(), questions.keys.tobytes())
+        return read_or_write_arrow(self.cache_dir / f"own-pairs-{key}.arrow", _PAIRS, tables())
+
+    def labels(self, ids: Sequence[str | int], anchors: Sequence[str]) -> list[list[int]]:
+        """The column ``label`` for a data set of your own: ``[row, key]`` of each pair, as in :meth:`pairs`.
+
+        Args:
+            ids: of the positives.
+            anchors: the queries, as many.
+
+        Raises:
+            CorpusError: an id is not in the corpus, or there are not as many queries.
+        """
+        rows, keys = self.rows_of(ids), query_keys(anchors)
+        if len(rows) != len(keys):
+            raise CorpusError(f"{len(rows)} ids and {len(keys)} anchors: give one of both for each pair.")
+        labels: list[list[int]] = np.stack([rows, keys], axis=1).tolist()
+        return labels
+
+    def _pairs(self, anchors: pa.Array, rows: np.ndarray, keys: np.ndarray) -> pa.Table:
+        labels = pa.array(list(np.stack([rows, keys], axis=1)))
+        return pa.table([anchors, pa.array(self.texts(rows)), labels], schema=_PAIRS)
+
+    def _ask(self, question: Question | None) -> OwnQuestions:
+        """The targets' own questions; the same ones where they were asked for before."""
+        if question is None:
+            lengths = pc.binary_length(self.targets.data.column("title").cast(pa.string()))
+            question = "title" if pc.any(pc.greater(lengths, 0)).as_py() else "first_sentence"
+        asked = OwnQuestions(self.targets, question, self._digests.identity, self.cache_dir)
+        return self._own_questions.setdefault(asked.identity, asked)
+
+    def sharing_question(self, key: int) -> np.ndarray:
+        """The rows whose own question has this key, ascending (:meth:`own_pairs`); none where it is unknown."""
+        found = [each.rows_of(key) for each in self._own_questions.values()]
+        return np.unique(np.concatenate([*found, np.empty(0, dtype=np.int64)]))
 
     # ------------------------------------------------------------------ tokens
 
@@ -578,7 +653,7 @@ class Corpus:
                     yield tokenize_texts(_joined(batch), model, prompt, layout)
                     bar.update(len(batch))
 
-        path = self._cache_dir / f"tokens-{digest_json([self.fingerprint, *rules])}.arrow"
+        path = self.cache_dir / f"tokens-{digest_json([self.fingerprint, *rules])}.arrow"
         kept = TokenizedCorpus(read_or_write_arrow(path, schema, tables()), layout)
         for rows in _some_batches(kept.lengths):
             if not are_equal(kept.features(rows), anew.features(rows)):

@@ -87,6 +87,16 @@ class TextDigests:
         """A digest of the joined texts in their order."""
         return digest(self._column("joined").tobytes())
 
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """The digests of the joined texts of ``rows``, as int64."""
+        digests: Rows = self._column("joined")[rows].view(np.int64)
+        return digests
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of titles and texts, wherever the one ends and the other begins."""
+        return digest(self._column("joined").tobytes(), self._column("same_untitled").tobytes())
+
     @cached_property
     def repeated(self) -> dict[int, Rows]:
         """Row → all rows with the same joined text, ascending; it has only rows with a duplicate."""

@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 from ..errors import InputError
 from .corpus import Corpus
 from .model_fingerprint import described_modules, max_lengths, tokenizer_fingerprint, weights_fingerprint
-from .routing import DOCUMENT, call, depends_on_task, modules_for
+from .routing import DOCUMENT, QUERY, call, depends_on_task, modules_for
+from .tokens import TextCorpus, TokenizedCorpus
 
-# The prompt names that SentenceTransformer.encode_document looks for, in its order.
-_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+# The prompt names that encode_document and encode_query of SentenceTransformer look for, in their order.
+_PROMPTS = {DOCUMENT: ("document", "passage", "corpus"), QUERY: ("query",)}
 
 ONE_PROCESS_FOR_SEVERAL_GPUS = (
     "One process sees several GPUs, so the trainer uses torch.nn.DataParallel, which splits every batch and copies "
@@ -62,11 +63,13 @@ def returning_also(model: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
         handle.remove()
 
 
-def document_prompt(model: SentenceTransformer, prompt: str | None) -> str:
-    """``prompt``, or if that is None the one that ``model.encode_document`` would use (``""`` for none)."""
+def prompt_for(model: SentenceTransformer, prompt: str | None, task: str = DOCUMENT) -> str:
+    """``prompt``, or if that is None the one that ``model.encode_document``, or for the task ``"query"``
+    ``model.encode_query``, would use (``""`` for none).
+    """
     if prompt is not None:
         return prompt
-    for name in _DOCUMENT_PROMPTS:
+    for name in _PROMPTS[task]:
         if name in model.prompts:
             return model.prompts[name] or ""
     return ""
@@ -103,18 +106,23 @@ class DocumentEncoder:
         InputError: a Router has no route for documents.
     """
 
+    task = DOCUMENT
+
     def __init__(self, model: SentenceTransformer, corpus: Corpus, progress: bool = True) -> None:
         self.corpus = corpus
         self.by_task = depends_on_task(model)
         """Whether the model's output for a text depends on its task."""
-        self.prompt = document_prompt(model, corpus.prompt)
-        self.tokens = corpus.tokenize(model, self.prompt, progress=progress)
+        self.prompt = prompt_for(model, corpus.prompt, self.task)
+        self.tokens = self._prepared(model, progress)
+
+    def _prepared(self, model: SentenceTransformer, progress: bool) -> TokenizedCorpus | TextCorpus:
+        return self.corpus.tokenize(model, self.prompt, progress=progress)
 
     def features(self, rows: Sequence[int] | np.ndarray, device: torch.device | str | None = None) -> dict[str, Any]:
         """Model-ready features of ``rows``, on ``device``."""
         features = self.tokens.features(rows)
         if self.by_task:
-            features["task"] = DOCUMENT
+            features["task"] = self.task
         return features if device is None else batch_to_device(features, torch.device(device))
 
     def encode(
@@ -164,12 +172,22 @@ class DocumentEncoder:
             weights: include the digest of all weights, which reads every one of them.
         """
         model = unwrap(model)
-        modules = modules_for(model, DOCUMENT)
+        modules = modules_for(model, self.task)
         components = {
             "corpus": self.corpus.fingerprint,
             "modules": described_modules(modules),
-            "tokenizer": tokenizer_fingerprint(model, modules, self.prompt),
+            "tokenizer": tokenizer_fingerprint(model, modules, self.prompt, self.task),
             "prompt": self.prompt,
             "max_seq_length": max_lengths(modules),
         }
         return {**components, "weights": weights_fingerprint(modules)} if weights else components
+
+
+class QueryEncoder(DocumentEncoder):
+    """The same with a model's query side, over a corpus of queries: what ``model.encode_query`` would say of them."""
+
+    task = QUERY
+
+    def _prepared(self, model: SentenceTransformer, progress: bool) -> TokenizedCorpus | TextCorpus:
+        modules_for(model, QUERY)  # which raises where a Router has no route for queries
+        return TextCorpus(self.corpus, model, self.prompt, QUERY)

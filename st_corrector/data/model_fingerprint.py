@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from ..errors import InputError
 from ..storage.fingerprint import digest_json
+from .routing import DOCUMENT
 
 # Entries of a transformer's configuration in addition to its architecture. Embeddings do not depend on them: where, by
 # what and in which precision it was loaded; settings of a trainer or a task head; dropout.
@@ -53,8 +54,10 @@ def _tensors(modules: Sequence[nn.Module]) -> Iterator[tuple[str, torch.Tensor]]
                 )
 
 
-def tokenizer_fingerprint(model: SentenceTransformer, modules: Sequence[nn.Module], prompt: str | None = None) -> str:
-    """Digest of the conversion from a document's text to token ids.
+def tokenizer_fingerprint(
+    model: SentenceTransformer, modules: Sequence[nn.Module], prompt: str | None = None, task: str = DOCUMENT
+) -> str:
+    """Digest of the conversion from a text to token ids.
 
     It covers vocabulary, rules and special tokens of every tokenizer in ``modules``, and the output of ``preprocess``
     for two texts, one longer than any maximum: this shows lengths and sides of truncation that are set elsewhere.
@@ -64,7 +67,7 @@ def tokenizer_fingerprint(model: SentenceTransformer, modules: Sequence[nn.Modul
         if (tokenizer := getattr(module, "tokenizer", None)) is not None:
             described.append(_tokenizer_rules(tokenizer))
     for text in ("Dense retrieval, 1st probe.", " ".join(map(str, range(LONGEST)))):
-        features = model.preprocess([text], prompt=prompt, task="document")
+        features = model.preprocess([text], prompt=prompt, task=task)
         described.append({key: value.tolist() for key, value in features.items() if isinstance(value, torch.Tensor)})
     return digest_json(described)
 

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from datasets import Dataset
 
+from .query_keys import UNKNOWN, query_keys
 from .text import normalized
 
 
@@ -55,6 +56,28 @@ class Qrels:
         return grades
 
     @cached_property
+    def keys(self) -> np.ndarray:
+        """The key of each query (:func:`.query_keys`): int64, ``(Q,)``."""
+        return query_keys(self.queries["text"][:])
+
+    @cached_property
+    def _by_key(self) -> dict[int, np.ndarray]:
+        order = np.argsort(self.keys, kind="stable")
+        keys, starts = np.unique(self.keys[order], return_index=True)
+        return dict(zip(keys.tolist(), np.split(order, starts[1:]), strict=True))
+
+    def queries_with(self, key: int) -> np.ndarray:
+        """The positions of the queries with this key: none, one, or several with the same text."""
+        return self._by_key.get(key, np.empty(0, dtype=np.int64))
+
+    def keys_of_rows(self, rows: Iterable[int]) -> np.ndarray:
+        """The key of the one query that each of ``rows`` is relevant to, −1 where there is none or several: ``(n,)``,
+        for pairs that tell the positive's row alone.
+        """
+        keys = (np.unique(self.keys[self.queries_of(row)]) for row in rows)
+        return np.array([each[0] if len(each) == 1 else UNKNOWN for each in keys], dtype=np.int64)
+
+    @cached_property
     def _by_row(self) -> tuple[np.ndarray, np.ndarray]:
         order = np.argsort(self.row, kind="stable")
         return self.row[order], self.query[order]
@@ -84,9 +107,21 @@ class Qrels:
         """The positions of the queries that the target at ``row`` is judged relevant to, and of all queries with the
         same text as one of these, ascending: one question may have several ids.
         """
-        asking = self.queries_of(row)
-        same = [self._same_text[query] for query in asking.tolist() if query in self._same_text]
-        return np.unique(np.concatenate([*same, asking])) if same else asking
+        return self._with_same_text(self.queries_of(row))
+
+    def asked(self, row: int, key: int) -> np.ndarray:
+        """The positions of the queries that a training pair may be of, ascending, with those of the same text.
+
+        Args:
+            row: of its positive.
+            key: of its query; with −1 it may be any query that the positive is relevant to, and with the key of a
+                query that is not of this split, such as a target's own question, it is none.
+        """
+        return self.asking_for(row) if key == UNKNOWN else self._with_same_text(self.queries_with(key))
+
+    def _with_same_text(self, queries: np.ndarray) -> np.ndarray:
+        same = [self._same_text[query] for query in queries.tolist() if query in self._same_text]
+        return np.unique(np.concatenate([*same, queries])) if same else queries
 
     def co_positives(self, rows: Iterable[int]) -> list[np.ndarray]:
         """For each of ``rows``: every target that shares a query with it (itself included), and every target with the

@@ -23,6 +23,8 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from .routing import DOCUMENT
+
 logger = logging.getLogger(__name__)
 
 # Two texts of clearly different length under any tokenizer: their batch shows the padding.
@@ -129,17 +131,19 @@ class TokenizedCorpus:
 
 
 class TextCorpus:
-    """The same interface for models whose features cannot be split into rows: it tokenizes at each call."""
+    """The same interface for models whose features cannot be split into rows, and for queries: it tokenizes at each
+    call.
+    """
 
-    def __init__(self, corpus: Any, model: SentenceTransformer, prompt: str | None) -> None:
-        self._corpus, self._model, self._prompt = corpus, model, prompt
+    def __init__(self, corpus: Any, model: SentenceTransformer, prompt: str | None, task: str = DOCUMENT) -> None:
+        self._corpus, self._model, self._prompt, self._task = corpus, model, prompt, task
         self.lengths = corpus.text_lengths()
 
     def __len__(self) -> int:
         return len(self._corpus)
 
     def features(self, rows: Sequence[int] | np.ndarray) -> dict[str, Any]:
-        return self._model.preprocess(self._corpus.texts(rows), prompt=self._prompt, task="document")
+        return self._model.preprocess(self._corpus.texts(rows), prompt=self._prompt, task=self._task)
 
 
 def are_equal(features: dict[str, Any], others: dict[str, Any]) -> bool:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..data.corpus import Corpus
 from ..data.qrels import Qrels
+from ..data.query_keys import is_own
 from ..negatives.filters import is_in, known_positives, pad_rows, repeats_earlier
 from ..negatives.selector import Selection
-from ..negatives.settings import NegativeSettings
+from ..negatives.settings import HardnessMode, NegativeSettings
+from .distillation import SoftLabels
 
 
 class Column(NamedTuple):
@@ -40,6 +42,7 @@ class Batch(NamedTuple):
         queries: ``f(x)`` as the search sees them, ``(B, d)``.
         positives: ``g(y⁺)`` likewise, ``(B, d)``.
         rows: the positives' corpus rows, ``(B,)``.
+        keys: by what the queries are known (:func:`.query_keys`), ``(B,)``; −1 where nothing tells it.
         known: rows that no query may get, ``(B, m)``, padded with −1.
     """
 
@@ -48,6 +51,7 @@ class Batch(NamedTuple):
     queries: Tensor
     positives: Tensor
     rows: Tensor
+    keys: Tensor
     known: Tensor
 
     @property
@@ -62,19 +66,27 @@ class Candidates(NamedTuple):
     Args:
         counts: of each column of candidates (positives, negatives), how many each process has encoded.
         target: the place of each of this process's positives among all candidates, ``(b,)``.
-        forbidden: candidates that do not count for a query, ``(b, C)``.
+        forbidden: candidates that do not count for a query, ``(b, C)``; None for none.
         weight: of this process's mean over its queries, so that the mean over processes is the mean over all queries.
+        hardened: negatives that count the more the harder they are, ``(b, C)``; None for none.
+        own: queries that are targets' own questions, ``(b,)``; None for none.
+        soft: a teacher's labels, if there is one.
+        held_out: queries that nothing is learnt of, by which a teacher is judged, ``(b,)``; None for none.
     """
 
     counts: list[list[int]]
     target: Tensor
     forbidden: Tensor | None
     weight: float
+    hardened: Tensor | None = None
+    own: Tensor | None = None
+    soft: SoftLabels | None = None
+    held_out: Tensor | None = None
 
 
-def known_rows(corpus: Corpus, qrels: Qrels | None, rows: Tensor) -> Tensor:
-    """What no query whose positive is one of ``rows`` ``(B,)`` may get: ``(B, m)``, padded with −1."""
-    return pad_rows(known_positives(corpus, qrels, rows.tolist())).to(rows.device)
+def known_rows(corpus: Corpus, qrels: Qrels | None, rows: Tensor, keys: Tensor) -> Tensor:
+    """What no query may get, by their positives ``(B,)`` and their keys ``(B,)``: ``(B, m)``, padded with −1."""
+    return pad_rows(known_positives(corpus, qrels, rows.tolist(), keys.tolist())).to(rows.device)
 
 
 def in_batch_candidates(rows: Tensor | None, known: Tensor | None, count: int, device: torch.device) -> Candidates:
@@ -93,10 +105,29 @@ def in_batch_candidates(rows: Tensor | None, known: Tensor | None, count: int, d
 
 
 @torch.no_grad()
+def not_offered(batch: Batch, negative_rows: Tensor, selection: Selection | None, settings: NegativeSettings) -> Tensor:
+    """Which of all positives and negatives are no candidates of a query, whether relevant to it or not: ``(b, C)``."""
+    columns, size, own = torch.cat([batch.rows, negative_rows]), len(batch.rows), batch.rows[batch.mine]
+    left_out = torch.zeros(len(own), len(columns), dtype=torch.bool, device=columns.device)
+    if selection is not None:
+        if settings.share_negatives:
+            left_out |= ~torch.isin(columns, selection.rows.flatten())
+        else:
+            left_out |= ~is_in(columns, selection.rows[batch.mine])
+        if settings.in_batch_negatives:
+            left_out[:, :size] = False
+    # A positive that two share is one candidate: for these two each its own, for the others the first.
+    left_out[:, :size] |= repeats_earlier(batch.rows) | (batch.rows == own[:, None])
+    left_out[torch.arange(len(own)), torch.arange(size)[batch.mine]] = False
+    return left_out
+
+
+@torch.no_grad()
 def candidates_of(
     batch: Batch,
     negative_rows: Tensor,
     selection: Selection | None,
+    left_out: Tensor,
     fresh: Tensor,
     counts: list[list[int]],
     settings: NegativeSettings,
@@ -107,6 +138,7 @@ def candidates_of(
         batch: of all processes.
         negative_rows: corpus rows of the negatives, ``(C − B,)``.
         selection: what each query has taken; None if it has taken nothing.
+        left_out: see :func:`not_offered`.
         fresh: embeddings of positives, then negatives, ``(C, d)``.
         counts: how many of each of both kinds each process has encoded.
         settings: what the queries share, and which candidates are false negatives.
@@ -114,23 +146,33 @@ def candidates_of(
     mine, rules = batch.mine, settings.false_negatives
     columns = torch.cat([batch.rows, negative_rows])
     target = torch.arange(len(batch.rows), device=columns.device)[mine]
-    forbidden = is_in(columns, batch.known[mine])
+    forbidden = left_out | is_in(columns, batch.known[mine])
     ceiling = rules.ceiling(batch.positive_scores)
     if selection is not None:
         ceiling = selection.ceiling
-        if settings.share_negatives:
-            offered = torch.isin(columns, selection.rows.flatten()).repeat(len(target), 1)
-        else:
-            offered = is_in(columns, selection.rows[mine])
-        if settings.in_batch_negatives:
-            offered[:, : len(batch.rows)] = True
-        forbidden |= ~offered | is_in(columns, selection.false_negatives[mine])
+        forbidden |= is_in(columns, selection.false_negatives[mine])
         for check in rules.checks:
             if check.everywhere:
-                forbidden |= check(batch.rows[mine], columns.expand(len(target), -1))
+                forbidden |= check(batch.rows[mine], columns.expand(len(target), -1), batch.keys[mine])
     if not torch.isposinf(ceiling).all():
         forbidden |= batch.queries[mine] @ fresh.T > ceiling[mine, None]
-    forbidden[:, : len(batch.rows)] |= repeats_earlier(batch.rows)  # a positive that two share is one candidate
     forbidden[torch.arange(len(target), device=target.device), target] = False
     weight = len(target) * len(batch.counts) / len(batch.rows)
-    return Candidates(counts, target, forbidden, weight)
+    is_target = torch.nn.functional.one_hot(target, len(columns)).bool()
+    hardened, own = None, is_own(batch.keys[mine])
+    if settings.hardness_mode is not None:
+        chosen = batch.rows.new_empty(len(target), 0) if selection is None else selection.rows[mine]
+        hardened = _hardened(settings.hardness_mode, is_in(columns, chosen)) & ~is_target
+    return Candidates(counts, target, forbidden, weight, hardened, own if own.any() else None)
+
+
+def _hardened(mode: HardnessMode, chosen: Tensor) -> Tensor:
+    """Which candidates count the more the harder they are.
+
+    Args:
+        mode: see :class:`NegativeSettings`.
+        chosen: which of them each query has taken itself, ``(b, C)``.
+    """
+    if mode == "all_negatives":
+        return torch.ones_like(chosen)
+    return chosen if mode == "hard_negatives" else ~chosen

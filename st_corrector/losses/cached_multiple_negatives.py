@@ -19,7 +19,9 @@ from ..data.corpus import Corpus
 from ..data.encoding import unwrap
 from ..errors import InputError
 from ..negatives.settings import NegativeSettings
+from ..teachers import Teacher
 from .batch import Column
+from .distillation import DistillationSettings
 from .multiple_negatives import CorrectedMultipleNegativesLoss
 from .settings import CorrectionSettings
 
@@ -40,11 +42,13 @@ class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, _Mixi
         cache: EmbeddingCache | None = None,
         num_negatives: int | None = None,
         corrector: str | Corrector | None = None,
+        teacher: Teacher | None = None,
         *,
         mini_batch_size: int = 32,
         show_progress_bar: bool = False,
         negatives: NegativeSettings | None = None,
         correction: CorrectionSettings | None = None,
+        distillation: DistillationSettings | None = None,
         similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = None,
         **earlier: Any,
     ) -> None:
@@ -59,10 +63,10 @@ class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, _Mixi
         :class:`CorrectedMultipleNegativesLoss`, and so is what the corrector learns.
 
         Args:
-            model, corpus, cache, num_negatives, corrector: see :class:`CorrectedMultipleNegativesLoss`.
+            model, corpus, cache, num_negatives, corrector, teacher: see :class:`CorrectedMultipleNegativesLoss`.
             mini_batch_size: texts that are encoded with gradient at once. It decides over memory and speed alone.
             show_progress_bar: show the progress over a step's mini-batches.
-            negatives, correction, similarity_fct, earlier: see :class:`CorrectedMultipleNegativesLoss`.
+            negatives, correction, distillation, similarity_fct, earlier: see :class:`CorrectedMultipleNegativesLoss`.
 
         Inputs:
             +--------------------------+----------------------------+
@@ -101,8 +105,10 @@ class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, _Mixi
             cache,
             num_negatives,
             corrector,
+            teacher,
             negatives=negatives,
             correction=correction,
+            distillation=distillation,
             similarity_fct=similarity_fct,
             **earlier,
         )

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..cache.embedding_cache import EmbeddingCache
 from ..data.corpus import Corpus
 from ..data.encoding import DocumentEncoder, unwrap
+from ..data.qrels import Qrels
+from ..data.query_keys import UNKNOWN
 from ..data.routing import DOCUMENT, QUERY, modules_for
 from ..data.tokens import TokenizedCorpus
 from ..errors import InputError, NonFiniteError
@@ -105,18 +107,32 @@ def require_finite(embeddings: Tensor, what: str, rows: Tensor | None = None) ->
 
 
 def check_labels(
-    encoder: DocumentEncoder, model: SentenceTransformer, labels: Tensor | None, positives: dict[str, Any]
-) -> Tensor:
-    """The labels, if they are rows of the corpus whose texts the positives are."""
+    encoder: DocumentEncoder,
+    model: SentenceTransformer,
+    labels: Tensor | None,
+    positives: dict[str, Any],
+    qrels: Qrels | None,
+) -> tuple[Tensor, Tensor]:
+    """The positives' rows and the queries' keys ``(b,)``, if the rows are of the corpus and the positives their texts.
+
+    Args:
+        qrels: of the split that is trained on: by them the query of a positive that is relevant to one alone is known,
+            where labels do not tell it.
+    """
     if labels is None:
         raise InputError(
             "The dataset has no 'label' column. It must hold the corpus row of each positive; "
             "corpus.pairs(split) gives such a dataset, corpus.rows_of(ids) the rows of ids."
         )
-    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+    integers = not (labels.is_floating_point() or labels.dtype == torch.bool)
+    if not integers or not (labels.ndim == 1 or (labels.ndim == 2 and labels.shape[1] == 2)):
         raise InputError(
-            f"Labels must be integers, one corpus row for each pair; got {labels.dtype} of shape {tuple(labels.shape)}."
+            "Labels must be integers: one corpus row for each pair, or [corpus row, key of the query]; got "
+            f"{labels.dtype} of shape {tuple(labels.shape)}."
         )
+    keys = None
+    if labels.ndim == 2:
+        labels, keys = labels.unbind(1)
     outside = (labels < 0) | (labels >= len(encoder.corpus))
     if outside.any():
         position = int(outside.nonzero()[0])
@@ -127,7 +143,11 @@ def check_labels(
     tokens = encoder.tokens
     if isinstance(tokens, TokenizedCorpus) and "input_ids" in positives:
         _check_positive_texts(encoder, model, tokens, positives, labels)
-    return labels
+    if keys is None:
+        keys = (
+            torch.full_like(labels, UNKNOWN) if qrels is None else torch.from_numpy(qrels.keys_of_rows(labels.tolist()))
+        )
+    return labels, keys.to(labels.device)
 
 
 def _check_positive_texts(

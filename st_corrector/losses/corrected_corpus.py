@@ -21,7 +21,7 @@ from ..data.encoding import DocumentEncoder, unwrap
 from ..errors import InputError
 from ..negatives.filters import repeats_earlier
 from ..runtime.distributed import Processes, checksum
-from ..search.exact import CorrectedSearch
+from ..search.exact import CorrectedSearch, Found
 from ..search.fidelity import staleness
 from ..search.shortlist import ShortlistSearch
 from ..storage.fingerprint import differences
@@ -127,6 +127,16 @@ class CorrectedCorpus:
         """The search by which negatives are chosen now."""
         with self.search.choosing_by(self.choosing_corrector) as search:
             yield search
+
+    def hardest(self, queries: Tensor, k: int, exclude: Tensor) -> Found:
+        """The ``k`` targets that score highest with each query, as negatives are chosen now.
+
+        Args:
+            queries: ``f(x)``, ``(B, d)``.
+            exclude: rows that a query must not get, ``(B, m)``, padded with −1.
+        """
+        with self.choosing() as search:
+            return search.search(queries, k, exclude)
 
     def exact_search(self) -> CorrectedSearch:
         """An exact search by which negatives would be chosen now, which leaves the search of the training as it is."""

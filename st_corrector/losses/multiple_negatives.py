@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import similarity_fct_name
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from ..cache.embedding_cache import EmbeddingCache
 from ..correctors import Corrector
 from ..data.corpus import Corpus
 from ..data.encoding import DocumentEncoder, evaluating, returning_also, unwrap
+from ..data.query_keys import UNKNOWN
 from ..data.routing import DOCUMENT, QUERY, call
 from ..errors import InputError, NonFiniteError
 from ..negatives.filters import is_in
@@ -28,20 +27,17 @@ from ..negatives.settings import NegativeSettings
 from ..runtime.distributed import Processes
 from ..search.shortlist import ShortlistSearch
 from ..search.topk import NO_ROW
-from .batch import Batch, Candidates, Column, candidates_of, in_batch_candidates, known_rows
+from ..teachers import Teacher
+from .batch import Batch, Candidates, Column, candidates_of, in_batch_candidates, known_rows, not_offered
 from .checks import check_labels, check_settings, refuse_layers, require_finite, with_task
 from .corrected_corpus import CorrectedCorpus
-from .settings import CorrectionSettings
+from .distillation import Distillation, DistillationSettings
+from .objective import Objective
+from .settings import CorrectionSettings, with_others
 from .similarity import Similarity
 from .step_metrics import StepMetrics
 
 logger = logging.getLogger(__name__)
-_EARLIER = {  # names of settings before 0.2
-    "warmup_steps": "corrector_warmup_steps",
-    "warmup_negatives": "corrector_warmup_negatives",
-    "divergence": "corrector_divergence",
-    "split": "train_split",
-}
 
 
 class CorrectedMultipleNegativesLoss(nn.Module):
@@ -55,9 +51,11 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         cache: EmbeddingCache | None = None,
         num_negatives: int | None = None,
         corrector: str | Corrector | None = None,
+        teacher: Teacher | None = None,
         *,
         negatives: NegativeSettings | None = None,
         correction: CorrectionSettings | None = None,
+        distillation: DistillationSettings | None = None,
         similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = None,
         **earlier: Any,
     ) -> None:
@@ -84,8 +82,10 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 (:meth:`EmbeddingCache.build`). It may be left out with ``num_negatives=0``.
             num_negatives: short for ``negatives=NegativeSettings(num_negatives=…)``.
             corrector: short for ``correction=CorrectionSettings(corrector=…)``.
+            teacher: short for ``distillation=DistillationSettings(teacher=…)``.
             negatives: how negatives are chosen: how many, the sampler, false negatives, the scale of the softmax.
             correction: how the corrected corpus is kept: the corrector, its warm-up, what is written back.
+            distillation: what a teacher says of the candidates, beside the hard labels.
             similarity_fct: :func:`sentence_transformers.util.cos_sim` or :func:`sentence_transformers.util.dot_score`;
                 by default what the model compares by (``model.similarity_fn_name``).
             earlier: settings as they were given before there were ``negatives`` and ``correction``; deprecated.
@@ -149,7 +149,13 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             ProcessError: the correctors of several processes differ.
         """
         super().__init__()
-        self.negatives, self.correction = _settings(num_negatives, corrector, negatives, correction, earlier)
+        short = {"num_negatives": num_negatives, "corrector": corrector, "teacher": teacher}
+        groups = (
+            negatives or NegativeSettings(),
+            correction or CorrectionSettings(),
+            distillation or DistillationSettings(),
+        )
+        self.negatives, self.correction, taught = with_others(groups, short, earlier)
         check_settings(corpus, cache, self.negatives)
         self.model, self.corpus = model, corpus
         self.similarity = Similarity(model, similarity_fct)
@@ -169,6 +175,11 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         """Candidates that each rule on false negatives has removed so far, by :attr:`Check.name` or argument."""
         split = self.negatives.train_split
         self._qrels = corpus.qrels(split) if corpus.splits and split is not None else None
+        self.distillation: Distillation | None = None
+        """Compares with a teacher's labels, if there is one."""
+        if taught.teacher is not None:
+            self.distillation = Distillation(taught, corpus, self._qrels, cache is not None)
+        self._objective = Objective(self.scale, self.negatives.hardness_strength, self.distillation, self.metrics)
         if self.negatives.num_negatives and split is not None and not corpus.splits:
             logger.warning(
                 "The corpus has no judgements, so that nothing is known of a query but its label: its other positives, "
@@ -206,16 +217,16 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         return self.negatives.num_negatives > 0 and self.corrected.is_choosing
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
-        features, rows = self._checked(list(sentence_features), labels)
+        features, rows, keys = self._checked(list(sentence_features), labels)
         training = torch.is_grad_enabled()
         with self._timed("encode", training):
             columns: list[Column] = []
             for each in features:
                 columns.append(self._embed(each, columns))
-        if rows is None or not training:
-            return {"task_loss": self._in_batch_loss(columns, rows)}
+        if rows is None or keys is None or not training:
+            return self._named(self._in_batch_loss(columns, rows, keys))
         received = self.processes.bytes_received
-        batch = self._gather(columns, rows)
+        batch = self._gather(columns, rows, keys)
         self.targets_encoded += len(batch.rows)
         selection = self._select(batch) if self.is_choosing else None
         negative_rows, counts, fresh = batch.rows[:0], [batch.counts], batch.positives
@@ -228,19 +239,34 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             columns.append(column)
             counts.append(shares)
             fresh = torch.cat([fresh, negatives])
-        candidates = candidates_of(batch, negative_rows, selection, fresh, counts, self.negatives)
-        task_loss = self._connected(self._finite_loss(columns, candidates), columns)
+        left_out = not_offered(batch, negative_rows, selection, self.negatives)
+        candidates = candidates_of(batch, negative_rows, selection, left_out, fresh, counts, self.negatives)
+        if self.distillation is not None:
+            if self.has_corrected:
+                self.distillation.begin_step(self.corrected, self.encode_queries)
+            columns_rows, mine = torch.cat([batch.rows, negative_rows]), batch.keys[batch.mine]
+            soft = self.distillation.labels(mine, columns_rows, left_out, candidates.target)
+            candidates = candidates._replace(soft=soft, held_out=self.distillation.held_out(mine))
+            self.metrics.add(teacher_weight=self.distillation.weight, teacher_scale=self.distillation.scale)
+        terms = self._named(self._finite_loss(columns, candidates))
+        terms["task_loss"] = self._connected(terms["task_loss"], columns)
         if not (self.has_corrected and self.negatives.num_negatives):
-            return {"task_loss": task_loss}
+            return terms
         learnt = self._hand_over(batch, negative_rows, fresh, selection)
         if self.processes.size > 1:
             self.metrics.add(bytes_exchanged=float(self.processes.bytes_received - received))
-        return {"task_loss": task_loss, **learnt}
+        return {**terms, **learnt}
+
+    def _named(self, terms: Tensor) -> dict[str, Tensor]:
+        """The terms of :meth:`calculate_loss` as the trainer logs them."""
+        if self.distillation is None:
+            return {"task_loss": terms}
+        return {"task_loss": terms[0], "distillation_loss": terms[1]}
 
     def _checked(
         self, features: list[dict[str, Tensor]], labels: Tensor | None
-    ) -> tuple[list[dict[str, Tensor]], Tensor | None]:
-        """The features of both columns with their tasks, and the positives' corpus rows."""
+    ) -> tuple[list[dict[str, Tensor]], Tensor | None, Tensor | None]:
+        """The features of both columns with their tasks, the positives' corpus rows, and the queries' keys."""
         if len(features) != 2:
             raise InputError(
                 f"Expected the text columns (anchor, positive), got {len(features)}. Negatives are chosen from the "
@@ -252,20 +278,24 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             for each, task in zip(features, (QUERY, DOCUMENT), strict=True)
         ]
         if labels is None and not torch.is_grad_enabled():
-            return features, None
-        return features, check_labels(self.encoder, self.model, labels, features[1])
+            return features, None, None
+        return features, *check_labels(self.encoder, self.model, labels, features[1], self._qrels)
 
-    def _in_batch_loss(self, columns: list[Column], rows: Tensor | None) -> Tensor:
+    def _in_batch_loss(self, columns: list[Column], rows: Tensor | None, keys: Tensor | None) -> Tensor:
         """The loss over this process's own positives, by which evaluation goes; nothing is chosen or learnt."""
         queries, positives = columns[0].embeddings, columns[1].embeddings
         require_finite(queries, "queries in this batch")
         require_finite(positives, "positives in this batch", rows)
-        known = None if rows is None else known_rows(self.corpus, self._qrels, rows)
+        known = None if rows is None or keys is None else known_rows(self.corpus, self._qrels, rows, keys)
         candidates = in_batch_candidates(rows, known, len(queries), queries.device)
+        if self.distillation is not None and rows is not None and keys is not None:
+            here = Batch([len(rows)], slice(0, len(rows)), queries, positives, rows, keys, rows[:, None])
+            left_out = not_offered(here, rows[:0], None, self.negatives)
+            candidates = candidates._replace(soft=self.distillation.labels(keys, rows, left_out, candidates.target))
         return self.calculate_loss([each.pieces for each in columns], candidates)
 
     @torch.no_grad()
-    def _gather(self, columns: list[Column], rows: Tensor) -> Batch:
+    def _gather(self, columns: list[Column], rows: Tensor, keys: Tensor) -> Batch:
         """The batch of all processes."""
         processes = self.processes
         with self._timed("exchange"):
@@ -275,16 +305,17 @@ class CorrectedMultipleNegativesLoss(nn.Module):
                 processes.gather(self.similarity.comparable(column.embeddings), counts) for column in columns
             )
             mine = slice(first, first + len(rows))
-            rows = processes.gather(rows, counts)
-            known = known_rows(self.corpus, self._qrels, rows)
+            rows, keys = processes.gather(torch.stack([rows, keys], dim=1), counts).unbind(1)
+            known = known_rows(self.corpus, self._qrels, rows, keys)
         # What all processes have gathered is looked at, so that none goes on alone.
         require_finite(queries, "queries in this batch")
         require_finite(positives, "positives in this batch", rows)
-        return Batch(counts, mine, queries, positives, rows, known)
+        return Batch(counts, mine, queries, positives, rows, keys, known)
 
     def _select(self, batch: Batch) -> Selection:
         with self._timed("select"):
-            return self.select(batch.queries, batch.known, batch.positive_scores, batch.rows)
+            labels = torch.stack([batch.rows, batch.keys], dim=1)
+            return self.select(batch.queries, batch.known, batch.positive_scores, labels)
 
     @torch.no_grad()
     def select(
@@ -296,7 +327,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             queries: ``f(x)``, ``(B, d)``.
             exclude: rows each query must not take, ``(B, m)``, padded with −1.
             positive_scores: score of each query's positive, ``(B,)``; margins depend on it.
-            labels: corpus row of each query's positive, ``(B,)``; checks depend on it.
+            labels: corpus row of each query's positive, ``(B,)``, or with its key, ``(B, 2)``; checks depend on it.
 
         Raises:
             InputError: a rule is set that depends on what is missing.
@@ -308,11 +339,12 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             positive_scores = queries.new_zeros(len(queries))
         if labels is None:
             if rules.checks:
-                raise InputError("Checks know a query by its positive's row: pass labels.")
+                raise InputError("Checks know a query by its label: pass labels.")
             labels = torch.full((len(queries),), NO_ROW, device=queries.device)
+        labels, keys = labels.unbind(1) if labels.ndim == 2 else (labels, torch.full_like(labels, UNKNOWN))
         with self.corrected.choosing() as search:
             selection = self.selector.select(
-                search, queries, exclude, positive_scores.detach(), labels, self.corrected.encode_together
+                search, queries, exclude, positive_scores.detach(), labels, keys, self.corrected.encode_together
             )
         self.targets_verified += len(selection.verified_rows)
         self.removed.update(selection.removed)
@@ -339,10 +371,10 @@ class CorrectedMultipleNegativesLoss(nn.Module):
     def _finite_loss(self, columns: list[Column], candidates: Candidates) -> Tensor:
         """The loss, back-propagated as far as the columns' pieces."""
         loss = self.calculate_loss([each.pieces for each in columns], candidates, with_backward=True)
-        if self.processes.any(not torch.isfinite(loss), loss.device):
+        if self.processes.any(not torch.isfinite(loss).all(), loss.device):
             raise NonFiniteError(
-                f"The loss is {loss.item()} here, and not finite in one of {self.processes.size} processes, though the "
-                f"embeddings are: their similarities, or scale={self.scale}, are too large."
+                f"The loss is {loss.tolist()} here, and not finite in one of {self.processes.size} processes, though "
+                f"the embeddings are: their similarities, or scale={self.scale}, are too large."
             )
         return loss
 
@@ -387,7 +419,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         return loss + (linear - linear.detach())
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Candidates, *, with_backward: bool = False) -> Tensor:
-        """Cross-entropy of each query's positive among all candidates that are not forbidden to it.
+        """Cross-entropy of each query's positive among all candidates that are not forbidden to it, ``()``; with a
+        teacher, followed by what it has to say of them, ``(2,)``.
 
         Args:
             reps: embeddings of queries, positives, and negatives if there are any, each in pieces.
@@ -402,11 +435,9 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             ]
         )
         scores = self.similarity.function(queries.float(), candidates.float())
-        if labels.forbidden is not None:
-            scores = scores.masked_fill(labels.forbidden, -torch.inf)
-        loss = F.cross_entropy(scores * self.scale, labels.target) * labels.weight
+        loss = self._objective(scores, labels)
         if with_backward:
-            loss.backward()
+            loss.sum().backward()
             loss = loss.detach()
         return loss
 
@@ -459,7 +490,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         """What a checkpoint keeps of this process: :meth:`CorrectedCorpus.state_dict`, and the counters of the loss."""
         tensors, described = self.corrected.state_dict()
         counted = {"targets_encoded": self.targets_encoded, "targets_verified": self.targets_verified}
-        return tensors, {**described, **counted, "removed": dict(self.removed)}
+        trust = None if self.distillation is None else self.distillation.state()
+        return tensors, {**described, **counted, "removed": dict(self.removed), "teacher": trust}
 
     def load_training_state(self, parts: Sequence[tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
         """Take over what :meth:`training_state` gave in all processes of a run, in their order.
@@ -471,6 +503,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         described = parts[0][1]
         self.targets_encoded, self.targets_verified = described["targets_encoded"], described["targets_verified"]
         self.removed = Counter(described["removed"])
+        if self.distillation is not None:
+            self.distillation.load_state(described.get("teacher"))
 
     def _timed(self, part: str, training: bool = True) -> AbstractContextManager[None]:
         return self.metrics.timed(part, unwrap(self.model).device) if training else nullcontext()
@@ -498,6 +532,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         return {
             **{each.name: getattr(self.negatives, each.name) for each in dataclasses.fields(self.negatives)},
             **{each.name: getattr(self.correction, each.name) for each in dataclasses.fields(self.correction)},
+            **({} if self.distillation is None else self.distillation.describe()),
             "scale": self.scale,
             "corrector": repr(None if corrected is None else corrected.corrector),
             "write_back": self.correction.write_back if corrected is None else corrected.writes_back,
@@ -519,29 +554,3 @@ class CorrectedMultipleNegativesLoss(nn.Module):
       url={https://arxiv.org/abs/2409.01890},
 }
 """
-
-
-def _settings(
-    num_negatives: int | None,
-    corrector: str | Corrector | None,
-    negatives: NegativeSettings | None,
-    correction: CorrectionSettings | None,
-    earlier: dict[str, Any],
-) -> tuple[NegativeSettings, CorrectionSettings]:
-    """Both groups of settings from all forms in which they may be given."""
-    given: dict[str, Any] = {_EARLIER.get(name, name): value for name, value in earlier.items()}
-    if earlier:
-        warnings.warn(
-            f"Pass {', '.join(given)} in negatives=NegativeSettings(…) or correction=CorrectionSettings(…).",
-            DeprecationWarning,
-            stacklevel=3,
-        )
-    short = {"num_negatives": num_negatives, "corrector": corrector}
-    given |= {name: value for name, value in short.items() if value is not None}
-    settings: list[Any] = []
-    for group in (negatives or NegativeSettings(), correction or CorrectionSettings()):
-        names = [each.name for each in dataclasses.fields(group) if each.name in given]
-        settings.append(dataclasses.replace(group, **{name: given.pop(name) for name in names}))
-    if given:
-        raise TypeError(f"The loss has no setting {next(iter(given))!r}.")
-    return settings[0], settings[1]

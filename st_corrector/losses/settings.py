@@ -4,14 +4,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args
 
 from ..correctors import CORRECTORS, Corrector, make_corrector, read_settings
 from ..errors import InputError
 from ..search.shortlist import Shortlist
 from .divergence import DivergencePolicy
 
+_EARLIER = {  # names of settings before 0.2
+    "warmup_steps": "corrector_warmup_steps",
+    "warmup_negatives": "corrector_warmup_negatives",
+    "divergence": "corrector_divergence",
+    "split": "train_split",
+}
 WarmupNegatives = Literal["stale", "in-batch"]
 
 
@@ -110,3 +118,31 @@ class CorrectionSettings:
                 "product: make it with normalize=False."
             )
         return corrector
+
+
+def with_others(groups: Sequence[Any], short: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[Any]:
+    """Groups of settings, each with what was given of it beside.
+
+    Args:
+        groups: instances of dataclasses.
+        short: short forms of the common ones, by name; None where not given.
+        earlier: as they were given before there were groups, which is deprecated.
+
+    Raises:
+        TypeError: there is no such setting.
+    """
+    given: dict[str, Any] = {_EARLIER.get(name, name): value for name, value in earlier.items()}
+    if earlier:
+        warnings.warn(
+            f"Pass {', '.join(given)} in negatives=NegativeSettings(…) or correction=CorrectionSettings(…).",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    given |= {name: value for name, value in short.items() if value is not None}
+    settings: list[Any] = []
+    for group in groups:
+        names = [each.name for each in fields(group) if each.name in given]
+        settings.append(replace(group, **{name: given.pop(name) for name in names}))
+    if given:
+        raise TypeError(f"The loss has no setting {next(iter(given))!r}.")
+    return settings

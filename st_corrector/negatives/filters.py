@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,25 +14,35 @@ from torch import Tensor
 
 from ..data.corpus import Corpus
 from ..data.qrels import Qrels
+from ..data.query_keys import is_own
 from ..data.text import contains_answer
 from ..errors import InputError
+from ..search.topk import NO_ROW
+from ..teachers import CrossEncoderTeacher, Teacher
 
 
-def known_positives(corpus: Corpus, qrels: Qrels | None, labels: Sequence[int]) -> list[np.ndarray]:
+def known_positives(
+    corpus: Corpus, qrels: Qrels | None, labels: Sequence[int], keys: Sequence[int]
+) -> list[np.ndarray]:
     """For each query of a batch, the rows that must never be its negatives.
 
     These are its positive (``labels``), everything else that is judged relevant to it or to a query with the same text,
     every target with its own text (:meth:`Qrels.co_positives`), and every target with the same text as one of these
-    (:meth:`Corpus.duplicates_of`).
+    (:meth:`Corpus.duplicates_of`). Of a target's own question they are the targets that share it.
 
     Args:
         qrels: the judgements of the training split, or None where the labels are all that is known.
         labels: corpus row of each query's positive, ``(B,)``.
+        keys: of the queries, ``(B,)``.
 
     Returns:
         ``B`` arrays of rows, ascending.
     """
     judged = [np.array([row]) for row in labels] if qrels is None else qrels.co_positives(labels)
+    judged = [
+        np.append(corpus.sharing_question(key), row) if is_own(key) else rows
+        for rows, key, row in zip(judged, keys, labels, strict=True)
+    ]
     return [np.unique(np.concatenate([corpus.duplicates_of(row) for row in rows])) for rows in judged]
 
 
@@ -75,13 +85,14 @@ class Check(ABC):
     """Whether it is cheap enough to be asked about every candidate of every query in the softmax, too."""
 
     @abstractmethod
-    def __call__(self, labels: Tensor, rows: Tensor) -> Tensor:
+    def __call__(self, labels: Tensor, rows: Tensor, queries: Tensor) -> Tensor:
         """Which candidates are no negatives of the query: ``(B, m)``, bool.
 
         Args:
-            labels: corpus row of each query's positive, ``(B,)``: by it a query is known. Where several queries of
-                the split share it, what is a false negative of any of them is one.
+            labels: corpus row of each query's positive, ``(B,)``.
             rows: corpus rows, ``(B, m)``; the answer for −1 is ignored.
+            queries: each query's key (:func:`.query_keys`), ``(B,)``; −1 where the label does not tell it. Then what is
+                a false negative of any query of the split with this positive is one.
         """
 
     def __repr__(self) -> str:
@@ -109,24 +120,51 @@ class AnswerCheck(Check):
         if not any(self._answers):
             raise InputError(f"No query of split {split!r} has answers: they are the 'answers' of queries.jsonl.")
 
-    def __call__(self, labels: Tensor, rows: Tensor) -> Tensor:
+    def __call__(self, labels: Tensor, rows: Tensor, queries: Tensor) -> Tensor:
         distinct = rows[rows >= 0].unique()
         found = distinct.cpu().numpy()
         texts = dict(zip(found.tolist(), self.corpus.targets[found]["text"] if len(found) else [], strict=True))
         result = torch.zeros(rows.shape, dtype=torch.bool)
-        for query, (label, candidates) in enumerate(zip(labels.tolist(), rows.tolist(), strict=True)):
-            answers = [answer for n in self.qrels.asking_for(label) for answer in self._answers[n]]
+        pairs = zip(labels.tolist(), queries.tolist(), rows.tolist(), strict=True)
+        for query, (label, key, candidates) in enumerate(pairs):
+            answers = [answer for n in self.qrels.asked(label, key) for answer in self._answers[n]]
             if answers:
                 found_in = [row >= 0 and contains_answer(texts[row], answers) for row in candidates]
                 result[query] = torch.tensor(found_in, dtype=torch.bool)
         return result.to(rows.device)
 
 
-class CrossEncoderCheck(Check):
-    """A target that a cross-encoder finds nearly as relevant as the positive is no negative.
+class TeacherCheck(Check):
+    """A target that a teacher finds more relevant than the positive is no negative: the rule of GISTEmbed (`Solatorio
+    2024 <https://arxiv.org/abs/2402.16829>`_), over all targets that were selected. Queries that the teacher does not
+    know lose no candidates.
 
-    It reads every candidate of every step, twice as many as the negatives that are wanted (or all that are to be
-    verified), together with each query that has this positive: expensive, as is everything that reads texts.
+    Args:
+        teacher: an :class:`~st_corrector.EmbeddingTeacher`, for example. One that is expensive is asked about each
+            query's own candidates alone, twice as many as the negatives that are wanted.
+        margin: a negative must score at least so much less than the positive, in the teacher's own units.
+    """
+
+    name = "teacher"
+
+    def __init__(self, teacher: Teacher, margin: float = 0.0) -> None:
+        self.teacher, self.margin, self.everywhere = teacher, margin, teacher.everywhere
+
+    def __call__(self, labels: Tensor, rows: Tensor, queries: Tensor) -> Tensor:
+        asked = torch.cat([labels[:, None], rows], dim=1)
+        columns, place = asked.unique(return_inverse=True)
+        wanted = torch.zeros(len(labels), len(columns), dtype=torch.bool, device=rows.device)
+        wanted.scatter_(1, place, asked != NO_ROW)
+        scores = self.teacher.scores(queries, columns.clamp(min=0), wanted).gather(1, place)
+        return (scores[:, 1:] > scores[:, :1] - self.margin) & (rows != NO_ROW)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.teacher!r}, margin={self.margin})"
+
+
+class CrossEncoderCheck(TeacherCheck):
+    """A target that a cross-encoder finds nearly as relevant as the positive is no negative: :class:`TeacherCheck` with
+    a :class:`~st_corrector.CrossEncoderTeacher`, which remembers what it has said.
 
     Args:
         corpus: its targets are read, titles and all.
@@ -134,50 +172,23 @@ class CrossEncoderCheck(Check):
         split: the split that is trained on.
         margin: a negative must score at least so much less than the positive, in the cross-encoder's own units.
         batch_size: pairs in one forward pass.
+        path: the file of its scores; by default they are kept in memory.
     """
 
     name = "cross_encoder"
-    everywhere = False
 
     def __init__(
-        self, corpus: Corpus, cross_encoder: Any, split: str = "train", margin: float = 0.0, batch_size: int = 64
+        self,
+        corpus: Corpus,
+        cross_encoder: Any,
+        split: str = "train",
+        margin: float = 0.0,
+        batch_size: int = 64,
+        path: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.corpus, self.split, self.qrels = corpus, split, corpus.qrels(split)
-        self.cross_encoder = cross_encoder
-        self.margin, self.batch_size = margin, batch_size
-        self._queries: list[str] = self.qrels.queries["text"][:]
-        self._scores: dict[tuple[int, int], float] = {}  # of positives, which come again every epoch
-
-    def __call__(self, labels: Tensor, rows: Tensor) -> Tensor:
-        result = torch.zeros(rows.shape, dtype=torch.bool)
-        asked = [
-            (position, query, row)
-            for position, label in enumerate(labels.tolist())
-            for query in self.qrels.queries_of(label)
-            for row in {label, *rows[position].tolist()}
-            if row >= 0
-        ]
-        new = sorted({(query, row) for _, query, row in asked if (query, row) not in self._scores})
-        # Looked up in both: the positives of a large training set are not copied at every step.
-        scores = ChainMap(dict(zip(new, self._predict(new), strict=True)), self._scores)
-        labels_of = labels.tolist()
-        positives = {(query, labels_of[position]) for position, query, _ in asked}
-        self._scores.update({pair: scores[pair] for pair in positives})
-        for position, query, row in asked:
-            if scores[query, row] > scores[query, labels_of[position]] - self.margin:
-                result[position] |= (rows[position] == row).cpu()
-        return result.to(rows.device)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(margin={self.margin})"
-
-    def _predict(self, pairs: list[tuple[int, int]]) -> list[float]:
-        if not pairs:
-            return []
-        texts = self.corpus.texts([row for _, row in pairs])
-        inputs = [(self._queries[query], text) for (query, _), text in zip(pairs, texts, strict=True)]
-        predicted = self.cross_encoder.predict(inputs, batch_size=self.batch_size, show_progress_bar=False)
-        return np.asarray(predicted, dtype=np.float64).reshape(len(pairs)).tolist()
+        pairs = corpus.pairs(split)
+        super().__init__(CrossEncoderTeacher(cross_encoder, corpus, path, pairs, batch_size=batch_size), margin)
+        self.split = split
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ class NegativeSelector:
         exclude: Tensor,
         positive_scores: Tensor,
         labels: Tensor,
+        keys: Tensor,
         encode: Callable[[np.ndarray], Tensor],
     ) -> Selection:
         """Choose the negatives of one batch; where several processes search together, of all their batches.
@@ -82,6 +83,7 @@ class NegativeSelector:
             exclude: rows each query must not take, ``(B, m)``, padded with −1.
             positive_scores: fresh score of each query's positive, ``(B,)``.
             labels: corpus row of each query's positive, ``(B,)``.
+            keys: of the queries, ``(B,)``; −1 where they are unknown.
             encode: fresh embeddings of rows, ``(V,) → (V, d)``; only called with ``candidates``.
         """
         rules = self.settings.false_negatives
@@ -92,7 +94,7 @@ class NegativeSelector:
         if rules.range_min:
             removed["range_min"] = int((false_negatives != NO_ROW).sum())
         for check in rules.checks:
-            false = check(labels, rows) & (rows != NO_ROW)
+            false = check(labels, rows, keys) & (rows != NO_ROW)
             removed[check.name] += int(false.sum())
             false_negatives = torch.cat([false_negatives, torch.where(false, rows, NO_ROW)], dim=1)
             rows, scores = rows.masked_fill(false, NO_ROW), scores.masked_fill(false, -torch.inf)

@@ -5,11 +5,13 @@ take defaults and help texts from here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Literal, get_args
 
 from ..errors import InputError
 from ..search.exact import Sampler
 from .filters import FalseNegativeFilter
+
+HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,12 @@ class NegativeSettings:
             is known by its positive's row: where one target answers several queries of the split, nothing that is
             relevant to any of them is a negative for them. With ``None``, or a corpus without splits, the labels are
             all that is known, and other positives of a query may become its negatives.
+        hardness_mode: which negatives count the more the harder they are, as
+            :class:`~sentence_transformers.sentence_transformer.losses.MultipleNegativesRankingLoss` has it:
+            ``"hard_negatives"``, those that a query has taken itself (`Schechter Vera et al. 2025
+            <https://arxiv.org/abs/2509.20354>`_), ``"in_batch_negatives"``, all others (`Lan et al. 2025
+            <https://arxiv.org/abs/2503.04812>`_), or ``"all_negatives"``. By default none.
+        hardness_strength: by how much: times its similarity, without gradient, it is added to a negative's logit.
         false_negatives: which targets are too similar to be negatives, judged by corrected scores when they are chosen
             and by fresh scores in the softmax.
 
@@ -67,6 +75,16 @@ class NegativeSettings:
         default="train",
         metadata={"help": "The corpus split that is trained on; what it judges relevant is never a negative."},
     )
+    hardness_mode: HardnessMode | None = field(
+        default=None,
+        metadata={
+            "help": "Which negatives count the more the harder they are: in_batch_negatives, hard_negatives or "
+            "all_negatives."
+        },
+    )
+    hardness_strength: float = field(
+        default=0.0, metadata={"help": "How much more: it is multiplied by their similarity and added to their logit."}
+    )
     false_negatives: FalseNegativeFilter = field(default_factory=FalseNegativeFilter)
 
     def __post_init__(self) -> None:
@@ -81,6 +99,15 @@ class NegativeSettings:
             )
         if self.sampler not in get_args(Sampler):
             raise InputError(f"sampler {self.sampler!r} is not one of {', '.join(get_args(Sampler))}.")
+        if self.hardness_mode not in (None, *get_args(HardnessMode)):
+            raise InputError(
+                f"hardness_mode must be None or one of {', '.join(get_args(HardnessMode))}, got {self.hardness_mode!r}."
+            )
+        if self.hardness_strength < 0 or (self.hardness_mode is None) != (self.hardness_strength == 0):
+            raise InputError(
+                f"hardness_mode={self.hardness_mode!r} and hardness_strength={self.hardness_strength} do not go "
+                "together: set both, with a positive strength such as 5, or none."
+            )
         rules = self.false_negatives
         if rules.range_max is None and rules.range_min and self.sampler != "top_k":
             raise InputError(

@@ -9,14 +9,16 @@ from typing import Any, get_args
 from sentence_transformers import SentenceTransformerTrainingArguments
 
 from ..errors import InputError
+from ..losses.distillation import DistillationSettings
 from ..losses.settings import CorrectionSettings
 from ..negatives.filters import Check, FalseNegativeFilter
 from ..negatives.settings import NegativeSettings
+from ..teachers import Teacher
 from .guard import NonFinitePolicy
 
-SETTINGS = (NegativeSettings, FalseNegativeFilter, CorrectionSettings)
-"""The single sources of the arguments that are settings. A command line cannot hold checks or a shortlist: checks go to
-the trainer, a shortlist to a loss of one's own.
+SETTINGS = (NegativeSettings, FalseNegativeFilter, CorrectionSettings, DistillationSettings)
+"""The single sources of the arguments that are settings. A command line cannot hold checks, a teacher or a shortlist:
+checks and a teacher go to the trainer, a shortlist to a loss of one's own.
 """
 
 
@@ -29,8 +31,9 @@ def _declared_in(settings: type, name: str) -> Any:
 @dataclass
 class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
     """:class:`~sentence_transformers.SentenceTransformerTrainingArguments`, the settings of
-    :class:`NegativeSettings`, :class:`FalseNegativeFilter` and :class:`CorrectionSettings`, which explain them, and
-    what the trainer itself does. :class:`CorrectorTrainer` makes its loss and its cache by them.
+    :class:`NegativeSettings`, :class:`FalseNegativeFilter`, :class:`CorrectionSettings` and
+    :class:`DistillationSettings`, which explain them, and what the trainer itself does. :class:`CorrectorTrainer` makes
+    its loss and its cache by them.
 
     Raises:
         InputError: a setting is out of its range.
@@ -43,6 +46,8 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
     in_batch_negatives: bool = _declared_in(NegativeSettings, "in_batch_negatives")
     scale: float | None = _declared_in(NegativeSettings, "scale")
     train_split: str | None = _declared_in(NegativeSettings, "train_split")
+    hardness_mode: str | None = _declared_in(NegativeSettings, "hardness_mode")
+    hardness_strength: float = _declared_in(NegativeSettings, "hardness_strength")
     max_score: float | None = _declared_in(FalseNegativeFilter, "max_score")
     absolute_margin: float | None = _declared_in(FalseNegativeFilter, "absolute_margin")
     relative_margin: float | None = _declared_in(FalseNegativeFilter, "relative_margin")
@@ -55,7 +60,21 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
     corrector_divergence: str = _declared_in(CorrectionSettings, "corrector_divergence")
     write_back: bool = _declared_in(CorrectionSettings, "write_back")
     background_targets: int = _declared_in(CorrectionSettings, "background_targets")
+    distillation_loss: str = _declared_in(DistillationSettings, "distillation_loss")
+    teacher_weight: float | None = _declared_in(DistillationSettings, "teacher_weight")
+    teacher_scale: float | None = _declared_in(DistillationSettings, "teacher_scale")
 
+    own_pairs_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of every batch that are the corpus's own pairs: targets that no training question asks for, "
+            "each with a question of its own."
+        },
+    )
+    own_question: str | None = field(
+        default=None,
+        metadata={"help": "A target's own question: title or first_sentence; by default the title, if there are any."},
+    )
     cache_path: str | None = field(
         default=None,
         metadata={
@@ -99,6 +118,9 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
             self.corrector_settings = json.dumps(self.corrector_settings)
         self.negatives()
         self.correction()
+        self.distillation()
+        if not 0 <= self.own_pairs_share < 1:
+            raise InputError(f"own_pairs_share is a share of a batch, below 1, got {self.own_pairs_share}.")
         if self.non_finite not in get_args(NonFinitePolicy):
             raise InputError(f"non_finite must be 'stop' or 'skip', got {self.non_finite!r}.")
         if self.non_finite == "skip" and self.fp16:
@@ -126,6 +148,14 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
     def correction(self) -> CorrectionSettings:
         """How the corrected corpus is kept, as these arguments say."""
         return CorrectionSettings(**self._of(CorrectionSettings))
+
+    def distillation(self, teacher: Teacher | None = None) -> DistillationSettings:
+        """How a teacher labels candidates, as these arguments say.
+
+        Args:
+            teacher: which no command line has.
+        """
+        return DistillationSettings(**self._of(DistillationSettings), teacher=teacher)
 
     def _of(self, settings: type) -> dict[str, Any]:
         mine = {each.name for each in fields(self)}

@@ -205,7 +205,7 @@ def _choices(loss: CorrectedMultipleNegativesLoss, positions: list[int], step: i
         return []
     qrels, corpus, corrected = loss.corpus.qrels(split), loss.corpus, loss.corrected
     asked = qrels.queries[positions]
-    labels = [int(qrels.rows_of(position)[0]) for position in positions]
+    labels, keys = [int(qrels.rows_of(position)[0]) for position in positions], qrels.keys[positions].tolist()
     queries = loss.encode_queries(asked["text"])
     device = queries.device
     positive_scores = (queries * corrected.encode(labels)).sum(-1)
@@ -214,16 +214,14 @@ def _choices(loss: CorrectedMultipleNegativesLoss, positions: list[int], step: i
         _leave_out(step, [asked["text"][number] for number in (~finite).nonzero().flatten().tolist()])
         kept = [position for position, is_finite in zip(positions, finite.tolist(), strict=True) if is_finite]
         return _choices(loss, kept, step)
-    known = pad_rows(known_positives(corpus, qrels, labels)).to(device)
+    known = pad_rows(known_positives(corpus, qrels, labels, keys)).to(device)
     # A search of its own, and random numbers of its own: training is not disturbed.
     search, corrector = corrected.exact_search(), corrected.choosing_corrector
     chosen = torch.full((len(labels), 0), NO_ROW)
     if loss.is_choosing:
         with torch.random.fork_rng(devices=[]):  # the search draws its seed on the CPU
-            rows_of_positives = torch.tensor(labels, device=device)
-            chosen = loss.selector.select(
-                search, queries, known, positive_scores, rows_of_positives, corrected.encode
-            ).rows
+            of_pairs = torch.tensor(labels, device=device), torch.tensor(keys, device=device)
+            chosen = loss.selector.select(search, queries, known, positive_scores, *of_pairs, corrected.encode).rows
     found: list[tuple[str, str, Choice]] = []
     left_out = []
     for number, (query, answers) in enumerate(zip(asked["text"], asked["answers"], strict=True)):

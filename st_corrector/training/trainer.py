@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset, Value
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.data_collator import DEFAULT_LABEL_COLUMNS
 from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss
+from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
@@ -38,10 +41,12 @@ from ..runtime.distributed import Processes
 from ..runtime.memory import describe_memory, require_memory
 from ..storage.files import storing
 from ..storage.fingerprint import digest_json
+from ..teachers import Teacher
 from .arguments import CorrectorTrainingArguments
 from .callbacks import FidelityCallback, RefreshCallback
 from .checkpoint import FOLDER, fault_of, load_losses, save_losses, seal, unseal
 from .guard import Guard, NonFinitePolicy
+from .own_pairs import OwnPairsBatchSampler, own_positions, training_pairs
 from .recorder import Recorder
 
 logger = logging.getLogger(__name__)
@@ -65,9 +70,11 @@ class CorrectorTrainer(SentenceTransformerTrainer):
     Args:
         model, args: see :class:`~sentence_transformers.SentenceTransformerTrainer`.
         corpus: the targets. Without ``loss``, :class:`CorrectedMultipleNegativesLoss` is taken (or with
-            ``mini_batch_size`` its cached twin); without ``train_dataset``, ``corpus.pairs(args.train_split)``.
+            ``mini_batch_size`` its cached twin); without ``train_dataset``, ``corpus.pairs(args.train_split)``, and
+            with ``own_pairs_share`` as many of ``corpus.own_pairs()`` as the run will draw.
         checks: rules on false negatives that look at texts, e.g. ``[AnswerCheck(corpus)]``, for a loss that is made
             here.
+        teacher: labels the candidates of a loss that is made here, e.g. an :class:`EmbeddingTeacher`.
         kwargs: the other arguments of :class:`~sentence_transformers.SentenceTransformerTrainer`. What the arguments
             say of negatives goes into a loss that is made here, not into one that is passed. With ``model_init``,
             :meth:`train` and every trial of a hyperparameter search begin with a new model, and so with a loss, a
@@ -91,12 +98,13 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         *,
         corpus: Corpus | None = None,
         checks: Sequence[Check] = (),
+        teacher: Teacher | None = None,
         **kwargs: Any,
     ) -> None:
-        self.corpus, self.checks = corpus, tuple(checks)
+        self.corpus, self.checks, self.teacher = corpus, tuple(checks), teacher
         self._loss_given = kwargs.get("loss")
         if corpus is not None and kwargs.get("train_dataset") is None:
-            kwargs["train_dataset"] = corpus.pairs((args and args.train_split) or "train")
+            kwargs["train_dataset"] = training_pairs(corpus, args)
         if model is not None:
             model.model_card_data = CorrectorModelCardData.of(model.model_card_data)
         super().__init__(model, args, **kwargs)
@@ -202,17 +210,34 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         if self.corpus is None:
             raise InputError("Pass a loss, or corpus=…, over which CorrectorTrainer makes one.")
         cache = self._cache(model, self.corpus) if args.num_negatives else None
-        negatives, correction = args.negatives(self.checks), args.correction()
+        settings: dict[str, Any] = {
+            "negatives": args.negatives(self.checks),
+            "correction": args.correction(),
+            "distillation": args.distillation(self.teacher),
+        }
         if args.mini_batch_size is None:
-            return CorrectedMultipleNegativesLoss(model, self.corpus, cache, negatives=negatives, correction=correction)
+            return CorrectedMultipleNegativesLoss(model, self.corpus, cache, **settings)
         return CachedCorrectedMultipleNegativesLoss(
-            model,
-            self.corpus,
-            cache,
-            mini_batch_size=args.mini_batch_size,
-            negatives=negatives,
-            correction=correction,
+            model, self.corpus, cache, mini_batch_size=args.mini_batch_size, **settings
         )
+
+    def get_batch_sampler(
+        self,
+        dataset: Any,
+        batch_size: int,
+        drop_last: bool,
+        valid_label_columns: list[str] | None = None,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+    ) -> BatchSampler | None:
+        """The sampler that the arguments ask for; of a data set with own pairs, their share of every batch."""
+        make, share = super().get_batch_sampler, self.args.own_pairs_share
+        how = (batch_size, drop_last, valid_label_columns, generator, seed)
+        if not share or not isinstance(dataset, Dataset) or not len(own_positions(dataset)):
+            return make(dataset, *how)
+        # accelerate replaces the plain sampler where it finds it, by one that a resumed run can repeat.
+        make_base = None if self.args.batch_sampler == BatchSamplers.BATCH_SAMPLER else make
+        return OwnPairsBatchSampler(dataset, *how, share=share, make_base=make_base)
 
     @contextmanager
     def in_training_precision(self) -> Iterator[None]:
@@ -435,16 +460,27 @@ def _require_columns(data: Any) -> None:
                     f"The column {name!r} holds {dtype}, and every column but the label is read as text: "
                     f"dataset.remove_columns({name!r})."
                 )
-        elif not dtype.startswith(("int", "uint")):
+        elif not _are_labels(name, feature, data):
             raise InputError(
-                f"The column {name!r} holds {dtype}, expected integers, the corpus rows of the positives: "
-                f"dataset.add_column({name!r}, corpus.rows_of(ids)), after removing what is there, makes them of ids."
+                f"The column {name!r} holds {dtype}, expected integers, the corpus rows of the positives, or pairs of "
+                f"them, [row, key of the query]: dataset.add_column({name!r}, corpus.labels(ids, queries)), after "
+                "removing what is there, makes them of ids."
             )
         elif isinstance(data, Dataset) and (nulls := data.data.column(name).null_count):
             raise InputError(
                 f"The column {name!r} has {nulls} nulls, expected the corpus row of every positive: "
                 f"dataset.filter(lambda row: row[{name!r}] is not None) leaves these pairs out."
             )
+
+
+def _are_labels(name: str, feature: Any, data: Any) -> bool:
+    """Whether a column holds integers, or lists of two."""
+    of_lists = getattr(feature, "feature", None)
+    if not str(getattr(of_lists or feature, "dtype", "")).startswith(("int", "uint")):
+        return False
+    if of_lists is None or not isinstance(data, Dataset):
+        return True
+    return bool(pc.all(pc.equal(pc.list_value_length(data.data.column(name)), 2)).as_py())
 
 
 def _each(losses: Any) -> Iterable[Any]:

@@ -11,6 +11,7 @@ from conftest import make_bert_model, make_static_model, make_texts
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
+from support.labels import label, rows_in
 from support.layouts import FORMATS, QUERIES, TARGETS, columns_of, mined, shouted, write_beir, write_repository
 from tokenizers import Tokenizer, normalizers
 
@@ -40,9 +41,9 @@ def test_pairs_have_one_row_for_each_judgement(tmp_path):
         write_beir(tmp_path, TARGETS, QUERIES, {"train": [("q1", "a", 1), ("q2", "b", 1), ("q1", "d", 1)]})
     )
     assert corpus.pairs("train").to_list() == [
-        {"anchor": "which city", "positive": "Paris capital of France", "label": 0},
-        {"anchor": "which city", "positive": "Rome capital of Italy", "label": 3},
-        {"anchor": "what flows", "positive": "a river", "label": 1},
+        {"anchor": "which city", "positive": "Paris capital of France", "label": label(0, "which city")},
+        {"anchor": "which city", "positive": "Rome capital of Italy", "label": label(3, "which city")},
+        {"anchor": "what flows", "positive": "a river", "label": label(1, "what flows")},
     ]
 
 
@@ -81,8 +82,8 @@ def test_from_pairs_makes_distinct_positives_the_corpus():
     dev = Dataset.from_dict({"q": ["three"], "a": ["y"]})
     corpus = Corpus.from_pairs({"train": train, "dev": dev}, query="q", positive="a")
     assert corpus.texts(range(3)) == ["x", "y", "z"]
-    assert corpus.pairs("train")["label"][:] == [0, 2, 1], "sorted by query; 'one' has two positives"
-    assert corpus.pairs("dev").to_list() == [{"anchor": "three", "positive": "y", "label": 1}]
+    assert rows_in(corpus.pairs("train")) == [0, 2, 1], "sorted by query; 'one' has two positives"
+    assert corpus.pairs("dev").to_list() == [{"anchor": "three", "positive": "y", "label": label(1, "three")}]
     assert Corpus.from_pairs(train, query="q", positive="a").splits == ["train"]
     with pytest.raises(CorpusError, match="Split 'train' is a list, expected"):
         Corpus.from_pairs({"train": [("q", "a")]})
@@ -193,7 +194,7 @@ def test_bad_beir_files_are_named_with_their_line(tmp_path):
 def test_a_limited_corpus_keeps_the_judgements_that_fit(tmp_path):
     folder = write_beir(tmp_path, TARGETS, QUERIES, {"train": [("q1", "a", 1), ("q1", "d", 1), ("q2", "b", 1)]})
     corpus = Corpus.from_beir(folder, max_targets=2)
-    assert len(corpus) == 2 and corpus.pairs("train")["label"][:] == [0, 1]
+    assert len(corpus) == 2 and rows_in(corpus.pairs("train")) == [0, 1]
     assert len(Corpus.from_beir(folder)) == 4, "the limited corpus is not mistaken for the whole"
 
 
@@ -215,7 +216,7 @@ def test_a_shuffled_dataset_keeps_rows_and_ids_together():
 def test_a_pair_that_is_judged_twice_is_one_pair():
     pairs = Dataset.from_dict({"anchor": ["q", "q", "q"], "positive": ["a", "b", "a"]})
     corpus = Corpus.from_pairs({"train": pairs})
-    assert corpus.pairs("train")["label"][:] == [0, 1] and corpus.qrels("train").rows_of(0).tolist() == [0, 1]
+    assert rows_in(corpus.pairs("train")) == [0, 1] and corpus.qrels("train").rows_of(0).tolist() == [0, 1]
 
 
 def cased(model, lowercase):
@@ -369,9 +370,9 @@ def test_negatives_of_triplets_are_targets_and_nothing_else():
     corpus = Corpus.from_pairs(Dataset.from_dict(columns), "query", "positive", negatives=["negative_1", "negative_2"])
     assert corpus.texts(range(len(corpus))) == ["x", "n", "o", "y", "z", "m"]
     assert corpus.pairs("train").to_list() == [
-        {"anchor": "one", "positive": "x", "label": 0},
-        {"anchor": "one", "positive": "z", "label": 4},
-        {"anchor": "two", "positive": "y", "label": 3},
+        {"anchor": "one", "positive": "x", "label": label(0, "one")},
+        {"anchor": "one", "positive": "z", "label": label(4, "one")},
+        {"anchor": "two", "positive": "y", "label": label(3, "two")},
     ]
     again = Corpus.from_pairs(stream(columns), "query", "positive", negatives=["negative_1", "negative_2"])
     assert again.fingerprint == corpus.fingerprint
@@ -838,7 +839,7 @@ def test_labels_and_scores_that_do_not_say_what_is_relevant_are_refused(columns,
 def test_rows_and_classes_in_a_label_column_are_not_taken_for_relevance():
     queries, texts = make_texts(5)
     corpus = Corpus.from_pairs(Dataset.from_dict({"anchor": queries, "positive": texts}))
-    with pytest.raises(CorpusError, match=r"is 2, .*such as the corpus rows that Corpus\.pairs gives"):
+    with pytest.raises(CorpusError, match=r"is \[0, \d+\], .*such as the labels that Corpus\.pairs gives"):
         Corpus.from_pairs(corpus.pairs("train"))
     again = Corpus.from_pairs(corpus.pairs("train").remove_columns("label"))
     assert again.fingerprint == corpus.fingerprint

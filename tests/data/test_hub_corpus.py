@@ -7,6 +7,7 @@ import time
 import pytest
 from datasets import Dataset
 from huggingface_hub import HfApi
+from support.labels import label, rows_in
 from support.layouts import QUERIES, TARGETS, upload, write_beir, write_repository
 
 from st_corrector import Corpus, CorpusError
@@ -135,9 +136,9 @@ def test_msmarcos_ids_are_judgements_over_the_whole_corpus(load, tmp_path, confi
     corpus = load(repository, qrels_config=config)
     assert corpus.texts(range(5)) == passages and corpus.splits == ["train"]
     assert corpus.pairs("train").to_list() == [
-        {"anchor": "which city", "positive": "a capital", "label": 0},
-        {"anchor": "which city", "positive": "another capital", "label": 3},
-        {"anchor": "what flows", "positive": "a river", "label": 1},
+        {"anchor": "which city", "positive": "a capital", "label": label(0, "which city")},
+        {"anchor": "which city", "positive": "another capital", "label": label(3, "which city")},
+        {"anchor": "what flows", "positive": "a river", "label": label(1, "what flows")},
     ]
 
 
@@ -198,8 +199,8 @@ def test_configs_and_splits_are_named_where_there_are_several(load, tmp_path, la
     assert corpus.splits == ["test"]
     assert corpus.texts([0, 1]) == ["de a", "de b"]
     assert corpus.pairs("test").to_list() == [
-        {"anchor": "de q", "positive": "de b", "label": 1},
-        {"anchor": "de r", "positive": "de a", "label": 0},
+        {"anchor": "de q", "positive": "de b", "label": label(1, "de q")},
+        {"anchor": "de r", "positive": "de a", "label": label(0, "de r")},
     ]
     assert corpus.qrels("test").grade.tolist() == [2.0, 1.0]
 
@@ -260,18 +261,18 @@ def test_truth_values_are_scores_of_1_and_0(tmp_path):
     judged = {**TRAIN, "score": [True, True, True, False]}
     configs = {"corpus": {"c": CORPUS}, "queries": {"q": QUESTIONS}, "default": {"train": judged}}
     corpus = Corpus.from_hub(write_repository(tmp_path, configs))
-    assert corpus.pairs("train")["label"][:] == [0, 3, 1] and set(corpus.qrels("train").grade) == {1.0}
+    assert rows_in(corpus.pairs("train")) == [0, 3, 1] and set(corpus.qrels("train").grade) == {1.0}
 
 
 def test_judgements_without_scores_are_all_positives(tmp_path):
     judged = {name: values for name, values in DEV.items() if name != "score"}
     configs = {"corpus": {"train": CORPUS}, "queries": {"train": QUESTIONS}, "qrels": {"train": judged}}
-    assert Corpus.from_hub(write_repository(tmp_path, configs)).pairs("train")["label"][:] == [3]
+    assert rows_in(Corpus.from_hub(write_repository(tmp_path, configs)).pairs("train")) == [3]
 
 
 def test_a_limited_repository_keeps_the_judgements_that_fit(load, mteb):
     corpus = load(mteb, max_targets=2)
-    assert len(corpus) == 2 and corpus.pairs("train")["label"][:] == [0, 1] and len(corpus.qrels("dev")) == 0
+    assert len(corpus) == 2 and rows_in(corpus.pairs("train")) == [0, 1] and len(corpus.qrels("dev")) == 0
     check(Corpus.from_hub(mteb))
 
 
@@ -413,4 +414,4 @@ def test_a_repository_of_json_lines_is_read_too(tmp_path):
         "- config_name: queries\n  data_files:\n  - split: queries\n    path: queries.jsonl\n---\n"
     )
     corpus = Corpus.from_hub(tmp_path)
-    assert corpus.pairs("dev").to_list() == [{"anchor": "q", "positive": "T b", "label": 1}]
+    assert corpus.pairs("dev").to_list() == [{"anchor": "q", "positive": "T b", "label": label(1, "q")}]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_static_model
 from datasets import Dataset
+from support.labels import label
 from support.layouts import QRELS_WRITERS, QUERIES, TARGETS, beirs_reader, write_beir, write_by_hand, write_csv
 
 import st_corrector
@@ -24,10 +25,12 @@ from st_corrector import (
     ProcessError,
     StCorrectorError,
     StorageError,
+    TeacherError,
 )
 from st_corrector.data.beir import LONGEST_LINE, read_jsonl, read_qrels
 from st_corrector.runtime.distributed import Processes
 from st_corrector.storage.files import whole
+from st_corrector.teachers.store import ScoreStore
 from st_corrector.training.checkpoint import load_losses
 
 QRELS = {"train": [("q1", "a", 1), ("q2", "b", 1)]}
@@ -134,7 +137,8 @@ def test_a_folder_whose_ids_have_quotes_is_read(tmp_path):
     folder = write_beir(tmp_path, targets, queries, {})
     write_csv(folder / "qrels" / "train.tsv", [(f"q-{id}", id, 1) for id in IDS])
     assert Corpus.from_beir(folder).pairs("train").to_list() == [
-        {"anchor": f"question {n}", "positive": f"text {n}", "label": n} for n in range(len(IDS))
+        {"anchor": f"question {n}", "positive": f"text {n}", "label": label(n, f"question {n}")}
+        for n in range(len(IDS))
     ]
 
 
@@ -247,7 +251,7 @@ def test_columns_by_another_name_are_asked_for():
     with pytest.raises(CorpusError, match=r"no column 'anchor'; .*query='…', positive='…'"):
         Corpus.from_pairs(data)
     corpus = Corpus.from_pairs(data, query="question", positive="passage")
-    assert corpus.pairs("train")[0] == {"anchor": "a", "positive": "b", "label": 0}
+    assert corpus.pairs("train")[0] == {"anchor": "a", "positive": "b", "label": label(0, "a")}
     with pytest.raises(CorpusError, match="cannot be read as strings"):
         Corpus.from_dataset(Dataset.from_dict({"text": [[1, 2], [3]]}))
 
@@ -300,6 +304,11 @@ def provoke_process(tmp_path):
     processes.require_same(torch.zeros(1, dtype=torch.int64), "The corrector")
 
 
+def provoke_teacher(path):
+    ScoreStore(path / "scores.sqlite", "a model").close()
+    ScoreStore(path / "scores.sqlite", "another one")
+
+
 MESSAGES = {
     CorpusError: (lambda path: Corpus.from_texts([]), r"The corpus has no targets"),
     CacheError: (provoke_cache, r"holds no embedding cache: build one with EmbeddingCache\.build"),
@@ -310,6 +319,7 @@ MESSAGES = {
         lambda path: EmbeddingCache.from_tensor(torch.tensor([[0.0], [torch.nan]])),
         r"The embedding of row 1 is NaN or infinite in torch\.float32; each target needs a finite one",
     ),
+    TeacherError: (provoke_teacher, r"holds the scores of another model .*choose another path, or delete the file"),
     ProcessError: (
         provoke_process,
         r"differs between processes: that of rank \[1\] is not that of rank 0",

@@ -20,6 +20,7 @@ from st_corrector import (
     EmbeddingCache,
 )
 from st_corrector.data import duplicates
+from st_corrector.data.query_keys import UNKNOWN
 from st_corrector.data.text import contains_answer, normalized
 from st_corrector.losses import multiple_negatives as corrected
 from st_corrector.negatives.filters import known_positives
@@ -31,7 +32,7 @@ def test_texts_that_differ_in_more_than_case_and_space_are_not_duplicates(texts)
     corpus = Corpus.from_texts(texts)
     corpus.add_split("train", {"q": "something else"}, {"q": ["0"]})
     assert [corpus.duplicates_of(row).tolist() for row in range(len(texts))] == [[row] for row in range(len(texts))]
-    assert known_positives(corpus, corpus.qrels("train"), [0])[0].tolist() == [0], "the others may be negatives"
+    assert known_positives(corpus, corpus.qrels("train"), [0], [-1])[0].tolist() == [0], "the others may be negatives"
     assert [rows.tolist() for rows in corpus.rows_like(texts)] == [[row] for row in range(len(texts))]
 
 
@@ -82,7 +83,8 @@ def test_answers_are_told_apart_by_their_marks_in_evaluation_and_checks():
     rows[0, :2] = torch.tensor([0, 2])
     metrics = CorpusRetrievalEvaluator(corpus, "dev").score(rows)
     assert (metrics["answer_recall@1"], metrics["answer_recall@5"]) == (0.0, 1.0)
-    assert AnswerCheck(corpus)(torch.tensor([1]), torch.tensor([[0, 2]])).tolist() == [[False, True]]
+    found = AnswerCheck(corpus)(torch.tensor([1]), torch.tensor([[0, 2]]), torch.tensor([UNKNOWN]))
+    assert found.tolist() == [[False, True]]
 
 
 # ------------------------------------------------------------------ a query's own text
@@ -195,11 +197,12 @@ def test_the_same_question_under_several_ids_is_one_query_to_what_is_left_out(tm
     qrels = corpus.qrels("train")
     assert len(qrels) == 40, "both are trained on"
     for row in range(20):
-        assert [known.tolist() for known in known_positives(corpus, qrels, [row, row + 20])] == [[row, row + 20]] * 2
+        known = known_positives(corpus, qrels, [row, row + 20], [UNKNOWN, UNKNOWN])
+        assert [rows.tolist() for rows in known] == [[row, row + 20]] * 2
         assert qrels.asking_for(row).tolist() == [row, row + 20] and qrels.queries_of(row).tolist() == [row]
     # Of another split nothing is known: its judgements may be what is evaluated.
     corpus.add_split("dev", {"d": queries[0]}, {"d": ["5"]})
-    assert known_positives(corpus, corpus.qrels("train"), [0])[0].tolist() == [0, 20]
+    assert known_positives(corpus, corpus.qrels("train"), [0], [-1])[0].tolist() == [0, 20]
 
 
 @pytest.mark.parametrize("titled", [False, True])
@@ -217,7 +220,7 @@ def test_a_second_start_reads_no_text(tmp_path, monkeypatch, titled):
         return (
             corpus.fingerprint,
             [corpus.duplicates_of(row).tolist() for row in rows],
-            known_positives(corpus, corpus.qrels("train"), [9])[0].tolist(),
+            known_positives(corpus, corpus.qrels("train"), [9], [-1])[0].tolist(),
         )
 
     expected = asked(Corpus.from_beir(tmp_path))

@@ -289,7 +289,7 @@ def test_a_known_positive_or_its_duplicate_is_never_a_negative(static_model, tmp
     recorder = Recorder(loss, monkeypatch)
     pairs = corpus.pairs("train")
     known = {}
-    for pair, label in enumerate(pairs["label"][:]):
+    for pair, (label, _) in enumerate(pairs["label"][:]):
         own = [q for q in range(60) if queries[q] == pairs[pair]["anchor"]]
         rows = set().union(*(relevant[str(q)] for q in own))
         known[pair] = rows | {row + 60 for row in rows if row < 20} | {label}
@@ -397,7 +397,7 @@ def test_a_check_keeps_its_finds_out_of_the_softmax(static_model, corpus, cache,
         def __init__(self, everywhere):
             self.everywhere = everywhere
 
-        def __call__(self, labels, rows):
+        def __call__(self, labels, rows, queries):
             return (rows % 3 == 0) & (labels[:, None] % 2 == 0)
 
     features, labels = batch_of(static_model, corpus, range(10))
@@ -475,7 +475,7 @@ def test_rules_that_need_the_positives_are_not_guessed(static_model, corpus, cac
     class Never(Check):
         name, everywhere = "never", False
 
-        def __call__(self, labels, rows):
+        def __call__(self, labels, rows, queries):
             return rows < -1
 
     def loss(**settings):
@@ -723,7 +723,7 @@ def test_unfit_batches_are_refused(static_model, corpus, cache):
         labels=torch.tensor([0, 1, 200, 3]),
     )
     refused(r"Label -1 \(position 0", labels=torch.tensor([-1, 1, 2, 3]))
-    refused("must be integers, one corpus row for each pair; got torch.float32", labels=labels.float())
+    refused("must be integers: one corpus row for each pair, or .*; got torch.float32", labels=labels.float())
     refused(r"text columns \(anchor, positive\), got 3", features=[*features, features[1]])
     refused(r"position 1 in the batch is not the text of corpus row 7,", labels=torch.tensor([0, 7, 2, 3]))
     with torch.no_grad():

@@ -149,7 +149,7 @@ def test_a_corpus_without_judgements_is_warned_of_once(static_model, tmp_path, c
     asked = static_model.encode(corpus.texts(range(0, 40, 2)), convert_to_tensor=True)
     positives = torch.arange(0, 40, 2)
     for each, taken in ((loss, 20), (judged, 0)):
-        known = pad_rows(known_positives(corpus, each._qrels, positives.tolist()))
+        known = pad_rows(known_positives(corpus, each._qrels, positives.tolist(), [-1] * len(positives)))
         chosen = each.select(asked, known, torch.zeros(20), positives).rows[:, 0]
         assert (chosen == torch.arange(1, 41, 2)).sum() == taken, "the other positive of the same query"
 
@@ -197,7 +197,7 @@ def test_columns_that_are_no_texts_are_named(static_model, loss, corpus, tmp_pat
     [
         ([None, *range(1, 200)], "has 1 nulls, expected the corpus row of every positive"),
         ([float(row) for row in range(200)], "holds float64, expected integers, the corpus rows"),
-        ([str(row) for row in range(200)], r"holds string, expected integers.*corpus\.rows_of\(ids\)"),
+        ([str(row) for row in range(200)], r"holds string, expected integers.*corpus\.labels\(ids, queries\)"),
         ([row > 3 for row in range(200)], "holds bool, expected integers"),
         ([[row] for row in range(200)], "holds .*expected integers"),
     ],

@@ -15,6 +15,7 @@ from st_corrector import (
     IdentityCorrector,
     InputError,
 )
+from st_corrector.data.query_keys import UNKNOWN, query_keys
 from st_corrector.negatives.selector import NegativeSelector
 from st_corrector.negatives.settings import NegativeSettings
 
@@ -38,7 +39,7 @@ def select(vectors, queries, positive_scores=None, exclude=NONE, encode=None, **
     scores = torch.full((3,), 0.5) if positive_scores is None else positive_scores
     scale = settings.pop("scale", 20.0)
     selector = NegativeSelector(NegativeSettings(**settings), scale)
-    return selector.select(search, queries, exclude, scores, LABELS, encode)
+    return selector.select(search, queries, exclude, scores, LABELS, torch.full((3,), -1), encode)
 
 
 def ranking(vectors, queries):
@@ -48,7 +49,7 @@ def ranking(vectors, queries):
 class Odd(Check):
     name, everywhere = "odd", False
 
-    def __call__(self, labels, rows):
+    def __call__(self, labels, rows, queries):
         return rows % 2 == 1
 
 
@@ -179,9 +180,13 @@ def questions():
 def test_targets_with_an_answer_are_no_negatives(questions):
     check = AnswerCheck(questions)
     rows = torch.tensor([[1, 2, 3, -1], [0, 1, 3, 2]])
-    found = check(torch.tensor([0, 2]), rows)
+    found = check(torch.tensor([0, 2]), rows, torch.tensor([UNKNOWN, UNKNOWN]))
     # Row 0 answers a and b: an answer of either counts. "Berliner" is another word; c has no answers.
     assert found.tolist() == [[True, True, False, False], [False] * 4]
+    # Keys tell a from b, though they share their positive, and both from a query of which nothing is known.
+    keys = torch.from_numpy(query_keys(["capital of Germany", "same positive", "never asked"]))
+    found = check(torch.tensor([0, 0, 0]), rows[[0, 0, 0]], keys)
+    assert found.tolist() == [[True, False, False, False], [False, True, False, False], [False] * 4]
     plain = Corpus.from_texts(["x"])
     plain.add_split("train", {"q": "x"}, {"q": ["0"]})
     with pytest.raises(InputError, match="No query of split 'train' has answers"):
@@ -208,16 +213,19 @@ def test_a_cross_encoder_is_asked_about_each_pair_once_and_compared_with_the_pos
             asked.extend(pairs)
             return torch.tensor([[scores[query, texts.index(text)]] for query, text in pairs])
 
-    rows = torch.tensor([[1, 3, -1], [1, 3, 3]])
+    labels, rows = torch.tensor([0, 0, 2]), torch.tensor([[1, 3, -1], [1, 3, -1], [1, 3, 3]])
+    keys = torch.from_numpy(query_keys(["capital of Germany", "same positive", "no answers"]))
     check = CrossEncoderCheck(questions, CrossEncoder(), margin=0.2)
-    expected = [[True, True, False], [False, False, False]]
-    assert check(torch.tensor([0, 2]), rows).tolist() == expected
+    expected = [[True, False, False], [False, True, False], [False, False, False]]
+    assert check(labels, rows, keys).tolist() == expected
     assert len(asked) == len(set(asked)) == len(scores)
     asked.clear()
-    assert check(torch.tensor([0, 2]), rows).tolist() == expected
-    assert {texts.index(text) for _, text in asked} == {1, 3}, "positives come again every epoch and are remembered"
+    assert check(labels, rows, keys).tolist() == expected
+    assert not asked, "what was asked once is remembered, positives and candidates"
     strict = CrossEncoderCheck(questions, CrossEncoder(), margin=0.5)
-    assert strict(torch.tensor([2]), rows[:1]).tolist() == [[True, False, False]]
+    assert strict(labels[2:], rows[2:], keys[2:]).tolist() == [[True, False, False]]
+    unknown = torch.from_numpy(query_keys(["never asked"]))
+    assert not check(labels[:1], rows[:1], unknown).any()
 
 
 @pytest.mark.parametrize(

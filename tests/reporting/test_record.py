@@ -10,6 +10,7 @@ import torch
 from conftest import make_static_model
 from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
+from support.labels import rows_in
 from support.runs import trainer_of
 from transformers import TrainerCallback
 
@@ -187,7 +188,7 @@ def test_ids_as_labels_are_refused_before_anything_starts(judged, tmp_path):
     trainer = trainer_of(judged, tmp_path)
     (loss,) = trainer._corrected_losses().values()
     data = judged.pairs("train")
-    ids = data.remove_columns("label").add_column("label", judged.ids(data["label"]))
+    ids = data.remove_columns("label").add_column("label", judged.ids(rows_in(data)))
     with pytest.raises(InputError, match="holds string, expected integers"):
         CorrectorTrainer(make_static_model(), trainer.args, train_dataset=ids, loss=loss)
 

@@ -46,7 +46,7 @@ def one(tmp_path_factory):
     return results_of
 
 
-SOME = ("mlp", "ridge, gumbel, int8", "two towers")
+SOME = ("mlp", "ridge, gumbel, int8", "two towers", "own pairs, taught")
 
 
 def assert_same_training(runs, reference, case):
@@ -75,7 +75,17 @@ def assert_same_training(runs, reference, case):
                 ours, theirs = ((rows % 203).sort(dim=1).values for rows in (ours, theirs))
             assert torch.equal(ours, theirs)
         for ours, theirs in zip(run["log"], reference["log"], strict=True):
-            for name in ("task_loss", "correction_loss", "drift", "corrected_error", "hardness", "seen", "age"):
+            for name in (
+                "task_loss",
+                "distillation_loss",
+                "teacher_weight",
+                "correction_loss",
+                "drift",
+                "corrected_error",
+                "hardness",
+                "seen",
+                "age",
+            ):
                 assert (name in ours) == (name in theirs)
                 if name in theirs:
                     assert ours[name] == pytest.approx(

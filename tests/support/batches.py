@@ -6,7 +6,7 @@ import torch
 def batch_of(model, corpus, rows, split="train"):
     """What the trainer's collator would give the loss for these pairs."""
     pairs = corpus.pairs(split)[list(rows)]
-    return [model.preprocess(pairs["anchor"]), model.preprocess(pairs["positive"])], torch.tensor(pairs["label"])
+    return [model.preprocess(pairs["anchor"]), model.preprocess(pairs["positive"])], torch.tensor(pairs["label"])[:, 0]
 
 
 def on(batch, device):

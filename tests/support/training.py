@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,11 +31,13 @@ from st_corrector import (
     CorrectorTrainer,
     CorrectorTrainingArguments,
     EmbeddingCache,
+    EmbeddingTeacher,
     MLPCorrector,
     RidgeCorrector,
     Shortlist,
 )
 from st_corrector.runtime.distributed import Processes
+from st_corrector.training.own_pairs import training_pairs
 
 CASES: dict[str, dict] = {
     "mlp": {"corrector_settings": {"hidden": 16}},
@@ -57,8 +60,19 @@ CASES: dict[str, dict] = {
     },
     "adapters": {},
     "a query that breaks the encoder": {"non_finite": "skip"},
+    "taught": {},
+    "taught by margins, gradient cache": {
+        **{"distillation_loss": "margin-mse", "teacher_weight": 0.5, "teacher_scale": 12.0, "mini_batch_size": 3},
+        **{"eval_strategy": "steps", "eval_steps": 5},
+    },
+    "own pairs, taught": {"own_pairs_share": 0.25, "teacher_weight": 1.0, "teacher_scale": 12.0},
 }
-TRANSFORMERS = ("gradient cache", "two towers, gradient cache", "adapters")
+TRANSFORMERS = (
+    "gradient cache",
+    "two towers, gradient cache",
+    "adapters",
+    "taught by margins, gradient cache",
+)
 """Cases whose encoders are transformers; the others' are static."""
 
 
@@ -97,9 +111,11 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
     queries, texts = make_texts(203)
     if case == "a query that breaks the encoder":
         queries[7] += " passage"  # see encoder()
-    corpus = Corpus.from_texts([*texts, *texts[:20]])  # two rows with the same words score the same: a tie
-    ids = [str(n) for n in range(len(texts))]
-    corpus.add_split("train", dict(zip(ids, queries, strict=True)), {id: [id] for id in ids})
+    titles = [text.split()[0] for text in texts] if "own_pairs_share" in CASES[case] else [None] * len(texts)
+    # Two rows with the same words score the same: a tie.
+    corpus = Corpus.from_texts([*texts, *texts[:20]], titles=[*titles, *titles[:20]])
+    ids = [str(n) for n in range(100 if "own_pairs_share" in CASES[case] else len(texts))]
+    corpus.add_split("train", dict(zip(ids, queries, strict=False)), {id: [id] for id in ids})
     transformer = case in TRANSFORMERS
     training = CorrectorTrainingArguments(
         output_dir=str(folder / "out"),
@@ -137,8 +153,18 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
     callbacks: list[TrainerCallback] = [SayStep(folder / "step")]
     if args.kill_at is not None:
         callbacks.append(KillAt(args.kill_at, args.kill_rank))
-    evaluator = CorpusRetrievalEvaluator(corpus, "train") if case == "evaluated" else None
-    return CorrectorTrainer(model, training, corpus=corpus, loss=loss, callbacks=callbacks, evaluator=evaluator)
+    watched: dict[str, Any] = {"callbacks": callbacks}
+    if case == "evaluated":
+        watched["evaluator"] = CorpusRetrievalEvaluator(corpus, "train")
+    elif "eval_steps" in CASES[case]:
+        watched["eval_dataset"] = corpus.pairs("train").select(range(40))
+    if "taught" in case:
+        pairs = [corpus.pairs("train")]
+        if training.own_pairs_share:
+            watched["train_dataset"] = training_pairs(corpus, training)
+            pairs.append(watched["train_dataset"])
+        watched["teacher"] = EmbeddingTeacher.build(make_static_model(7), corpus, folder / "teacher", pairs)
+    return CorrectorTrainer(model, training, corpus=corpus, loss=loss, **watched)
 
 
 def encoder(folder: Path, case: str) -> SentenceTransformer:

@@ -1,0 +1,175 @@
+"""How much a teacher's labels count: as much as it ranks held-out training questions better than the encoder does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.corpus import Corpus
+from ..data.qrels import Qrels
+from ..errors import InputError
+from ..negatives.filters import known_positives, pad_rows
+from ..search.topk import NO_ROW
+from ..teachers import Teacher
+from .corrected_corpus import CorrectedCorpus
+
+logger = logging.getLogger(__name__)
+_HELD_OUT = 1 / 32  # of the training questions
+_MOST, _FEWEST = 512, 32  # held-out questions
+_FIRST = 10  # steps until it is measured for the second time; then after twice as many, and so on
+_FULL = 0.10  # MRR by which a teacher must be ahead to count fully
+_SOFTENED = 0.5  # of the likeliest scale is taken: what else is relevant is told by softer labels
+_CANDIDATES = 32  # targets that the encoder confuses with each positive, by which the scale is found
+RANKED = 10
+
+
+class HeldOut(NamedTuple):
+    """Training questions that are kept out of training, to compare teacher and encoder by.
+
+    Args:
+        texts: of the questions.
+        keys: by what they are known, ``(n,)``.
+        positives: corpus row of one relevant target each, ``(n,)``.
+        exclude: rows relevant to each, ``(n, m)``, padded with −1.
+    """
+
+    texts: list[str]
+    keys: Tensor
+    positives: Tensor
+    exclude: Tensor
+
+    @classmethod
+    def choose(cls, corpus: Corpus, qrels: Qrels, teacher: Teacher) -> HeldOut:
+        """About one of 32 questions that the teacher knows, by their keys: the same ones in every process and run."""
+        known = teacher.knows(torch.from_numpy(qrels.keys)).numpy()
+        _, first = np.unique(qrels.keys, return_index=True)
+        positions = first[known[first]]
+        wanted = int(np.clip(len(positions) * _HELD_OUT, min(_FEWEST, len(positions)), _MOST))
+        # Keys are digests, so that the smallest are a random choice.
+        positions = positions[:wanted]
+        rows = [int(qrels.rows_of(position)[0]) for position in positions.tolist()]
+        exclude = known_positives(corpus, qrels, rows, qrels.keys[positions].tolist())
+        return cls(
+            qrels.queries[positions]["text"] if len(positions) else [],
+            torch.from_numpy(qrels.keys[positions]),
+            torch.tensor(rows, dtype=torch.int64),
+            pad_rows(exclude),
+        )
+
+
+class Judgement(NamedTuple):
+    """What a comparison has found.
+
+    Args:
+        teacher_mrr, encoder_mrr: mean reciprocal rank, cut off at 10, of the held-out questions' positives.
+        scale: τ, half of the one by which the teacher's softmax is most likely to name the positives.
+        weight: α.
+    """
+
+    teacher_mrr: float
+    encoder_mrr: float
+    scale: float
+    weight: float
+
+    @property
+    def mrr(self) -> dict[str, float]:
+        """Both, by whose they are."""
+        return {"teacher": self.teacher_mrr, "encoder": self.encoder_mrr}
+
+
+class TeacherTrust:
+    """Finds out how much a teacher is to be trusted, as the run goes: it is compared with the encoder on training
+    questions that are kept out of training, before the first step and then after 10, 20, 40 … steps. A teacher that
+    ranks their positives no better than the encoder does has nothing to teach.
+
+    Args:
+        teacher: whose labels are weighed.
+        corpus: the targets.
+        qrels: of the split that is trained on.
+
+    Raises:
+        InputError: the teacher knows too few questions of the split to be judged by.
+    """
+
+    def __init__(self, teacher: Teacher, corpus: Corpus, qrels: Qrels) -> None:
+        self.teacher = teacher
+        self.held_out = HeldOut.choose(corpus, qrels, teacher)
+        if len(self.held_out.keys) < _FEWEST:
+            raise InputError(
+                f"{teacher!r} knows {len(self.held_out.keys)} questions of the split that is trained on; to find out "
+                f"how far it can be trusted takes {_FEWEST}. Build it with corpus.pairs(split), or set teacher_weight."
+            )
+        self.history: list[tuple[int, Judgement]] = []
+        """All comparisons, with the steps before which they were made."""
+
+    @property
+    def judgement(self) -> Judgement | None:
+        """The last comparison."""
+        return self.history[-1][1] if self.history else None
+
+    def update(self, corrected: CorrectedCorpus, encode_queries: Callable[[list[str]], Tensor]) -> Judgement:
+        """The comparison that holds at this step, made now if its time has come; in step in all processes."""
+        if not self.history or corrected.steps >= max(_FIRST, 2 * self.history[-1][0]):
+            found = self._compare(corrected, encode_queries(self.held_out.texts))
+            self.history.append((corrected.steps, found))
+            log = logger.warning if found.teacher_mrr <= found.encoder_mrr else logger.info
+            log(
+                "On %d held-out training questions the teacher's MRR@10 is %.3f, the encoder's after %d steps %.3f: "
+                "the teacher's labels count with weight %.2f%s.",
+                len(self.held_out.keys),
+                found.teacher_mrr,
+                corrected.steps,
+                found.encoder_mrr,
+                found.weight,
+                "" if found.weight else ", which is not at all",
+            )
+        return self.history[-1][1]
+
+    def load_history(self, history: list[tuple[int, Judgement]]) -> None:
+        """Take over the comparisons of a run that goes on."""
+        self.history = history
+
+    def _compare(self, corrected: CorrectedCorpus, queries: Tensor) -> Judgement:
+        keys, positives, exclude = (each.to(queries.device) for each in self.held_out[1:])
+        found = corrected.hardest(queries, _CANDIDATES, exclude)
+        own = (queries * corrected.corrected(positives, by=corrected.choosing_corrector)).sum(-1)
+        of_encoder = reciprocal_ranks(own, found.scores[:, :RANKED])
+        # The teacher's scores of the positive, and of what the encoder confuses it with.
+        rows = torch.cat([positives[:, None], found.rows], dim=1)
+        columns, place = rows.unique(return_inverse=True)
+        wanted = torch.zeros(len(keys), len(columns), dtype=torch.bool, device=keys.device).scatter_(1, place, True)
+        scores = self.teacher.scores(keys, columns.clamp(min=0), wanted).gather(1, place)
+        scores = scores.masked_fill(rows == NO_ROW, -torch.inf)
+        best = self.teacher.best_scores(keys, exclude, RANKED)
+        if best is None:
+            best = scores[:, 1:].sort(dim=1, descending=True).values[:, :RANKED]
+        of_teacher = reciprocal_ranks(scores[:, 0], best)
+        scale = _SOFTENED * likeliest_scale(scores)
+        # By how much at least, as far as so few questions can tell: one standard error less than the mean.
+        difference = of_teacher - of_encoder
+        ahead = float(difference.mean() - difference.std() / len(difference) ** 0.5)
+        return Judgement(float(of_teacher.mean()), float(of_encoder.mean()), scale, min(1.0, max(0.0, ahead / _FULL)))
+
+
+def likeliest_scale(scores: Tensor) -> float:
+    """The τ by which ``softmax(τ · scores)`` gives the first column most on the average, in logarithms: a temperature
+    by maximum likelihood (`Guo et al. 2017 <https://arxiv.org/abs/1706.04599>`_).
+
+    Args:
+        scores: of positive and others, ``(n, C)``, −∞ for none.
+    """
+    spread = float((scores[:, :1] - scores[:, 1:]).nan_to_num(posinf=0.0).abs().mean()) or 1.0
+    scales = torch.logspace(-2, 2, 81, dtype=torch.float64) / spread
+    likelihoods = torch.stack([(scores.double() * scale).log_softmax(1)[:, 0].mean() for scale in scales])
+    return float(scales[likelihoods.argmax()])
+
+
+def reciprocal_ranks(positive_scores: Tensor, others: Tensor) -> Tensor:
+    """``1 / rank`` of each positive among others' best scores, 0 beyond these: ``(n,), (n, RANKED) → (n,)``."""
+    rank = 1 + (others >= positive_scores[:, None]).sum(1)
+    return torch.where(rank <= others.shape[1], 1.0 / rank, 0.0)

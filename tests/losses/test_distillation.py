@@ -1,0 +1,449 @@
+"""Soft labels: against sentence-transformers' losses on the same candidates, and how far a teacher is trusted."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_static_model
+from sentence_transformers.sentence_transformer.losses import (
+    DistillKLDivLoss,
+    MarginMSELoss,
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+)
+from sentence_transformers.util import pairwise_cos_sim
+from support.batches import batch_of
+from support.runs import arguments
+from support.states import gradient_difference, gradients, without_dropout
+
+from st_corrector import (
+    CachedCorrectedMultipleNegativesLoss,
+    Corpus,
+    CorrectedMultipleNegativesLoss,
+    CorrectorTrainer,
+    DistillationSettings,
+    EmbeddingCache,
+    EmbeddingTeacher,
+    FalseNegativeFilter,
+    IdentityCorrector,
+    InputError,
+    NegativeSettings,
+    TeacherCheck,
+)
+from st_corrector.losses.trust import TeacherTrust, likeliest_scale, reciprocal_ranks
+
+ALONE = {"share_negatives": False, "in_batch_negatives": False}
+
+
+@pytest.fixture
+def cache(static_model, corpus, tmp_path):
+    return EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)
+
+
+@pytest.fixture
+def teacher(corpus, tmp_path):
+    return EmbeddingTeacher.build(
+        make_static_model(7), corpus, tmp_path / "teacher", corpus.pairs("train"), dtype="float32", progress=False
+    )
+
+
+def batch(model, corpus, rows):
+    """A batch with the labels of corpus.pairs, keys and all."""
+    pairs = corpus.pairs("train")[list(rows)]
+    return [model.preprocess(pairs["anchor"]), model.preprocess(pairs["positive"])], torch.tensor(pairs["label"])
+
+
+def taught(model, corpus, cache, teacher, *, kind="kl", weight=1.0, scale=15.0, **negatives):
+    return CorrectedMultipleNegativesLoss(
+        model,
+        corpus,
+        cache,
+        negatives=NegativeSettings(**{"num_negatives": 4, **negatives}),
+        distillation=DistillationSettings(teacher, kind, weight, scale),
+    )
+
+
+def chosen_by(loss, queries, labels):
+    return loss.select(queries, labels[:, :1], labels=labels).rows
+
+
+@pytest.mark.parametrize("kind", ["kl", "margin-mse"])
+def test_it_is_sentence_transformers_loss_on_each_querys_own_candidates(static_model, corpus, cache, teacher, kind):
+    loss = taught(static_model, corpus, cache, teacher, kind=kind, scale=20.0, **ALONE)
+    features, labels = batch(static_model, corpus, range(10))
+    queries = static_model(dict(features[0]))["sentence_embedding"].detach()
+    rows = torch.cat([labels[:, :1], chosen_by(loss, queries, labels)], dim=1)
+    assert (rows >= 0).all() and len(rows[:, 1:].unique()) > 5
+    found = loss(features, labels)["distillation_loss"]
+    # The library's loss: an n-tuple for each query, scored by the teacher.
+    columns = [static_model.preprocess(corpus.texts(column.tolist())) for column in rows.T]
+    scores = torch.stack([teacher.scores(labels[n : n + 1, 1], rows[n])[0] for n in range(10)])
+    if kind == "kl":
+        theirs = DistillKLDivLoss(static_model, similarity_fct=pairwise_cos_sim, temperature=1 / 20)
+        expected = theirs([dict(features[0]), *columns], scores) * 20**2  # it divides by the square of its scale
+    else:
+        theirs = MarginMSELoss(static_model, similarity_fct=pairwise_cos_sim)
+        expected = theirs([dict(features[0]), *columns], scores) * 20**2
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+    assert found > 0.01
+
+
+@pytest.mark.parametrize("kind", ["kl", "margin-mse"])
+@pytest.mark.parametrize("negatives", [{}, ALONE, {"in_batch_negatives": False}])
+def test_value_and_gradient_are_those_of_a_naive_computation(static_model, corpus, cache, teacher, kind, negatives):
+    weight, scale = 0.7, 11.0
+    loss = taught(static_model, corpus, cache, teacher, kind=kind, weight=weight, scale=scale, **negatives)
+    alone = CorrectedMultipleNegativesLoss(static_model, corpus, cache, negatives=loss.negatives)
+    features, labels = batch(static_model, corpus, range(8))
+    queries = static_model(dict(features[0]))["sentence_embedding"].detach()
+    chosen = chosen_by(loss, queries, labels)
+    union = chosen.unique()
+    negative_rows = union[~torch.isin(union, labels[:, 0])]
+    columns = torch.cat([labels[:, 0], negative_rows])
+
+    f = F.normalize(static_model(dict(features[0]))["sentence_embedding"], dim=-1)
+    g = F.normalize(
+        torch.cat(
+            [
+                static_model(dict(features[1]))["sentence_embedding"],
+                static_model(static_model.preprocess(corpus.texts(negative_rows.tolist())))["sentence_embedding"],
+            ]
+        ),
+        dim=-1,
+    )
+    said = teacher.scores(labels[:, 1], columns)
+    terms = []
+    for query in range(8):
+        counts = [
+            place
+            for place, row in enumerate(columns.tolist())
+            if place == query
+            or row in (chosen[query].tolist() if not negatives.get("share_negatives", True) else union.tolist())
+            or (place < 8 and negatives.get("in_batch_negatives", True))
+        ]
+        ours, theirs = 20.0 * (f[query] @ g[counts].T), scale * said[query, counts]
+        own = counts.index(query)
+        if kind == "kl":
+            term = (theirs.softmax(0) * (theirs.log_softmax(0) - ours.log_softmax(0))).sum()
+        else:
+            others = [place for place in range(len(counts)) if place != own]
+            term = ((ours[own] - ours[others]) - (theirs[own] - theirs[others])).square().mean()
+        terms.append(weight * term)
+    expected = torch.stack(terms).mean()
+    static_model.zero_grad()
+    expected.backward()
+    wanted = gradients(static_model)
+    static_model.zero_grad()
+    hard = alone([dict(each) for each in features], labels)["task_loss"]
+    hard.backward()
+    wanted = {name: value + gradients(static_model)[name] for name, value in wanted.items()}
+    static_model.zero_grad()
+    found = loss([dict(each) for each in features], labels)
+    torch.testing.assert_close(found["distillation_loss"], expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["task_loss"].detach(), hard.detach(), rtol=1e-5, atol=1e-6)
+    sum(found.values()).backward()
+    torch.testing.assert_close(gradients(static_model), wanted, rtol=1e-3, atol=1e-4)
+    assert expected > 0.01 and max(value.abs().max() for value in wanted.values()) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["kl", "margin-mse"])
+def test_gradient_cached_and_in_matryoshka(bert_model, corpus, teacher, tmp_path, kind):
+    without_dropout(bert_model).train()
+    cache = EmbeddingCache.build(bert_model, corpus, tmp_path / "bert", progress=False)
+    settings = {
+        "negatives": NegativeSettings(4),
+        "distillation": DistillationSettings(teacher, kind, 0.5, 12.0),
+        "corrector": IdentityCorrector(cache.dim),
+    }
+    found = []
+    for make, own in (
+        (CorrectedMultipleNegativesLoss, {}),
+        (CachedCorrectedMultipleNegativesLoss, {"mini_batch_size": 3}),
+    ):
+        for wrap in (False, True):
+            model = copy.deepcopy(bert_model)
+            loss = make(model, corpus, cache, **copy.deepcopy(settings), **own)
+            loss = MatryoshkaLoss(model, loss, [32, 8], [1.0, 0.5]) if wrap else loss
+            features, labels = batch(model, corpus, range(10))
+            values = loss([{**each} for each in features], labels)
+            (sum(values.values()) / 2).backward()
+            found.append(({name: value.detach() for name, value in values.items()}, gradients(model)))
+    for plain, cached in (found[::2], found[1::2]):
+        torch.testing.assert_close(plain[0], cached[0])
+        assert gradient_difference(cached[1], plain[1]) < 1e-5 and plain[0]["distillation_loss"] > 0.01
+    assert found[1][0]["distillation_loss"] > found[0][0]["distillation_loss"], "one for each width"
+
+
+def test_a_query_that_the_teacher_does_not_know_has_its_hard_label_alone(static_model, corpus, cache, tmp_path):
+    some = corpus.pairs("train").select(range(5))
+    half = EmbeddingTeacher.build(
+        make_static_model(7), corpus, tmp_path / "half", some, dtype="float32", progress=False
+    )
+    whole = EmbeddingTeacher.build(
+        make_static_model(7), corpus, tmp_path / "whole", corpus.pairs("train"), dtype="float32", progress=False
+    )
+    features, labels = batch(static_model, corpus, range(10))
+    found = [
+        taught(static_model, corpus, cache, each)([dict(f) for f in features], labels)["distillation_loss"]
+        for each in (half, whole)
+    ]
+    first = taught(static_model, corpus, cache, whole)
+    soft = []
+    make = first.distillation.labels
+    first.distillation.labels = lambda *given: soft.append(make(*given)) or soft[-1]
+    first([dict(f) for f in features], labels)
+    assert 0 < found[0] < found[1] and (soft[0].weight == 1).all()
+    # Labels with rows alone: each of these rows is asked for by one query of the split, which is known by that.
+    by_row = taught(static_model, corpus, cache, whole)([dict(f) for f in features], labels[:, 0])
+    torch.testing.assert_close(by_row["distillation_loss"], found[1])
+
+
+def test_two_questions_with_one_answer_get_labels_of_their_own(static_model, tmp_path):
+    corpus = Corpus.from_texts([f"word{n} word{n + 1} word{n + 2}" for n in range(40)])
+    corpus.add_split("train", {"a": "word0 word1", "b": "word2 word9"}, {"a": ["0"], "b": ["0"]})
+    cache = EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)
+    pairs = corpus.pairs("train")
+    teacher = EmbeddingTeacher.build(make_static_model(7), corpus, tmp_path / "teacher", pairs, progress=False)
+    loss = taught(static_model, corpus, cache, teacher)
+    seen = []
+    make = loss.distillation.labels
+    loss.distillation.labels = lambda *given: seen.append(make(*given)) or seen[-1]
+    features, labels = batch(static_model, corpus, range(2))
+    loss([dict(f) for f in features], labels)
+    soft = seen[0]
+    assert (soft.weight == 1).all() and labels[0, 0] == labels[1, 0]
+    # Each has the shared positive in the column of its own, once.
+    assert torch.isfinite(soft.logits[0, 0]) and torch.isfinite(soft.logits[1, 1])
+    assert soft.logits[0, 1] == soft.logits[1, 0] == -torch.inf
+    assert not torch.allclose(soft.logits[0, 2:], soft.logits[1, 2:])
+    loss([dict(f) for f in features], labels[:, 0])
+    assert (seen[1].weight == 0).all(), "by the row alone they cannot be told apart"
+
+
+def test_evaluation_tells_of_both_terms(corpus, teacher, tmp_path):
+    data = corpus.pairs("train").select(range(64))
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=3, teacher_weight=0.5, teacher_scale=15.0)
+    trainer = CorrectorTrainer(
+        make_static_model(),
+        args,
+        corpus=corpus,
+        teacher=teacher,
+        eval_dataset=data,
+        train_dataset=corpus.pairs("train"),
+    )
+    trainer.train()
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluated) == 2 and evaluated[1]["eval_distillation_loss"] < evaluated[0]["eval_distillation_loss"]
+    for entry in evaluated:
+        assert entry["eval_loss"] == pytest.approx(entry["eval_task_loss"] + entry["eval_distillation_loss"], rel=1e-3)
+
+
+# ---------------------------------------------------------------------- trust
+
+
+def good_teacher(corpus, noise=0.0, known=None):
+    """One that has the labels in it: query and positive have the same vector, up to noise."""
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.randn(len(corpus), 32, generator=generator)
+    qrels = corpus.qrels("train")
+    rows = torch.tensor([int(qrels.rows_of(n)[0]) for n in range(len(qrels))])
+    queries = targets[rows] + noise * torch.randn(len(rows), 32, generator=generator)
+    some = slice(0, known)
+    return EmbeddingTeacher(targets, queries[some], qrels.keys[some])
+
+
+@pytest.fixture
+def many():
+    """600 targets and as many questions, of which 32 are held out."""
+    from conftest import make_texts
+
+    queries, texts = make_texts(600)
+    corpus = Corpus.from_texts(texts)
+    ids = [str(n) for n in range(600)]
+    corpus.add_split("train", dict(zip(ids, queries, strict=True)), {id: [id] for id in ids})
+    return corpus
+
+
+def trusting(corpus, teacher, folder, **settings):
+    args = arguments(folder, learning_rate=0.05, max_steps=45, save_steps=20, **settings)
+    return CorrectorTrainer(make_static_model(), args, corpus=corpus, teacher=teacher)
+
+
+def test_a_good_teacher_is_trusted_and_a_random_one_is_not(many, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="st_corrector")
+    found = {}
+    for name, noise in (("good", 0.2), ("random", 1e4)):
+        trainer = trusting(many, good_teacher(many, noise), tmp_path / name, logging_steps=5)
+        (loss,) = trainer._corrected_losses().values()
+        trainer.train()
+        found[name] = loss.distillation.trust.history
+        assert [step for step, _ in found[name]] == [0, 10, 20, 40]
+        logged = [entry for entry in trainer.state.log_history if "teacher_weight" in entry]
+        assert logged[-1]["teacher_weight"] == pytest.approx(loss.distillation.weight, abs=1e-5)
+        config = loss.get_config_dict()
+        assert config["teacher_mrr"] == found[name][-1][1].teacher_mrr and "teacher" in config
+    good, random = (dict(found[name]) for name in ("good", "random"))
+    assert good[0].teacher_mrr > 0.99 and good[0].weight == 1 and random[0].teacher_mrr < 0.05
+    assert all(each.weight == 0 for each in random.values()) and all(each.scale > 0 for each in good.values())
+    assert good[40].encoder_mrr > good[0].encoder_mrr + 0.02, "the encoder has learnt the held-out questions' kind"
+    messages = [record for record in caplog.records if "held-out training questions" in record.getMessage()]
+    assert {record.levelno for record in messages} == {logging.INFO, logging.WARNING}
+    assert "which is not at all" in next(m for m in messages if m.levelno == logging.WARNING).getMessage()
+
+
+def test_the_teacher_that_is_the_untrained_encoder_has_nothing_to_teach(many, tmp_path):
+    untrained = EmbeddingTeacher.build(
+        make_static_model(), many, tmp_path / "teacher", many.pairs("train"), dtype="float32", progress=False
+    )
+    trainer = trusting(many, untrained, tmp_path)
+    (loss,) = trainer._corrected_losses().values()
+    trainer.train()
+    first, *later = (found for _, found in loss.distillation.trust.history)
+    assert first.teacher_mrr == pytest.approx(first.encoder_mrr, abs=1e-6) and first.weight == 0
+    assert all(found.weight == 0 for found in later) and later[-1].encoder_mrr > later[-1].teacher_mrr + 0.01
+
+
+def test_what_the_trust_measures_is_the_rank_in_the_whole_corpus(many, static_model, tmp_path):
+    cache = EmbeddingCache.build(static_model, many, tmp_path / "cache", progress=False)
+    teacher = good_teacher(many, 1.5)
+    trust = TeacherTrust(teacher, many, many.qrels("train"))
+    loss = CorrectedMultipleNegativesLoss(static_model, many, cache, num_negatives=4)
+    found = trust.update(loss.corrected, loss.encode_queries)
+    held = trust.held_out
+    assert len(held.keys) == len(held.keys.unique()) == 32
+    sides = {
+        "encoder": (
+            static_model.encode_query(held.texts, convert_to_tensor=True),
+            static_model.encode_document(many.texts(range(600)), convert_to_tensor=True),
+        ),
+        "teacher": (teacher.queries[teacher._places(held.keys)[1]], teacher.targets[torch.arange(600)]),
+    }
+    for name, (queries, targets) in sides.items():
+        scores = F.normalize(queries, dim=-1) @ F.normalize(targets, dim=-1).T
+        ranks = (scores >= scores.gather(1, held.positives[:, None]) - 1e-6).sum(1)
+        expected = torch.where(ranks <= 10, 1 / ranks, 0.0).mean()
+        assert found.mrr[name] == pytest.approx(float(expected), abs=1e-3), name
+    assert 0.1 < found.teacher_mrr < 0.99
+
+
+def test_held_out_questions_teach_nothing(many, static_model, tmp_path):
+    cache = EmbeddingCache.build(static_model, many, tmp_path / "cache", progress=False)
+    loss = CorrectedMultipleNegativesLoss(static_model, many, cache, 4, "identity", good_teacher(many))
+    held = loss.distillation.trust.held_out
+    pairs = many.pairs("train")
+    keys = torch.tensor(pairs["label"])[:, 1]
+    rows = torch.isin(keys, held.keys).nonzero().flatten().tolist()
+    assert len(rows) == 32
+    features, labels = batch(static_model, many, rows[:8])
+    sum(loss(features, labels).values()).backward()
+    assert all(gradient.abs().max() == 0 for gradient in gradients(static_model).values())
+    features, labels = batch(static_model, many, [*rows[:4], *[n for n in range(20) if n not in rows][:4]])
+    sum(loss(features, labels).values()).backward()
+    assert max(gradient.abs().max() for gradient in gradients(static_model).values()) > 0
+
+
+def test_a_resumed_run_trusts_its_teacher_as_before(many, tmp_path):
+    whole = trusting(many, good_teacher(many, 0.5), tmp_path / "whole")
+    whole.train()
+    resumed = trusting(many, good_teacher(many, 0.5), tmp_path / "whole")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-20"))
+    (one,), (other,) = whole._corrected_losses().values(), resumed._corrected_losses().values()
+    assert one.distillation.trust.history == other.distillation.trust.history
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_a_teacher_that_cannot_be_judged_is_refused(many, static_model, tmp_path):
+    cache = EmbeddingCache.build(static_model, many, tmp_path / "cache", progress=False)
+    with pytest.raises(InputError, match=r"knows 20 questions .*takes 32"):
+        CorrectedMultipleNegativesLoss(static_model, many, cache, teacher=good_teacher(many, known=20))
+    plain = Corpus.from_texts(many.texts(range(600)))
+    with pytest.raises(InputError, match="or set teacher_weight and teacher_scale"):
+        CorrectedMultipleNegativesLoss(static_model, plain, cache, teacher=good_teacher(many))
+    with pytest.raises(InputError, match="distillation_loss must be 'kl' or 'margin-mse', got 'mse'"):
+        DistillationSettings(distillation_loss="mse")
+    with pytest.raises(InputError, match="teacher_scale must be positive"):
+        DistillationSettings(teacher_scale=0.0)
+    small = EmbeddingTeacher(torch.randn(5, 4), torch.randn(600, 4), many.qrels("train").keys)
+    with pytest.raises(InputError, match="of a corpus of 5 targets, this one has 600"):
+        CorrectedMultipleNegativesLoss(static_model, many, cache, teacher=small)
+    with pytest.raises(InputError, match="found out by the corrected corpus"):
+        CorrectedMultipleNegativesLoss(static_model, many, num_negatives=0, teacher=good_teacher(many))
+
+
+def test_the_likeliest_scale_is_that_of_the_scores():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(4000, 20, generator=generator) * 0.1
+    for scale in (5.0, 40.0):
+        positive = torch.distributions.Categorical(logits=scores * scale).sample()
+        first = scores.clone()
+        first[:, 0], first[torch.arange(4000), positive] = scores[torch.arange(4000), positive], scores[:, 0]
+        assert likeliest_scale(first) == pytest.approx(scale, rel=0.2)
+    ranks = reciprocal_ranks(torch.tensor([0.5, 0.5, 0.0]), torch.tensor([[0.4] * 10, [0.9] + [0.1] * 9, [0.1] * 10]))
+    assert ranks.tolist() == [1.0, 0.5, 0.0]
+
+
+# ---------------------------------------------------------------------- as a guide, and hardness
+
+
+def test_a_teacher_as_a_guide_masks_what_it_finds_more_relevant(static_model, corpus, cache, teacher):
+    features, labels = batch(static_model, corpus, range(10))
+    rules = FalseNegativeFilter(checks=(TeacherCheck(teacher, margin=0.1),))
+    loss = CorrectedMultipleNegativesLoss(
+        static_model, corpus, cache, negatives=NegativeSettings(6, false_negatives=rules)
+    )
+    queries = static_model(dict(features[0]))["sentence_embedding"].detach()
+    chosen = chosen_by(loss, queries, labels)
+    said = teacher.scores(labels[:, 1], torch.arange(200))
+    positive = said.gather(1, labels[:, :1])
+    for query in range(10):
+        rows = chosen[query][chosen[query] >= 0]
+        assert (said[query, rows] <= positive[query] - 0.1).all()
+    seen = []
+    inner = loss.calculate_loss
+    loss.calculate_loss = lambda reps, given, **how: seen.append(given) or inner(reps, given, **how)
+    loss(features, labels)
+    in_batch = seen[0].forbidden[:, :10]
+    expected = said[:, labels[:, 0]] > positive - 0.1
+    expected |= torch.stack([labels[:, 0] == label for label in labels[:, 0]])
+    expected.fill_diagonal_(False)
+    assert torch.equal(in_batch, expected) and 0 < expected.sum() < 80
+    assert loss.removed["teacher"] > 0
+
+
+@pytest.mark.parametrize("mode", ["in_batch_negatives", "hard_negatives", "all_negatives"])
+def test_hardness_counts_as_in_sentence_transformers(static_model, corpus, cache, mode):
+    """One hard negative for each query, all different: the same tuples for both."""
+    loss = CorrectedMultipleNegativesLoss(
+        static_model, corpus, cache, negatives=NegativeSettings(1, hardness_mode=mode, hardness_strength=5.0)
+    )
+    plain = CorrectedMultipleNegativesLoss(static_model, corpus, cache, num_negatives=1)
+    for first in range(0, 190):
+        features, labels = batch(static_model, corpus, range(first, first + 4))
+        queries = static_model(dict(features[0]))["sentence_embedding"].detach()
+        chosen = chosen_by(loss, queries, labels).flatten()
+        if len(torch.cat([chosen, labels[:, 0]]).unique()) == 8:
+            break
+    theirs = MultipleNegativesRankingLoss(static_model, hardness_mode=mode, hardness_strength=5.0)
+    columns = [*features, static_model.preprocess(corpus.texts(chosen.tolist()))]
+    expected = theirs([dict(each) for each in columns], None)
+    found = loss([dict(each) for each in features], labels)["task_loss"]
+    torch.testing.assert_close(found.detach(), expected.detach(), rtol=1e-4, atol=1e-5)
+    assert not torch.isclose(found, plain([dict(each) for each in features], labels)["task_loss"])
+    static_model.zero_grad()
+    expected.backward()
+    wanted = gradients(static_model)
+    static_model.zero_grad()
+    found.backward()
+    torch.testing.assert_close(gradients(static_model), wanted, rtol=1e-3, atol=1e-5)
+    assert max(value.abs().max() for value in wanted.values()) > 0.1
+    with pytest.raises(InputError, match="set both"):
+        NegativeSettings(hardness_mode=mode)
+    with pytest.raises(InputError, match="set both"):
+        NegativeSettings(hardness_strength=2.0)
+
+
+def test_batch_of_is_a_batch_by_rows_alone(static_model, corpus):
+    assert batch_of(static_model, corpus, range(3))[1].tolist() == [0, 1, 2]
