@@ -32,7 +32,7 @@ class DistillationSettings:
             difference of their margins between the positive and each candidate (`Hofstätter et al. 2020
             <https://arxiv.org/abs/2010.02666>`_).
         teacher_weight: α, by which this is multiplied beside the hard label. By default it is found out as the run
-            goes (:class:`.TeacherTrust`): 1 for a teacher that ranks held-out training questions much better than the
+            goes (:class:`.TeacherTrust`): 4 for a teacher that ranks held-out training questions much better than the
             encoder, 0 for one that ranks them no better.
         teacher_scale: τ, by which the teacher's scores are multiplied in its softmax. By default half of the
             likeliest one for the same questions.

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 _HELD_OUT = 1 / 32  # of the training questions
 _MOST, _FEWEST = 512, 32  # held-out questions
 _FIRST = 10  # steps until it is measured for the second time; then after twice as many, and so on
-_FULL = 0.10  # MRR by which a teacher must be ahead to count fully
+_FULL = 0.20  # MRR by which a teacher must be ahead to count fully
+_MOST_WEIGHT = 4.0  # of a teacher that counts fully: the hard label is a fifth then
 _SOFTENED = 0.5  # of the likeliest scale is taken: what else is relevant is told by softer labels
 _CANDIDATES = 32  # targets that the encoder confuses with each positive, by which the scale is found
 RANKED = 10
@@ -153,7 +154,9 @@ class TeacherTrust:
         # By how much at least, as far as so few questions can tell: one standard error less than the mean.
         difference = of_teacher - of_encoder
         ahead = float(difference.mean() - difference.std() / len(difference) ** 0.5)
-        return Judgement(float(of_teacher.mean()), float(of_encoder.mean()), scale, min(1.0, max(0.0, ahead / _FULL)))
+        # Squared, so that a teacher that is hardly ahead hardly counts.
+        weight = _MOST_WEIGHT * min(1.0, max(0.0, ahead / _FULL)) ** 2
+        return Judgement(float(of_teacher.mean()), float(of_encoder.mean()), scale, weight)
 
 
 def likeliest_scale(scores: Tensor) -> float:

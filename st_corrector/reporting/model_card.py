@@ -160,6 +160,7 @@ class _Described:
     corrector: str
     negatives: str
     filters: str
+    labels: str | None
     refresh: str
     encoded: str
     extra: str
@@ -181,6 +182,7 @@ class _Described:
             corrector=_corrector(loss),
             negatives=_negatives(settings),
             filters=_filters(loss),
+            labels=None if loss.labels is None else _cell(loss.labels),
             refresh=_refresh(loss, record),
             encoded=f"{counts.get('targets_encoded', 0):,} targets, positives and negatives",
             extra=f"{extra:,} targets{share}",

@@ -97,6 +97,20 @@ class LossRecord:
     diverged: bool = False
     examples: list[Example] = field(default_factory=list)
 
+    @property
+    def labels(self) -> str | None:
+        """Whose labels there were beside the hard ones, how far they were trusted in the end, and why; None without a
+        teacher.
+        """
+        teacher, weight, scale = (self.settings.get(name) for name in ("teacher", "teacher_weight", "teacher_scale"))
+        if teacher is None or weight is None or scale is None:
+            return None
+        said = f"hard ones, and those of {teacher} with weight {weight:.2g} and scale {scale:.3g}"
+        theirs, ours = self.settings.get("teacher_mrr"), self.settings.get("encoder_mrr")
+        if theirs is None or ours is None:
+            return f"{said}, as they were set"
+        return f"{said}, found out on held-out training questions: MRR@10 {theirs:.3f}, the encoder's {ours:.3f}"
+
 
 @dataclass
 class RunRecord:

@@ -137,7 +137,8 @@ def _loss_facts(loss: LossRecord) -> Facts:
             ("Negatives", taken),
             ("Diverged", "yes: the corrector was given up" if loss.diverged else "no"),
         ]
-    return [("Corpus", corpus if targets is None else f"{corpus}, {targets:,} targets"), *chosen]
+    labels = [] if loss.labels is None else [("Labels", loss.labels)]
+    return [("Corpus", corpus if targets is None else f"{corpus}, {targets:,} targets"), *chosen, *labels]
 
 
 def _evaluation(record: RunRecord) -> _Evaluation | None:

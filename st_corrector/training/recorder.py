@@ -119,6 +119,8 @@ class Recorder(TrainerCallback):
                 "targets_verified": loss.targets_verified,
                 "targets_reencoded": loss.corrected.targets_reencoded if loss.has_corrected else 0,
             }
+            if loss.distillation is not None:  # how far the teacher is trusted now
+                of_loss.settings |= loss.distillation.describe()
             of_loss.removed, of_loss.diverged = dict(loss.removed), loss.has_corrected and loss.corrected.diverged
         return record
 

@@ -285,7 +285,7 @@ def test_a_good_teacher_is_trusted_and_a_random_one_is_not(many, tmp_path, caplo
         config = loss.get_config_dict()
         assert config["teacher_mrr"] == found[name][-1][1].teacher_mrr and "teacher" in config
     good, random = (dict(found[name]) for name in ("good", "random"))
-    assert good[0].teacher_mrr > 0.99 and good[0].weight == 1 and random[0].teacher_mrr < 0.05
+    assert good[0].teacher_mrr > 0.99 and good[0].weight == 4 and random[0].teacher_mrr < 0.05
     assert all(each.weight == 0 for each in random.values()) and all(each.scale > 0 for each in good.values())
     assert good[40].encoder_mrr > good[0].encoder_mrr + 0.02, "the encoder has learnt the held-out questions' kind"
     messages = [record for record in caplog.records if "held-out training questions" in record.getMessage()]

@@ -1,5 +1,6 @@
 """The record of a run, and what is made of it: model cards, comparisons, what loggers are told."""
 
+import html
 import json
 import re
 import shutil
@@ -14,10 +15,18 @@ from support.labels import rows_in
 from support.runs import trainer_of
 from transformers import TrainerCallback
 
-from st_corrector import Corpus, CorpusRetrievalEvaluator, CorrectorTrainer, InputError, RidgeCorrector
+from st_corrector import (
+    Corpus,
+    CorpusRetrievalEvaluator,
+    CorrectorTrainer,
+    EmbeddingTeacher,
+    InputError,
+    RidgeCorrector,
+)
 from st_corrector.cli import main
 from st_corrector.reporting.model_card import negatives_section, update_card
 from st_corrector.reporting.record import FILE, RunRecord
+from st_corrector.reporting.report import write_report
 
 
 @pytest.fixture
@@ -327,3 +336,29 @@ def test_a_record_that_is_none(tmp_path, judged):
             RunRecord.load(tmp_path / "copy")
     shutil.copy(tmp_path / "run" / FILE, tmp_path / "copy" / FILE)
     assert RunRecord.load(tmp_path / "copy") == RunRecord.load(tmp_path / "run")
+
+
+# ---------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize("fixed", [{}, {"teacher_weight": 0.5, "teacher_scale": 12.0}])
+def test_card_and_report_say_how_far_a_teacher_was_trusted_and_why(judged, tmp_path, fixed):
+    pairs = judged.pairs("train")
+    teacher = EmbeddingTeacher.build(make_static_model(7), judged, tmp_path / "teacher", pairs, progress=False)
+    args = trainer_of(judged, tmp_path / "run", eval_strategy="no", **fixed).args
+    trainer = CorrectorTrainer(make_static_model(), args, corpus=judged, teacher=teacher)
+    trainer.train()
+    record = RunRecord.load(tmp_path / "run")
+    (loss,) = record.losses.values()
+    card = negatives_section(record)
+    page = write_report(record, tmp_path / "report.html").read_text(encoding="utf-8")
+    for text in (card, html.unescape(page)):
+        assert f"hard ones, and those of {teacher!r}" in text
+        if fixed:
+            assert "with weight 0.5 and scale 12, as they were set" in text
+        else:
+            found = trainer._corrected_losses()[""].distillation.trust.judgement
+            assert f"held-out training questions: MRR@10 {found.teacher_mrr:.3f}, the encoder's" in text
+    assert loss.labels is not None
+    plain = trained(judged, tmp_path / "plain", eval_strategy="no")
+    assert "| Labels |" not in negatives_section(plain) and "| Labels |" in card
