@@ -5,9 +5,11 @@
     python recipes/quickstart.py --packages torch transformers
 
 The targets are the functions and classes of the environment's packages (name, signature and body, docstrings
-left out), the queries the first paragraphs of their docstrings. It trains a small encoder twice from the same
-weights, with in-batch negatives and with corrected negatives from all targets, compares the two on docstrings that
-were held out, and then answers questions with the functions it finds.
+left out), the queries the first paragraphs of some of their docstrings. It trains a small encoder several times from
+the same weights: with in-batch negatives; with corrected negatives from all targets; with the corpus's own pairs (a
+function's name, in words, and the function) in every batch besides; and with a teacher's labels as well, the model
+whose token vectors the encoder began with. It compares them on docstrings that were held out, whatever comes out, and
+then answers questions with the functions that the last one finds.
 """
 
 from __future__ import annotations
@@ -50,6 +52,13 @@ QUESTIONS = (
     "check whether a path exists",
 )
 METRICS = ("mrr@10", "ndcg@10", "recall@1", "recall@5", "recall@20", "recall@100")
+RUNS = (  # what is trained with: its name, the strategy, whether with own pairs, whether with a teacher
+    ("in-batch negatives", "in-batch", False, False),
+    ("corrected negatives", "corrected", False, False),
+    ("corrected, own pairs", "corrected", True, False),
+    ("corrected, own pairs, teacher", "corrected", True, True),
+)
+_TEACHER_TOKENS = 64
 _MAX_LINES = 40
 _SKIPPED_FOLDERS = {"tests", "test", "testing", "_vendor", "vendored", "__pycache__"}
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -132,13 +141,13 @@ def installed_functions(packages: list[str] | None = None, limit: int | None = N
     return found
 
 
-def code_corpus(functions: list[Function], dev: int) -> Corpus:
-    """All functions as targets; the summaries as queries, ``dev`` of them held out."""
+def code_corpus(functions: list[Function], train: int, dev: int) -> Corpus:
+    """All functions as targets, their names in words as titles; some summaries as queries, to train and to evaluate."""
     ids = [str(number) for number in range(len(functions))]
     titles = [_words(function.name.rpartition(".")[2]) for function in functions]
     corpus = Corpus.from_texts([function.code for function in functions], ids=ids, titles=titles)
     shuffled = random.Random(0).sample(ids, len(ids))
-    for split, members in (("dev", shuffled[:dev]), ("train", shuffled[dev:])):
+    for split, members in (("dev", shuffled[:dev]), ("train", shuffled[dev : dev + train])):
         queries = {id: functions[int(id)].summary for id in members}
         corpus.add_split(split, queries, {id: [id] for id in members})
     return corpus
@@ -172,8 +181,13 @@ def main() -> None:
     parser.add_argument("--num_negatives", type=int, default=16)
     parser.add_argument("--corrector", default="mlp")
     parser.add_argument("--packages", nargs="+", help="top-level packages to search; by default all that are installed")
-    parser.add_argument("--limit", type=int, default=50_000, help="at most N functions, a fixed random choice")
-    parser.add_argument("--dev", type=int, default=1_500, help="docstrings that are held out")
+    parser.add_argument("--limit", type=int, default=20_000, help="at most N functions, a fixed random choice")
+    parser.add_argument("--train", type=int, default=3_000, help="docstrings that are trained on")
+    parser.add_argument("--dev", type=int, default=1_000, help="docstrings that are held out")
+    parser.add_argument("--own_pairs_share", type=float, default=0.36, help="of every batch, where there are own pairs")
+    parser.add_argument(
+        "--no_teacher", action="store_true", help="leave out the run with a teacher, which takes longest"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -181,16 +195,19 @@ def main() -> None:
     functions = installed_functions(args.packages, args.limit)
     if len(functions) <= args.dev:
         parser.error(f"{len(functions)} documented functions found in {args.packages or 'the environment'}: too few")
-    corpus = code_corpus(functions, args.dev)
+    corpus = code_corpus(functions, args.train, args.dev)
     print(f"{corpus}, collected in {time.perf_counter() - started:.0f} s")
     evaluator = CorpusRetrievalEvaluator(corpus, "dev")
     rows, before = {}, None
     with tempfile.TemporaryDirectory() as folder:
-        for strategy in ("in-batch", "corrected"):
+        for name, strategy, share, is_taught in RUNS[: len(RUNS) - args.no_teacher]:
             set_seed(args.seed)
             model = static_encoder(args.model or default_model(), args.seed)
+            teacher = SentenceTransformer(args.model or default_model()) if is_taught else None
+            if teacher is not None:
+                teacher.max_seq_length = _TEACHER_TOKENS
             training = CorrectorTrainingArguments(
-                output_dir=str(Path(folder) / strategy),
+                output_dir=str(Path(folder) / name),
                 max_steps=args.steps,
                 per_device_train_batch_size=args.batch_size,
                 learning_rate=args.learning_rate,
@@ -199,6 +216,7 @@ def main() -> None:
                 corrector=args.corrector,
                 num_negatives=args.num_negatives,
                 write_back=strategy == "corrected",
+                own_pairs_share=args.own_pairs_share if share else 0.0,
                 seed=args.seed,
                 logging_steps=50,
                 save_strategy="no",
@@ -206,18 +224,19 @@ def main() -> None:
                 disable_tqdm=not sys.stderr.isatty(),
                 dataloader_pin_memory=torch.cuda.is_available(),
             )
-            print(f"\nTraining with {strategy} negatives …", flush=True)
+            print(f"\nTraining with {name} …", flush=True)
             results = train(
                 model,
                 corpus,
                 training,
                 strategy,
                 Path(folder) / "cache",
+                teacher=teacher,
                 evaluator=evaluator,
                 before=before,
             )
             before = results["before"]
-            rows |= {"before": before, f"after, {strategy} negatives": results["after"]}
+            rows |= {"before": before, name: results["after"]}
             print(f"{results['seconds']['train']:.0f} s, {results['targets_encoded']:,} targets encoded")
         print(f"\nHeld-out docstrings, all {len(corpus):,} functions and classes searched:\n\n{table(rows, METRICS)}")
         answer(model, corpus, functions, args.questions, Path(folder) / "answers")
