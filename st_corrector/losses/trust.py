@@ -116,7 +116,9 @@ class TeacherTrust:
     def update(self, corrected: CorrectedCorpus, encode_queries: Callable[[list[str]], Tensor]) -> Judgement:
         """The comparison that holds at this step, made now if its time has come; in step in all processes."""
         if not self.history or corrected.steps >= max(_FIRST, 2 * self.history[-1][0]):
-            found = self._compare(corrected, encode_queries(self.held_out.texts))
+            # The search takes the same queries in all processes, whose GPUs may round differently.
+            queries = corrected.processes.broadcast(encode_queries(self.held_out.texts))
+            found = self._compare(corrected, queries)
             self.history.append((corrected.steps, found))
             log = logger.warning if found.teacher_mrr <= found.encoder_mrr else logger.info
             log(

@@ -63,7 +63,6 @@ CASES: dict[str, dict] = {
     "taught": {},
     "taught by margins, gradient cache": {
         **{"distillation_loss": "margin-mse", "teacher_weight": 0.5, "teacher_scale": 12.0, "mini_batch_size": 3},
-        **{"eval_strategy": "steps", "eval_steps": 5},
     },
     "own pairs, taught": {"own_pairs_share": 0.25, "teacher_weight": 1.0, "teacher_scale": 12.0},
 }
@@ -156,8 +155,6 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
     watched: dict[str, Any] = {"callbacks": callbacks}
     if case == "evaluated":
         watched["evaluator"] = CorpusRetrievalEvaluator(corpus, "train")
-    elif "eval_steps" in CASES[case]:
-        watched["eval_dataset"] = corpus.pairs("train").select(range(40))
     if "taught" in case:
         pairs = [corpus.pairs("train")]
         if training.own_pairs_share:
