@@ -121,8 +121,8 @@ def check_labels(
     """
     if labels is None:
         raise InputError(
-            "The dataset has no 'label' column. It must hold the corpus row of each positive; "
-            "corpus.pairs(split) gives such a dataset, corpus.rows_of(ids) the rows of ids."
+            "The dataset has no 'label' column. It must hold the corpus row of each positive, and should hold the key "
+            "of its query; corpus.pairs(split) gives such a dataset, corpus.labels(ids, queries) such a column."
         )
     integers = not (labels.is_floating_point() or labels.dtype == torch.bool)
     if not integers or not (labels.ndim == 1 or (labels.ndim == 2 and labels.shape[1] == 2)):

@@ -91,22 +91,23 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             earlier: settings as they were given before there were ``negatives`` and ``correction``; deprecated.
 
         Requirements:
-            1. (anchor, positive) pairs with an integer ``label`` column: the positive's corpus row, not its id
-               (``corpus.rows_of(ids)``). ``corpus.pairs("train")`` is such a dataset.
+            1. (anchor, positive) pairs with a ``label`` column: ``[row, key]``, the positive's corpus row and the
+               query's key (``corpus.labels(ids, anchors)``). ``corpus.pairs("train")`` is such a dataset. Rows alone
+               (``corpus.rows_of(ids)``) will do; then queries that share a positive cannot be told apart.
             2. A cache of the same corpus, by a model with the same tokenizer, prompt, pooling and maximum length.
 
         Inputs:
-            +--------------------------+----------------------------+
-            | Inputs                   | Labels                     |
-            +==========================+============================+
-            | (anchor, positive) pairs | corpus row of the positive |
-            +--------------------------+----------------------------+
+            +--------------------------+---------------------------------------------------------------+
+            | Inputs                   | Labels                                                        |
+            +==========================+===============================================================+
+            | (anchor, positive) pairs | corpus row of the positive, or [corpus row, key of the query] |
+            +--------------------------+---------------------------------------------------------------+
 
         Returns:
-            In training ``{"task_loss", "correction_loss"}``. The trainer logs both, and their sum as ``loss``.
-            ``correction_loss`` carries no gradient; correctors that learn nothing leave it out. Under
-            ``torch.no_grad()``, as in evaluation, only ``{"task_loss"}`` with in-batch negatives: nothing is selected
-            and nothing learnt.
+            In training ``{"task_loss", "correction_loss"}``, and with a teacher ``"distillation_loss"``. The trainer
+            logs all, and their sum as ``loss``. ``correction_loss`` carries no gradient; correctors that learn nothing
+            leave it out. Under ``torch.no_grad()``, as in evaluation, the others alone, with in-batch negatives:
+            nothing is selected and nothing learnt.
 
         With several processes (``accelerate launch``) a batch is that of all of them: each holds and searches a part of
         the cache for all queries, encodes its share of the batch's negatives, and all see every candidate, with
@@ -120,6 +121,9 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             - On a GPU that has room for it, pass ``cache.to("cuda")``: the search is memory-bound.
 
         Relations:
+            - With a teacher its other term is that of
+              :class:`~sentence_transformers.sentence_transformer.losses.DistillKLDivLoss` (or ``MarginMSELoss``) over
+              all of the step's candidates.
             - With ``num_negatives=0`` it is :class:`MultipleNegativesRankingLoss`, with known positives and
               duplicates masked out.
             - With ``CorrectionSettings("identity", write_back=False)`` negatives are chosen by the cache as it was
@@ -242,12 +246,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         left_out = not_offered(batch, negative_rows, selection, self.negatives)
         candidates = candidates_of(batch, negative_rows, selection, left_out, fresh, counts, self.negatives)
         if self.distillation is not None:
-            if self.has_corrected:
-                self.distillation.begin_step(self.corrected, self.encode_queries)
-            columns_rows, mine = torch.cat([batch.rows, negative_rows]), batch.keys[batch.mine]
-            soft = self.distillation.labels(mine, columns_rows, left_out, candidates.target)
-            candidates = candidates._replace(soft=soft, held_out=self.distillation.held_out(mine))
-            self.metrics.add(teacher_weight=self.distillation.weight, teacher_scale=self.distillation.scale)
+            candidates = self._taught(self.distillation, candidates, batch, negative_rows, left_out)
         terms = self._named(self._finite_loss(columns, candidates))
         terms["task_loss"] = self._connected(terms["task_loss"], columns)
         if not (self.has_corrected and self.negatives.num_negatives):
@@ -368,6 +367,18 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             negatives = self.processes.gather(self.similarity.comparable(column.embeddings)[: len(share)], shares)
         return column, shares, require_finite(negatives, "negatives", rows)
 
+    def _taught(
+        self, distillation: Distillation, candidates: Candidates, batch: Batch, negative_rows: Tensor, left_out: Tensor
+    ) -> Candidates:
+        """The candidates with the teacher's labels, and without questions by which the teacher is judged."""
+        with self._timed("teach"):
+            if self.has_corrected:
+                distillation.begin_step(self.corrected, self.encode_queries)
+            rows, keys = torch.cat([batch.rows, negative_rows]), batch.keys[batch.mine]
+            soft = distillation.labels(keys, rows, left_out, candidates.target)
+        self.metrics.add(teacher_weight=distillation.weight, teacher_scale=distillation.scale)
+        return candidates._replace(soft=soft, held_out=distillation.held_out(keys))
+
     def _finite_loss(self, columns: list[Column], candidates: Candidates) -> Tensor:
         """The loss, back-propagated as far as the columns' pieces."""
         loss = self.calculate_loss([each.pieces for each in columns], candidates, with_backward=True)
@@ -455,13 +466,14 @@ class CorrectedMultipleNegativesLoss(nn.Module):
           ``harder_than_positive``, the share of them that score higher;
         - ``pull_back_residual`` and ``pull_back_damped`` (:class:`PullBack`);
         - ``recall``, of what an exact search selects, as last measured, with ``shortlist``;
-        - ``removed_by_<rule>``, candidates that a rule on false negatives removed in a step.
+        - ``removed_by_<rule>``, candidates that a rule on false negatives removed in a step;
+        - ``bytes_exchanged``, what the other processes have sent to this one in a step;
+        - ``teacher_weight`` and ``teacher_scale``, how far a teacher is trusted;
+        - ``task_loss_own_pairs`` and ``task_loss_split_pairs``, where a batch has own pairs;
 
-        - ``bytes_exchanged``, what the other processes have sent to this one in a step.
-
-        Sums over the steps: ``seconds_encode``, ``seconds_exchange``, ``seconds_select`` and ``seconds_correct`` of the
-        forward pass. Totals
-        since the start: ``targets_encoded``, ``targets_verified``, ``targets_reencoded``.
+        Sums over the steps: ``seconds_encode``, ``seconds_exchange``, ``seconds_select``, ``seconds_teach`` and
+        ``seconds_correct`` of the forward pass. Totals since the start: ``targets_encoded``, ``targets_verified``,
+        ``targets_reencoded``.
         """
         if not self.has_corrected:
             return {}
