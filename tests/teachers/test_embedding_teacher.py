@@ -161,3 +161,26 @@ def test_one_answer_to_many_questions_is_scored_for_each(tmp_path):
     both = concatenate_datasets([pairs, pairs])
     again = EmbeddingTeacher.build(model, corpus, tmp_path / "teacher", both, dtype="float32", progress=False)
     assert len(again.queries) == 20, "each question is embedded once"
+
+
+def test_own_questions_are_embedded_apart_and_data_sets_need_not_be_alike(corpus, tmp_path, monkeypatch):
+    queries, texts = corpus.pairs("train")["anchor"], corpus.texts(range(200))
+    titled = Corpus.from_texts(texts, titles=[f"word{n} word{n + 1}" for n in range(200)])
+    titled.add_split("train", {str(n): queries[n] for n in range(50)}, {str(n): [str(n)] for n in range(50)})
+    model, pairs = make_static_model(3), titled.pairs("train")
+    EmbeddingTeacher.build(model, titled, tmp_path / "teacher", [pairs, titled.own_pairs(30)], progress=False)
+    others = titled.own_pairs(40, seed=1).add_column("more", ["text"] * 40)
+    encoded = []
+    call = type(model).forward
+    monkeypatch.setattr(
+        type(model),
+        "forward",
+        lambda self, inputs, **kw: encoded.append(len(inputs["offsets"])) or call(self, inputs, **kw),
+    )
+    teacher = EmbeddingTeacher.build(model, titled, tmp_path / "teacher", [others, pairs], progress=False)
+    assert sum(encoded) == 3 + 40, "the new own questions alone, and one text each to learn the width"
+    keys = torch.tensor([*pairs["label"][:], *others["label"][:]])[:, 1]
+    assert len(teacher.queries) == 90 and teacher.knows(keys).all()
+    asked = [*pairs["anchor"][:], *others["anchor"][:]]
+    expected = model.similarity(model.encode_query(asked), model.encode_document(titled.texts(range(9))))
+    torch.testing.assert_close(teacher.scores(keys, torch.arange(9)), expected, atol=2e-2, rtol=2e-2)
