@@ -60,7 +60,8 @@ CASES: dict[str, dict] = {
     },
     "adapters": {},
     "a query that breaks the encoder": {"non_finite": "skip"},
-    "taught": {},
+    "taught, accumulated": {"gradient_accumulation_steps": 2},
+    "taught, adapters": {"teacher_weight": 2.0, "teacher_scale": 12.0},
     "taught by margins, gradient cache": {
         **{"distillation_loss": "margin-mse", "teacher_weight": 0.5, "teacher_scale": 12.0, "mini_batch_size": 3},
     },
@@ -71,6 +72,7 @@ TRANSFORMERS = (
     "two towers, gradient cache",
     "adapters",
     "taught by margins, gradient cache",
+    "taught, adapters",
 )
 """Cases whose encoders are transformers; the others' are static."""
 
@@ -122,7 +124,7 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
         cache_path=str(folder / "cache"),
         per_device_train_batch_size=args.batch_size // int(os.environ.get("WORLD_SIZE", 1)),
         max_steps=args.steps,
-        learning_rate={"adapters": 5e-3}.get(case, 1e-3 if transformer else 0.02),
+        learning_rate=5e-3 if "adapters" in case else 1e-3 if transformer else 0.02,
         lr_scheduler_type="constant",
         logging_steps=1,
         save_strategy="steps" if args.save_every else "no",
@@ -183,7 +185,7 @@ def encoder(folder: Path, case: str) -> SentenceTransformer:
     model = load_bert_model(folder / "bert-right")
     if "router_mapping" in CASES[case]:
         model = router_of(model, load_bert_model(folder / "bert-right"))
-    if case == "adapters":
+    if "adapters" in case:
         from peft import LoraConfig, TaskType
 
         torch.manual_seed(0)
