@@ -15,7 +15,8 @@ ONE    := OMP_NUM_THREADS=1
 NQ     ?= ../shared/data/nq
 PRESET ?= cpu
 # A smoke test's figures are no results.
-RESULTS = $(or $(if $(filter smoke,$(PRESET)),outputs/smoke-results),$(if $(filter gpu,$(PRESET)),$(GPU_RESULTS)/study),benchmarks/results)
+RESULTS = $(or $(if $(filter smoke,$(PRESET)),outputs/smoke-results),$(if $(filter gpu,$(PRESET)),$(GPU_RESULTS)/study),\
+          $(if $(filter labels,$(PRESET)),benchmarks/results/labels),benchmarks/results)
 GPU_RESULTS := benchmarks/results/gpu
 # Runs of the study side by side on a GPU, and after how many minutes no further one is started (if anything).
 AT_ONCE ?= 4
@@ -46,15 +47,16 @@ test-gpu: $(VENV)/.installed  ## the tests that need a GPU
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: $(VENV)/.installed  ## the study on NQ=<BEIR folder>, PRESET=smoke|cpu|gpu; finished runs are kept
+bench: $(VENV)/.installed  ## the study on NQ=<BEIR folder>, PRESET=smoke|cpu|labels|gpu; finished runs are kept
 	$(BIN)/python benchmarks/strategies.py --dataset $(NQ) --preset $(PRESET) --results $(RESULTS)
-	$(BIN)/python benchmarks/report.py --results $(RESULTS)
+	$(BIN)/python benchmarks/$(if $(filter labels,$(PRESET)),labels_report.py,report.py) --results $(RESULTS)
 
 report: $(VENV)/.installed  ## the report of committed results, from their JSON
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/selection_report.py
 	$(BIN)/python benchmarks/step_report.py
 	$(BIN)/python benchmarks/reliability_report.py
+	$(BIN)/python benchmarks/labels_report.py
 	test ! -d $(GPU_RESULTS)/study || $(BIN)/python benchmarks/report.py --results $(GPU_RESULTS)/study
 
 bench-selection: $(VENV)/.installed  ## what a search costs, at every size; finished settings are kept
