@@ -84,12 +84,13 @@ def page(folder: Path) -> str:
         parts += [
             "## How the settings were chosen",
             "On 1,000 of the training questions, held out (`--hold_out 1000`), at high coverage; nothing above is "
-            "measured on them.",
+            "measured on them. `teacher` is the default, whose weight and scale are found out as the run goes; the "
+            "others of a teacher have theirs set.",
             choices(runs),
             trusted(runs),
         ]
     everything = {f"{regime} {name}": group for regime, runs in regimes.items() for name, group in runs.items()}
-    parts += ["## Where", machine(everything)]
+    parts += [f"Computed in {machine(everything).removeprefix(', ')}."]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
