@@ -6,6 +6,7 @@ python benchmarks/labels_report.py
 from __future__ import annotations
 
 import argparse
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -64,6 +65,17 @@ def trusted(runs: dict[str, list[dict]]) -> str:
     return "\n".join(rows) if len(rows) > 2 else ""
 
 
+def cost(found: dict) -> str:
+    """A step with a teacher beside one without, and building it beside encoding as many texts."""
+    return (
+        f"A step of all-MiniLM-L6-v2 ({found['batch']}) among {found['targets']:,} targets takes "
+        f"{found['seconds_without']:.2f} s without a teacher and {found['seconds_with']:.2f} s with one "
+        f"({found['teacher']}): {found['ratio_per_text']:.3f} times as long for each text that is encoded, in the "
+        f"median of {len(found['ratios'])} turns. Building it takes {found['build']['ratio']:.2f} times as long as "
+        f"`encode_document` of as many texts. `{found['command']}`"
+    )
+
+
 def page(folder: Path) -> str:
     regimes: dict[str, dict[str, list[dict]]] = defaultdict(dict)
     for path in sorted(folder.iterdir()):
@@ -89,6 +101,8 @@ def page(folder: Path) -> str:
             choices(runs),
             trusted(runs),
         ]
+    if (path := folder / "cost.json").exists():
+        parts += ["## What a teacher costs", cost(json.loads(path.read_text(encoding="utf-8")))]
     everything = {f"{regime} {name}": group for regime, runs in regimes.items() for name, group in runs.items()}
     parts += [f"Computed in {machine(everything).removeprefix(', ')}."]
     return "\n\n".join(filter(None, parts)) + "\n"
