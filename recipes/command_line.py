@@ -186,8 +186,12 @@ def parse_arguments(
         parser.error("--from_scratch is for transformers: the static encoder is made of pretrained token vectors")
     if recipe.lora_r is not None and (recipe.encoder == "static" or recipe.lora_r < 1):
         parser.error("--lora_r is the rank of a transformer's adapter: at least 1, and not with static")
-    if recipe.teacher_model is not None and not strategy.chooses and training.teacher_weight is None:
-        parser.error("--teacher_weight is found out by the negatives from the corpus: here it must be given")
+    if (
+        recipe.teacher_model is not None
+        and not strategy.chooses
+        and None in (training.teacher_weight, training.teacher_scale)
+    ):
+        parser.error("what --teacher_weight and --teacher_scale should be is found out by the corpus: here give both")
     if recipe.num_layers is not None and (recipe.encoder == "static" or recipe.num_layers < 1):
         parser.error("--num_layers is how many layers of a transformer are kept: at least 1, and not with static")
     if not strategy.chooses:

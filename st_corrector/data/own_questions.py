@@ -115,6 +115,8 @@ class OwnQuestions:
             count: how many at most.
             seed: of the order; the first ones are the same for every ``count``.
         """
+        if count == 0:
+            return np.empty(0, dtype=np.int64), []
         eligible = np.setdiff1d(np.flatnonzero(self.keys != UNKNOWN), answered)
         rows = np.random.default_rng(seed).permutation(eligible)
         kept: list[int] = []

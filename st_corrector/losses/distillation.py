@@ -191,7 +191,10 @@ class Distillation:
         """Take over what :meth:`state` gave, if the checkpoint is of a run with a teacher."""
         if state is None:
             return
-        self.weight, self.scale = state["weight"], state["scale"]
+        if self.settings.teacher_weight is None:
+            self.weight = state["weight"]
+        if self.settings.teacher_scale is None:
+            self.scale = state["scale"]
         if self.trust is not None:
             self.trust.load_history([(step, Judgement(*found)) for step, *found in state["history"]])
 

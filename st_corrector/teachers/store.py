@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from ..errors import StorageError, TeacherError
 from ..storage.files import make_folder
@@ -54,7 +55,9 @@ class ScoreStore:
     def _open(self) -> sqlite3.Connection:
         try:
             connection = sqlite3.connect(self.path or ":memory:", timeout=_WAIT, isolation_level=None)
-            found = _begun(connection, self.identity)
+            # Changing to WAL does not wait for others: processes that begin a file together take turns.
+            with nullcontext() if self.path is None else FileLock(f"{self.path}.lock", timeout=_WAIT):
+                found = _begun(connection, self.identity)
         except sqlite3.OperationalError as error:
             raise StorageError(f"{self.path}: the scores cannot be kept there ({error}).") from error
         except sqlite3.DatabaseError as error:
