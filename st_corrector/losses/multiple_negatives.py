@@ -182,7 +182,9 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         self.distillation: Distillation | None = None
         """Compares with a teacher's labels, if there is one."""
         if taught.teacher is not None:
-            self.distillation = Distillation(taught, corpus, self._qrels, cache is not None)
+            self.distillation = Distillation(
+                taught, corpus, self._qrels, cache is not None and self.negatives.num_negatives > 0
+            )
         self._objective = Objective(self.scale, self.negatives.hardness_strength, self.distillation, self.metrics)
         if self.negatives.num_negatives and split is not None and not corpus.splits:
             logger.warning(

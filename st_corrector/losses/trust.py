@@ -46,7 +46,7 @@ class HeldOut(NamedTuple):
 
     @classmethod
     def choose(cls, corpus: Corpus, qrels: Qrels, teacher: Teacher) -> HeldOut:
-        """About one of 32 questions that the teacher knows, by their keys: the same ones in every process and run."""
+        """One of 32 questions that the teacher knows, at least 32 and at most 512, by their keys: the same ones in every process and run."""
         known = teacher.knows(torch.from_numpy(qrels.keys)).numpy()
         _, first = np.unique(qrels.keys, return_index=True)
         positions = first[known[first]]
@@ -151,6 +151,9 @@ class TeacherTrust:
         best = self.teacher.best_scores(keys, exclude, RANKED)
         if best is None:
             best = scores[:, 1:].sort(dim=1, descending=True).values[:, :RANKED]
+            # It can only rank anew what the encoder has found: elsewhere it has found nothing either.
+            missed = ~(own[:, None] >= found.scores).any(1)
+            best = best.masked_fill(missed[:, None], torch.inf)
         of_teacher = reciprocal_ranks(scores[:, 0], best)
         scale = _SOFTENED * likeliest_scale(scores)
         # By how much at least, as far as so few questions can tell: one standard error less than the mean.
