@@ -46,7 +46,9 @@ class HeldOut(NamedTuple):
 
     @classmethod
     def choose(cls, corpus: Corpus, qrels: Qrels, teacher: Teacher) -> HeldOut:
-        """One of 32 questions that the teacher knows, at least 32 and at most 512, by their keys: the same ones in every process and run."""
+        """One of 32 questions that the teacher knows, at least 32 and at most 512, by their keys: the same in every
+        process and run.
+        """
         known = teacher.knows(torch.from_numpy(qrels.keys)).numpy()
         _, first = np.unique(qrels.keys, return_index=True)
         positions = first[known[first]]
