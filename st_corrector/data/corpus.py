@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from sentence_transformers import SentenceTransformer
-from tqdm.auto import tqdm
 
 from ..errors import CorpusError
 from ..storage.arrow import batched_tables, default_cache_dir, half_character, read_or_write_arrow, write_arrow
@@ -32,19 +31,17 @@ from .columns import (
 )
 from .duplicates import TextDigests
 from .judging import MissingTargets, Sources, judged_queries, query_record, require_missing, triples_of
-from .model_fingerprint import max_lengths, tokenizer_fingerprint
-from .own_questions import OwnQuestions, Question
+from .own_questions import Question
 from .pairs import PairReader, text_tables
 from .qrels import Qrels
 from .query_keys import query_keys
-from .routing import DOCUMENT, modules_for
 from .text import join_title
-from .tokens import TextCorpus, TokenizedCorpus, TokenLayout, are_equal, tokenize_texts
+from .tokens import TextCorpus, TokenizedCorpus, tokenized
+from .training_pairs import TrainingPairs
 
 logger = logging.getLogger(__name__)
 
 _QUERIES = pa.schema([("id", pa.string()), ("text", pa.string()), ("answers", pa.list_(pa.string()))])
-_PAIRS = pa.schema([("anchor", pa.string()), ("positive", pa.string()), ("label", pa.list_(pa.int64()))])
 
 
 class Corpus:
@@ -96,8 +93,9 @@ class Corpus:
         self._qrels = dict(qrels or {})
         self.cache_dir = _folder(cache_dir)
         """The folder of the Arrow files derived from the corpus."""
-        self._digests = TextDigests(targets, self.cache_dir)
-        self._own_questions: dict[str, OwnQuestions] = {}
+        self.digests = TextDigests(targets, self.cache_dir)
+        """Of the targets' texts, by which equal ones are found."""
+        self._training_pairs = TrainingPairs(self)
         columns = targets.data
         if empty := pc.sum(_is_empty(columns.column("text"), columns.column("title"))).as_py():
             rows = np.flatnonzero(_is_empty(columns.column("text"), columns.column("title")).to_numpy())[:3].tolist()
@@ -488,7 +486,9 @@ class Corpus:
 
     def texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The texts of ``rows`` as they are encoded (title joined in, without the prompt)."""
-        return _joined(self._arrow[np.asarray(rows, dtype=np.int64)])
+        table = self._arrow[np.asarray(rows, dtype=np.int64)]
+        titles, texts = table.column("title").to_pylist(), table.column("text").to_pylist()
+        return [join_title(title, text) for title, text in zip(titles, texts, strict=True)]
 
     def text_lengths(self) -> np.ndarray:
         """The length of every target's text in bytes, shape ``(N,)``."""
@@ -500,21 +500,21 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """A digest of the joined texts in order, on which an embedding cache of this corpus depends."""
-        return self._digests.fingerprint
+        return self.digests.fingerprint
 
     def text_digests(self, rows: np.ndarray) -> np.ndarray:
         """64 bits of the hash of the joined text of each of ``rows``, int64, by which a text is known in any corpus."""
-        return self._digests.of(rows)
+        return self.digests.of(rows)
 
     def duplicates_of(self, row: int) -> np.ndarray:
         """All rows with the same joined text as ``row``, itself included, ascending, ignoring case, white space and
         Unicode form (:func:`~st_corrector.data.text.normalized`)."""
-        return self._digests.repeated.get(int(row), np.array([row], dtype=np.int64))
+        return self.digests.repeated.get(int(row), np.array([row], dtype=np.int64))
 
     def rows_like(self, texts: Sequence[str]) -> list[np.ndarray]:
         """For each of ``texts``, the rows with the same text, with or without their title, ascending, ignoring case,
         white space and Unicode form."""
-        return self._digests.rows_like(texts)
+        return self.digests.rows_like(texts)
 
     # ------------------------------------------------------------------ queries
 
@@ -542,16 +542,7 @@ class Corpus:
         ``label`` is ``[row, key]``: the positive's corpus row, and by what a loss knows the query
         (:func:`.query_keys`). Any sentence-transformers trainer passes this column to the loss.
         """
-        qrels = self.qrels(split)
-        anchors = qrels.queries.with_format("arrow")
-
-        def tables() -> Iterator[pa.Table]:
-            for start in range(0, len(qrels.row), BATCH):
-                query, row = qrels.query[start : start + BATCH], qrels.row[start : start + BATCH]
-                yield self._pairs(anchors[query].column("text"), row, qrels.keys[query])
-
-        key = digest(self.fingerprint, qrels.query.tobytes(), qrels.row.tobytes(), qrels.queries._fingerprint)
-        return read_or_write_arrow(self.cache_dir / f"keyed-pairs-{key}.arrow", _PAIRS, tables())
+        return self._training_pairs.of_split(split)
 
     def own_pairs(
         self, count: int | None = None, question: Question | None = None, split: str = "train", seed: int = 0
@@ -575,17 +566,7 @@ class Corpus:
         Raises:
             CorpusError: there is no such split, no target has a question, or the function returns something else.
         """
-        answered = self.qrels(split).row
-        questions = self._ask(question)
-        rows, texts = questions.draw(answered, count, seed)
-
-        def tables() -> Iterator[pa.Table]:
-            for start in range(0, len(rows), BATCH):
-                some = rows[start : start + BATCH]
-                yield self._pairs(pa.array(texts[start : start + BATCH]), some, questions.keys[some])
-
-        key = digest(self.fingerprint, rows.tobytes(), questions.keys.tobytes())
-        return read_or_write_arrow(self.cache_dir / f"own-pairs-{key}.arrow", _PAIRS, tables())
+        return self._training_pairs.own(count, question, split, seed)
 
     def labels(self, ids: Sequence[str | int], anchors: Sequence[str]) -> list[list[int]]:
         """The column ``label`` for a data set of your own: ``[row, key]`` of each pair, as in :meth:`pairs`.
@@ -603,22 +584,13 @@ class Corpus:
         labels: list[list[int]] = np.stack([rows, keys], axis=1).tolist()
         return labels
 
-    def _pairs(self, anchors: pa.Array, rows: np.ndarray, keys: np.ndarray) -> pa.Table:
-        labels = pa.array(list(np.stack([rows, keys], axis=1)))
-        return pa.table([anchors, pa.array(self.texts(rows)), labels], schema=_PAIRS)
+    def relevant_to_own(self, key: int) -> np.ndarray:
+        """The rows that have the own question with this key (:meth:`own_pairs`), and those whose text it is, ascending.
 
-    def _ask(self, question: Question | None) -> OwnQuestions:
-        """The targets' own questions; the same ones where they were asked for before."""
-        if question is None:
-            lengths = pc.binary_length(self.targets.data.column("title").cast(pa.string()))
-            question = "title" if pc.any(pc.greater(lengths, 0)).as_py() else "first_sentence"
-        asked = OwnQuestions(self.targets, question, self._digests.identity, self.cache_dir)
-        return self._own_questions.setdefault(asked.identity, asked)
-
-    def sharing_question(self, key: int) -> np.ndarray:
-        """The rows whose own question has this key, ascending (:meth:`own_pairs`); none where it is unknown."""
-        found = [each.rows_of(key) for each in self._own_questions.values()]
-        return np.unique(np.concatenate([*found, np.empty(0, dtype=np.int64)]))
+        Raises:
+            CorpusError: this corpus has not been asked for such questions.
+        """
+        return self._training_pairs.relevant_to_own(key)
 
     # ------------------------------------------------------------------ tokens
 
@@ -638,40 +610,7 @@ class Corpus:
         Raises:
             InputError: a Router has no route for documents.
         """
-        modules = modules_for(model, DOCUMENT)
-        anew = TextCorpus(self, model, prompt)
-        layout = TokenLayout.probe(model, prompt)
-        if layout is None:
-            logger.info("The model's features cannot be split into rows: targets are tokenized again at each step.")
-            return anew
-        rules = [tokenizer_fingerprint(model, modules, prompt), prompt or "", max_lengths(modules), layout.keys]
-        schema = pa.schema([(name, pa.list_(pa.int32())) for name in layout.keys])
-
-        def tables() -> Iterator[pa.Table]:
-            with tqdm(total=len(self), desc="Tokenizing targets", unit=" targets", disable=not progress) as bar:
-                for batch in self._arrow.iter(1_000):
-                    yield tokenize_texts(_joined(batch), model, prompt, layout)
-                    bar.update(len(batch))
-
-        path = self.cache_dir / f"tokens-{digest_json([self.fingerprint, *rules])}.arrow"
-        kept = TokenizedCorpus(read_or_write_arrow(path, schema, tables()), layout)
-        for rows in _some_batches(kept.lengths):
-            if not are_equal(kept.features(rows), anew.features(rows)):
-                logger.warning(
-                    "The features of %s cannot be kept as token ids (rows %s differ): targets are tokenized again at "
-                    "each step.",
-                    type(modules[0]).__name__,
-                    rows.tolist(),
-                )
-                return anew
-        return kept
-
-
-def _some_batches(lengths: np.ndarray) -> list[np.ndarray]:
-    """Rows of some batches: the shortest with the longest, the longest alone, and a few random ones."""
-    order = np.argsort(lengths, kind="stable")
-    some = np.random.default_rng(0).choice(len(lengths), size=min(6, len(lengths)), replace=False)
-    return [order[[0, -1]], order[-1:], some]
+        return tokenized(self, model, prompt, progress)
 
 
 def _folder(cache_dir: str | os.PathLike[str] | None) -> Path:
@@ -683,11 +622,6 @@ def _is_empty(text: pa.ChunkedArray, title: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.and_(
         *(pc.equal(pc.binary_length(pc.fill_null(column.cast(pa.string()), "")), 0) for column in (text, title))
     )
-
-
-def _joined(table: pa.Table) -> list[str]:
-    titles, texts = table.column("title").to_pylist(), table.column("text").to_pylist()
-    return [join_title(title, text) for title, text in zip(titles, texts, strict=True)]
 
 
 def _write_by_content(tables: Iterable[pa.Table], folder: Path) -> Dataset:

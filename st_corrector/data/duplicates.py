@@ -11,7 +11,7 @@ import hashlib
 import os
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -112,18 +112,27 @@ class TextDigests:
 
     def rows_like(self, texts: Sequence[str]) -> list[Rows]:
         """For each of ``texts``, the rows that have the same text, with their title or without, ascending."""
-        wanted, position = np.unique(
-            np.fromiter((_digest(normalized(text)) for text in texts), np.uint64, len(texts)), return_inverse=True
-        )
-        # Only few targets have the text of a query: sort only these.
+        digests = np.fromiter((_digest(normalized(text)) for text in texts), np.uint64, len(texts))
+        found = self.rows_by(digests)
+        return [found.get(each, np.empty(0, dtype=np.int64)) for each in digests.tolist()]
+
+    def rows_by(self, wanted: np.ndarray, key_of: Callable[[Digests], np.ndarray] | None = None) -> dict[int, Rows]:
+        """Key → the rows whose text has it, with their title or without, ascending; only keys that are ``wanted`` and
+        that a row has.
+
+        Args:
+            key_of: from the texts' digests to their keys, ``(N,) → (N,)``; by default they are the keys.
+        """
+        # Only few targets have a text that is asked for: sort only these.
         columns = [self._column(name) for name in ("same", "same_untitled")]
-        found = [np.flatnonzero(np.isin(digests, wanted)) for digests in columns]
+        keyed = [column if key_of is None else key_of(column) for column in columns]
+        found = [np.flatnonzero(np.isin(keys, wanted)) for keys in keyed]
         rows = np.concatenate(found)
-        keys = np.concatenate([digests[here] for digests, here in zip(columns, found, strict=True)])
+        keys = np.concatenate([keys[here] for keys, here in zip(keyed, found, strict=True)])
         order = np.lexsort([rows, keys])
-        keys, rows = keys[order], rows[order]
-        starts, ends = np.searchsorted(keys, wanted), np.searchsorted(keys, wanted, side="right")
-        return [np.unique(rows[starts[n] : ends[n]]) for n in position]
+        distinct, starts = np.unique(keys[order], return_index=True)
+        parts = np.split(rows[order], starts[1:]) if len(distinct) else []
+        return {key: np.unique(part) for key, part in zip(distinct.tolist(), parts, strict=True)}
 
 
 def _digested(titles: list[str | None], texts: list[str]) -> dict[str, Digests]:

@@ -21,7 +21,8 @@ from ..errors import CorpusError
 from ..storage.arrow import read_or_write_arrow
 from ..storage.fingerprint import digest_json
 from .columns import BATCH
-from .query_keys import UNKNOWN, query_keys
+from .duplicates import TextDigests
+from .query_keys import UNKNOWN, own_keys, query_keys
 from .text import join_title, normalized
 
 Question = Literal["title", "first_sentence"] | Sequence[str | None] | Callable[[dict[str, Any]], str | None]
@@ -47,15 +48,15 @@ class OwnQuestions:
     Args:
         targets: columns ``id``, ``title`` and ``text``.
         question: see :data:`Question`.
-        identity: a digest of the targets.
+        digests: of the targets' texts.
         cache_dir: where the questions' keys are stored.
 
     Raises:
         CorpusError: ``question`` is something else, gives something else than strings and None, or gives no question.
     """
 
-    def __init__(self, targets: Dataset, question: Question, identity: str, cache_dir: Path) -> None:
-        self._targets, self._question = targets.with_format("arrow"), question
+    def __init__(self, targets: Dataset, question: Question, digests: TextDigests, cache_dir: Path) -> None:
+        self._targets, self._question, self._digests = targets.with_format("arrow"), question, digests
         if isinstance(question, str) and question not in _NAMED:
             raise CorpusError(
                 f"question {question!r} is not one of {', '.join(_NAMED)}: those are known by name; pass a function of "
@@ -64,7 +65,7 @@ class OwnQuestions:
         if not isinstance(question, str) and not callable(question) and len(question) != len(targets):
             raise CorpusError(f"{len(question)} questions for {len(targets)} targets: give one (or None) for each.")
         named = question if isinstance(question, str) else Hasher.hash(question)
-        self.identity = digest_json([identity, named, _SENTENCE_ENDS.pattern])
+        self.identity = digest_json([digests.identity, named, _SENTENCE_ENDS.pattern])
         """A digest of the targets and the question."""
         self._path = cache_dir / f"own-questions-{self.identity}.arrow"
         if not (self.keys != UNKNOWN).any():
@@ -147,3 +148,11 @@ class OwnQuestions:
         low, high = np.searchsorted(keys, [key, key + 1])
         found: np.ndarray = rows[low:high]
         return found
+
+    @cached_property
+    def _saying(self) -> dict[int, np.ndarray]:
+        return self._digests.rows_by(np.unique(self.keys), own_keys)
+
+    def rows_saying(self, key: int) -> np.ndarray:
+        """The targets whose text is the question with this key, ascending."""
+        return self._saying.get(key, np.empty(0, dtype=np.int64))

@@ -62,13 +62,20 @@ class Qrels:
 
     @cached_property
     def _by_key(self) -> dict[int, np.ndarray]:
-        order = np.argsort(self.keys, kind="stable")
-        keys, starts = np.unique(self.keys[order], return_index=True)
-        return dict(zip(keys.tolist(), np.split(order, starts[1:]), strict=True))
+        return _positions(self.keys)
 
     def queries_with(self, key: int) -> np.ndarray:
         """The positions of the queries with this key: none, one, or several with the same text."""
         return self._by_key.get(key, np.empty(0, dtype=np.int64))
+
+    @cached_property
+    def _by_own_key(self) -> dict[int, np.ndarray]:
+        return _positions(query_keys(map(normalized, self.queries["text"][:]), own=True))
+
+    def rows_asked_by(self, own_key: int) -> np.ndarray:
+        """The rows that are relevant to a query with the text of the own question with this key, ascending."""
+        queries = self._by_own_key.get(own_key, ())
+        return np.unique(np.concatenate([self.rows_of(query) for query in queries] or [np.empty(0, dtype=np.int64)]))
 
     def keys_of_rows(self, rows: Iterable[int]) -> np.ndarray:
         """The key of the one query that each of ``rows`` is relevant to, −1 where there is none or several: ``(n,)``,
@@ -138,3 +145,10 @@ class Qrels:
             own = [self._own_rows[query] for query in asking if query in self._own_rows]
             result.append(np.unique(np.concatenate([[row], *shared, *own])).astype(np.int64))
         return result
+
+
+def _positions(keys: np.ndarray) -> dict[int, np.ndarray]:
+    """Key → where it is among ``keys``, ascending."""
+    order = np.argsort(keys, kind="stable")
+    distinct, starts = np.unique(keys[order], return_index=True)
+    return dict(zip(distinct.tolist(), np.split(order, starts[1:]), strict=True))

@@ -32,6 +32,11 @@ def query_keys(texts: Iterable[str], own: bool = False) -> np.ndarray:
     return np.fromiter((added + (int.from_bytes(each, "little") >> (64 - _BITS)) for each in digests), np.int64)
 
 
+def own_keys(digests: np.ndarray) -> np.ndarray:
+    """The keys that texts would have as own questions, by 64 bits of their digests: ``(n,)`` uint64 → int64."""
+    return (digests >> np.uint64(64 - _BITS)).astype(np.int64) + _OWN
+
+
 Keys = TypeVar("Keys", int, Tensor, np.ndarray)
 
 

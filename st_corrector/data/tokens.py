@@ -11,9 +11,9 @@ FlashAttention), the texts are tokenized again at each step (:class:`TextCorpus`
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +22,19 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from .routing import DOCUMENT
+from ..storage.arrow import read_or_write_arrow
+from ..storage.fingerprint import digest_json
+from .model_fingerprint import max_lengths, tokenizer_fingerprint
+from .routing import DOCUMENT, modules_for
+
+if TYPE_CHECKING:
+    from .corpus import Corpus
 
 logger = logging.getLogger(__name__)
 
+_AT_ONCE = 1_000  # texts that are tokenized in one call
 # Two texts of clearly different length under any tokenizer: their batch shows the padding.
 _PROBE = ["a", "A much longer text, which takes many more tokens than the first one in any vocabulary."]
 
@@ -156,7 +164,48 @@ def are_equal(features: dict[str, Any], others: dict[str, Any]) -> bool:
     )
 
 
-def tokenize_texts(texts: list[str], model: SentenceTransformer, prompt: str | None, layout: TokenLayout) -> pa.Table:
+def tokenized(
+    corpus: Corpus, model: SentenceTransformer, prompt: str | None, progress: bool
+) -> TokenizedCorpus | TextCorpus:
+    """The token ids of all targets, read from disk or made; see :meth:`.Corpus.tokenize`."""
+    modules = modules_for(model, DOCUMENT)
+    anew = TextCorpus(corpus, model, prompt)
+    layout = TokenLayout.probe(model, prompt)
+    if layout is None:
+        logger.info("The model's features cannot be split into rows: targets are tokenized again at each step.")
+        return anew
+    rules = [tokenizer_fingerprint(model, modules, prompt), prompt or "", max_lengths(modules), layout.keys]
+    schema = pa.schema([(name, pa.list_(pa.int32())) for name in layout.keys])
+
+    def tables() -> Iterator[pa.Table]:
+        with tqdm(total=len(corpus), desc="Tokenizing targets", unit=" targets", disable=not progress) as bar:
+            for start in range(0, len(corpus), _AT_ONCE):
+                texts = corpus.texts(range(start, min(start + _AT_ONCE, len(corpus))))
+                yield _tokenize(texts, model, prompt, layout)
+                bar.update(len(texts))
+
+    path = corpus.cache_dir / f"tokens-{digest_json([corpus.fingerprint, *rules])}.arrow"
+    kept = TokenizedCorpus(read_or_write_arrow(path, schema, tables()), layout)
+    for rows in _some_batches(kept.lengths):
+        if not are_equal(kept.features(rows), anew.features(rows)):
+            logger.warning(
+                "The features of %s cannot be kept as token ids (rows %s differ): targets are tokenized again at "
+                "each step.",
+                type(modules[0]).__name__,
+                rows.tolist(),
+            )
+            return anew
+    return kept
+
+
+def _some_batches(lengths: np.ndarray) -> list[np.ndarray]:
+    """Rows of some batches: the shortest with the longest, the longest alone, and a few random ones."""
+    order = np.argsort(lengths, kind="stable")
+    some = np.random.default_rng(0).choice(len(lengths), size=min(6, len(lengths)), replace=False)
+    return [order[[0, -1]], order[-1:], some]
+
+
+def _tokenize(texts: list[str], model: SentenceTransformer, prompt: str | None, layout: TokenLayout) -> pa.Table:
     """The token ids of one batch of texts, as the columns that :class:`TokenizedCorpus` reads."""
     flat, lengths = layout.split(model.preprocess(texts, prompt=prompt, task="document"))
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))

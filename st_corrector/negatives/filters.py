@@ -28,7 +28,8 @@ def known_positives(
 
     These are its positive (``labels``), everything else that is judged relevant to it or to a query with the same text,
     every target with its own text (:meth:`Qrels.co_positives`), and every target with the same text as one of these
-    (:meth:`Corpus.duplicates_of`). Of a target's own question they are the targets that share it.
+    (:meth:`Corpus.duplicates_of`). Of a target's own question they are the targets that share it, that are judged
+    relevant to a query with its text, or that have its text.
 
     Args:
         qrels: the judgements of the training split, or None where the labels are all that is known.
@@ -37,12 +38,15 @@ def known_positives(
 
     Returns:
         ``B`` arrays of rows, ascending.
+
+    Raises:
+        CorpusError: a key is that of an own question that the corpus does not know.
     """
     judged = [np.array([row]) for row in labels] if qrels is None else qrels.co_positives(labels)
-    judged = [
-        np.append(corpus.sharing_question(key), row) if is_own(key) else rows
-        for rows, key, row in zip(judged, keys, labels, strict=True)
-    ]
+    for n, (row, key) in enumerate(zip(labels, keys, strict=True)):
+        if is_own(key):
+            asked = np.empty(0, dtype=np.int64) if qrels is None else qrels.rows_asked_by(key)
+            judged[n] = np.concatenate([[row], corpus.relevant_to_own(key), asked])
     return [np.unique(np.concatenate([corpus.duplicates_of(row) for row in rows])) for rows in judged]
 
 

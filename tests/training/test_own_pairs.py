@@ -22,6 +22,7 @@ from st_corrector import (
     InputError,
 )
 from st_corrector.data.own_questions import first_sentence
+from st_corrector.negatives.filters import known_positives
 from st_corrector.data.query_keys import is_own
 from st_corrector.training.own_pairs import OwnPairsBatchSampler, own_positions
 
@@ -156,9 +157,33 @@ def test_targets_that_share_a_question_are_not_one_anothers_negatives(titled, tm
             assert not chosen & article, "passages of the article answer its title"
         else:
             assert chosen >= article - {row}, "to a question of the split they are negatives as before"
-    # Where the corpus has not been asked for own pairs in this process, their labels are unknown, and nothing breaks.
-    fresh = Corpus(titled.targets, {"train": titled.qrels("train")}, cache_dir=titled.cache_dir)
-    assert fresh.sharing_question(int(labels[0, 1])).tolist() == []
+
+
+def test_own_pairs_from_disk_are_known_beside_a_corpus_that_was_not_asked_or_are_refused(titled):
+    def fresh():
+        return Corpus(titled.targets, {"train": titled.qrels("train")}, cache_dir=titled.cache_dir)
+
+    row, key = titled.own_pairs()[0]["label"]
+    article = list(range(row // 4 * 4, row // 4 * 4 + 4))
+    assert fresh().relevant_to_own(key).tolist() == article, "made by the default, so that the corpus can ask by itself"
+    row, key = titled.own_pairs(question=lambda target: "about " + target["title"])[0]["label"]
+    corpus = fresh()
+    with pytest.raises(CorpusError, match=r"does not know.*corpus.own_pairs\(0, question"):
+        known_positives(corpus, corpus.qrels("train"), [row], [key])
+    corpus.own_pairs(0, lambda target: "about " + target["title"])
+    assert len(known_positives(corpus, corpus.qrels("train"), [row], [key])[0]) == 4
+
+
+def test_what_has_an_own_questions_text_or_answers_it_in_the_split_is_no_negative_of_it(tmp_path):
+    texts = ["of Paris", "Paris", "PARIS", "a river", "the capital", "of Rome"]
+    titles = ["Paris", None, "Rome", None, None, "Rome"]
+    corpus = Corpus.from_texts(texts, titles=titles, cache_dir=tmp_path)
+    corpus.add_split("train", {"a": "paris ", "b": "what"}, {"a": ["4"], "b": ["3"]})
+    rows = {pair["label"][0]: pair["label"] for pair in corpus.own_pairs()}
+    known = known_positives(corpus, corpus.qrels("train"), *zip(rows[0], rows[5], strict=True))
+    assert known[0].tolist() == [0, 1, 2, 4], "itself, what says Paris, and what answers the split's question Paris"
+    assert known[1].tolist() == [2, 5], "those with one title"
+    assert known_positives(corpus, None, [rows[0][0]], [rows[0][1]])[0].tolist() == [0, 1, 2]
 
 
 # ---------------------------------------------------------------------- batches
