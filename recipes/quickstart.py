@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -111,15 +111,18 @@ def _code(node: _Definition, lines: list[str]) -> list[str]:
     return [lines[number - 1].strip() for number in numbers if lines[number - 1].strip()]
 
 
-def installed_functions(packages: list[str] | None = None, limit: int | None = None) -> list[Function]:
-    """The documented functions and classes of the installed packages, in a fixed order, without repetitions.
+def functions_in(
+    folders: Iterable[Path], packages: list[str] | None = None, limit: int | None = None
+) -> list[Function]:
+    """The documented functions and classes of the packages in some folders, in a fixed order, without repetitions.
 
     Args:
+        folders: where packages are installed.
         packages: top-level names; by default all.
         limit: keep at most this many, a fixed random choice.
     """
     modules: dict[Path, str] = {}
-    for folder in map(Path, site.getsitepackages()):
+    for folder in folders:
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
             if not _SKIPPED_FOLDERS & set(parts) and (packages is None or parts[0] in packages):
@@ -129,7 +132,7 @@ def installed_functions(packages: list[str] | None = None, limit: int | None = N
     codes: set[str] = set()
     with ProcessPoolExecutor() as pool:
         files = pool.map(functions_of, modules, modules.values(), chunksize=64)
-        for functions in tqdm(files, total=len(modules), desc="Reading the installed packages", unit=" files"):
+        for functions in tqdm(files, total=len(modules), desc="Reading the packages", unit=" files"):
             for function in functions:
                 # The same docstring on several functions would make the others false negatives.
                 if function.summary not in summaries and function.code not in codes:
@@ -144,7 +147,7 @@ def installed_functions(packages: list[str] | None = None, limit: int | None = N
 def code_corpus(functions: list[Function], train: int, dev: int) -> Corpus:
     """All functions as targets, their names in words as titles; some summaries as queries, to train and to evaluate."""
     ids = [str(number) for number in range(len(functions))]
-    titles = [_words(function.name.rpartition(".")[2]) for function in functions]
+    titles = [words(function.name.rpartition(".")[2]) for function in functions]
     corpus = Corpus.from_texts([function.code for function in functions], ids=ids, titles=titles)
     shuffled = random.Random(0).sample(ids, len(ids))
     for split, members in (("dev", shuffled[:dev]), ("train", shuffled[dev : dev + train])):
@@ -153,7 +156,7 @@ def code_corpus(functions: list[Function], train: int, dev: int) -> Corpus:
     return corpus
 
 
-def _words(identifier: str) -> str:
+def words(identifier: str) -> str:
     """``"readHTTPHeader_fast"`` → ``"read HTTP Header fast"``."""
     return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", identifier)) or identifier
 
@@ -192,7 +195,7 @@ def main() -> None:
     args = parser.parse_args()
 
     started = time.perf_counter()
-    functions = installed_functions(args.packages, args.limit)
+    functions = functions_in(map(Path, site.getsitepackages()), args.packages, args.limit)
     if len(functions) <= args.dev:
         parser.error(f"{len(functions)} documented functions found in {args.packages or 'the environment'}: too few")
     corpus = code_corpus(functions, args.train, args.dev)

@@ -17,11 +17,10 @@ from sentence_transformers import SentenceTransformer
 
 from ..errors import CorpusError
 from ..storage.arrow import batched_tables, default_cache_dir, half_character, read_or_write_arrow, write_arrow
-from ..storage.fingerprint import digest, digest_json
+from ..storage.fingerprint import digest_json
 from .beir import RetrievalData, open_folder
 from .beir_hub import open_repository
 from .columns import (
-    BATCH,
     TARGETS,
     as_id,
     as_list,

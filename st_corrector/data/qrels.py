@@ -114,7 +114,7 @@ class Qrels:
         """The positions of the queries that the target at ``row`` is judged relevant to, and of all queries with the
         same text as one of these, ascending: one question may have several ids.
         """
-        return self._with_same_text(self.queries_of(row))
+        return self.with_same_text(self.queries_of(row))
 
     def asked(self, row: int, key: int) -> np.ndarray:
         """The positions of the queries that a training pair may be of, ascending, with those of the same text.
@@ -124,11 +124,12 @@ class Qrels:
             key: of its query; with −1 it may be any query that the positive is relevant to, and with the key of a
                 query that is not of this split, such as a target's own question, it is none.
         """
-        return self.asking_for(row) if key == UNKNOWN else self._with_same_text(self.queries_with(key))
+        return self.asking_for(row) if key == UNKNOWN else self.with_same_text(self.queries_with(key))
 
-    def _with_same_text(self, queries: np.ndarray) -> np.ndarray:
+    def with_same_text(self, queries: np.ndarray) -> np.ndarray:
+        """``queries``, and all that differ from one of them only in case, white space or Unicode form, ascending."""
         same = [self._same_text[query] for query in queries.tolist() if query in self._same_text]
-        return np.unique(np.concatenate([*same, queries])) if same else queries
+        return np.unique(np.concatenate([*same, queries]))
 
     def co_positives(self, rows: Iterable[int]) -> list[np.ndarray]:
         """For each of ``rows``: every target that shares a query with it (itself included), and every target with the

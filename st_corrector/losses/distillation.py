@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
@@ -17,7 +18,9 @@ from ..teachers import Teacher
 from .corrected_corpus import CorrectedCorpus
 from .trust import Judgement, TeacherTrust
 
+logger = logging.getLogger(__name__)
 DistillationLoss = Literal["kl", "margin-mse"]
+_FEW = 0.5  # of a batch's queries: below, a warning says which ones a teacher knows
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,12 @@ class SoftLabels(NamedTuple):
 
     Args:
         logits: τ times its scores, ``(b, C)``; −∞ for candidates that do not count.
-        weight: α of each query, ``(b,)``; 0 for a query that the teacher does not know.
+        labelled: which queries have labels, ``(b,)``, bool: not one that the teacher does not know.
+        weight: α of each query, ``(b,)``.
     """
 
     logits: Tensor
+    labelled: Tensor
     weight: Tensor
 
 
@@ -104,6 +109,7 @@ class Distillation:
                 "rows must be those of this corpus, in the same order."
             )
         self.weight, self.scale = settings.teacher_weight or 0.0, settings.teacher_scale or 1.0
+        self._looked = False
         self.trust: TeacherTrust | None = None
         """How far it is trusted, where that is not set."""
         if settings.teacher_weight is None or settings.teacher_scale is None:
@@ -129,11 +135,11 @@ class Distillation:
         if self.settings.teacher_scale is None:
             self.scale = found.scale
 
-    def held_out(self, keys: Tensor) -> Tensor | None:
-        """Which queries are kept out of training, ``(b,)``, bool; None for none."""
-        if self.trust is None:
-            return None
-        return torch.isin(keys, self.trust.held_out.keys.to(keys.device))
+    def held_out(self, keys: Tensor, positives: Tensor) -> Tensor | None:
+        """Which queries are kept out of training, by their keys and their positives' rows: ``(b,)``, bool; None for
+        none.
+        """
+        return None if self.trust is None else self.trust.held_out.includes(keys, positives)
 
     @torch.no_grad()
     def labels(self, keys: Tensor, rows: Tensor, left_out: Tensor, target: Tensor) -> SoftLabels:
@@ -149,10 +155,19 @@ class Distillation:
         counts = ~left_out & torch.isfinite(scores)
         # Without the positive, or with it alone, nothing is compared.
         labelled = counts.gather(1, target[:, None]).squeeze(1) & (counts.sum(1) > 1)
+        if not self._looked:
+            self._looked = True
+            if (share := float(labelled.float().mean())) < _FEW:
+                logger.warning(
+                    "The teacher labels %d%% of the first batch's queries; the others have their hard label alone. It "
+                    "knows the queries of the pairs that it was built with, by their keys: corpus.own_pairs(…) among "
+                    "them, and with labels that are rows alone none that share a positive.",
+                    round(100 * share),
+                )
         logits = (scores * self.scale).masked_fill(~counts, -torch.inf)
-        if (held_out := self.held_out(keys)) is not None:
+        if (held_out := self.held_out(keys, rows[target])) is not None:
             labelled &= ~held_out
-        return SoftLabels(logits, labelled * self.weight)
+        return SoftLabels(logits, labelled, labelled * self.weight)
 
     def loss(self, logits: Tensor, soft: SoftLabels, target: Tensor) -> Tensor:
         """The weighted mean over the queries, of which those without labels count as 0.
@@ -184,12 +199,20 @@ class Distillation:
         return {
             "weight": self.weight,
             "scale": self.scale,
+            "of": self.teacher.describe(),
             "history": [] if self.trust is None else [[step, *found] for step, found in self.trust.history],
         }
 
     def load_state(self, state: dict[str, Any] | None) -> None:
-        """Take over what :meth:`state` gave, if the checkpoint is of a run with a teacher."""
-        if state is None:
+        """Take over what :meth:`state` gave, if the checkpoint is of a run with this teacher; another one is judged
+        anew.
+        """
+        if state is None or state["of"] != self.teacher.describe():
+            logger.warning(
+                "The checkpoint is of a run with %s, this one has %r: it is judged anew.",
+                "no teacher" if state is None else state["of"]["teacher"],
+                self.teacher,
+            )
             return
         if self.settings.teacher_weight is None:
             self.weight = state["weight"]

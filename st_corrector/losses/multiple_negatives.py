@@ -377,9 +377,13 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             if self.has_corrected:
                 distillation.begin_step(self.corrected, self.encode_queries)
             rows, keys = torch.cat([batch.rows, negative_rows]), batch.keys[batch.mine]
-            soft = distillation.labels(keys, rows, left_out, candidates.target)
-        self.metrics.add(teacher_weight=distillation.weight, teacher_scale=distillation.scale)
-        return candidates._replace(soft=soft, held_out=distillation.held_out(keys))
+            # A teacher may fail in one process alone: a model that says NaN of a pair, a full disk.
+            with self.processes.together("Asking the teacher"):
+                soft = distillation.labels(keys, rows, left_out, candidates.target)
+        self.metrics.add(
+            teacher_weight=distillation.weight, teacher_scale=distillation.scale, taught=soft.labelled.float().mean()
+        )
+        return candidates._replace(soft=soft, held_out=distillation.held_out(keys, batch.rows[batch.mine]))
 
     def _finite_loss(self, columns: list[Column], candidates: Candidates) -> Tensor:
         """The loss, back-propagated as far as the columns' pieces."""
@@ -470,7 +474,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         - ``recall``, of what an exact search selects, as last measured, with ``shortlist``;
         - ``removed_by_<rule>``, candidates that a rule on false negatives removed in a step;
         - ``bytes_exchanged``, what the other processes have sent to this one in a step;
-        - ``teacher_weight`` and ``teacher_scale``, how far a teacher is trusted;
+        - ``teacher_weight`` and ``teacher_scale``, how far a teacher is trusted, and ``taught``, the share of the
+          queries that have its labels;
         - ``task_loss_own_pairs`` and ``task_loss_split_pairs``, where a batch has own pairs;
 
         Sums over the steps: ``seconds_encode``, ``seconds_exchange``, ``seconds_select``, ``seconds_teach`` and

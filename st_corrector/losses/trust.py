@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data.corpus import Corpus
 from ..data.qrels import Qrels
+from ..data.query_keys import UNKNOWN
 from ..errors import InputError
 from ..negatives.filters import known_positives, pad_rows
 from ..search.topk import NO_ROW
@@ -21,6 +22,7 @@ from .corrected_corpus import CorrectedCorpus
 logger = logging.getLogger(__name__)
 _HELD_OUT = 1 / 32  # of the training questions
 _MOST, _FEWEST = 512, 32  # held-out questions
+_MOST_HELD_OUT = 1 / 6  # of the training questions; fewer could not spare the fewest that tell anything
 _FIRST = 10  # steps until it is measured for the second time; then after twice as many, and so on
 _FULL = 0.20  # MRR by which a teacher must be ahead to count fully
 _MOST_WEIGHT = 4.0  # of a teacher that counts fully: the hard label is a fifth then
@@ -37,32 +39,58 @@ class HeldOut(NamedTuple):
         keys: by what they are known, ``(n,)``.
         positives: corpus row of one relevant target each, ``(n,)``.
         exclude: rows relevant to each, ``(n, m)``, padded with −1.
+        kept_out: keys of these questions and of all that differ from one only in case, white space or Unicode form.
+        answering: rows relevant to one of them.
     """
 
     texts: list[str]
     keys: Tensor
     positives: Tensor
     exclude: Tensor
+    kept_out: Tensor
+    answering: Tensor
 
     @classmethod
     def choose(cls, corpus: Corpus, qrels: Qrels, teacher: Teacher) -> HeldOut:
         """One of 32 questions that the teacher knows, at least 32 and at most 512, by their keys: the same in every
         process and run.
+
+        Raises:
+            InputError: it knows too few.
         """
         known = teacher.knows(torch.from_numpy(qrels.keys)).numpy()
         _, first = np.unique(qrels.keys, return_index=True)
         positions = first[known[first]]
-        wanted = int(np.clip(len(positions) * _HELD_OUT, min(_FEWEST, len(positions)), _MOST))
+        if len(positions) * _MOST_HELD_OUT < _FEWEST:
+            raise InputError(
+                f"{teacher!r} knows {len(positions)} questions of the split that is trained on, and it takes "
+                f"{_FEWEST / _MOST_HELD_OUT:.0f} to find out how far it can be trusted, as {_FEWEST} of them are kept "
+                "out of training: build it with corpus.pairs(split), or set teacher_weight and teacher_scale."
+            )
+        wanted = int(np.clip(len(positions) * _HELD_OUT, _FEWEST, _MOST))
         # Keys are digests, so that the smallest are a random choice.
         positions = positions[:wanted]
         rows = [int(qrels.rows_of(position)[0]) for position in positions.tolist()]
         exclude = known_positives(corpus, qrels, rows, qrels.keys[positions].tolist())
+        same = qrels.with_same_text(positions)
         return cls(
-            qrels.queries[positions]["text"] if len(positions) else [],
+            qrels.queries[positions]["text"],
             torch.from_numpy(qrels.keys[positions]),
             torch.tensor(rows, dtype=torch.int64),
             pad_rows(exclude),
+            torch.from_numpy(np.unique(qrels.keys[same])),
+            torch.from_numpy(np.unique(np.concatenate([qrels.rows_of(query) for query in same.tolist()]))),
         )
+
+    def includes(self, keys: Tensor, rows: Tensor) -> Tensor:
+        """Which queries nothing may be learnt of: ``(b,), (b,) → (b,)``, bool.
+
+        Args:
+            keys: of the queries; one of −1 may be any query that its positive answers.
+            rows: their positives' corpus rows.
+        """
+        maybe = (keys == UNKNOWN) & torch.isin(rows, self.answering.to(rows.device))
+        return torch.isin(keys, self.kept_out.to(keys.device)) | maybe
 
 
 class Judgement(NamedTuple):
@@ -102,11 +130,7 @@ class TeacherTrust:
     def __init__(self, teacher: Teacher, corpus: Corpus, qrels: Qrels) -> None:
         self.teacher = teacher
         self.held_out = HeldOut.choose(corpus, qrels, teacher)
-        if len(self.held_out.keys) < _FEWEST:
-            raise InputError(
-                f"{teacher!r} knows {len(self.held_out.keys)} questions of the split that is trained on; to find out "
-                f"how far it can be trusted takes {_FEWEST}. Build it with corpus.pairs(split), or set teacher_weight."
-            )
+        self._questions = len(qrels)
         self.history: list[tuple[int, Judgement]] = []
         """All comparisons, with the steps before which they were made."""
 
@@ -124,9 +148,10 @@ class TeacherTrust:
             self.history.append((corrected.steps, found))
             log = logger.warning if found.teacher_mrr <= found.encoder_mrr else logger.info
             log(
-                "On %d held-out training questions the teacher's MRR@10 is %.3f, the encoder's after %d steps %.3f: "
-                "the teacher's labels count with weight %.2f%s.",
+                "On %d of %d training questions, which are held out, the teacher's MRR@10 is %.3f, the encoder's after "
+                "%d steps %.3f: the teacher's labels count with weight %.2f%s.",
                 len(self.held_out.keys),
+                self._questions,
                 found.teacher_mrr,
                 corrected.steps,
                 found.encoder_mrr,
@@ -140,7 +165,7 @@ class TeacherTrust:
         self.history = history
 
     def _compare(self, corrected: CorrectedCorpus, queries: Tensor) -> Judgement:
-        keys, positives, exclude = (each.to(queries.device) for each in self.held_out[1:])
+        keys, positives, exclude = (each.to(queries.device) for each in self.held_out[1:4])
         found = corrected.hardest(queries, _CANDIDATES, exclude)
         own = (queries * corrected.corrected(positives, by=corrected.choosing_corrector)).sum(-1)
         of_encoder = reciprocal_ranks(own, found.scores[:, :RANKED])

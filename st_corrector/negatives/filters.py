@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data.corpus import Corpus
 from ..data.qrels import Qrels
-from ..data.query_keys import is_own
+from ..data.query_keys import UNKNOWN, is_own
 from ..data.text import contains_answer
 from ..errors import InputError
 from ..search.topk import NO_ROW
@@ -147,14 +147,26 @@ class TeacherCheck(Check):
         teacher: an :class:`~st_corrector.EmbeddingTeacher`, for example. One that is expensive is asked about each
             query's own candidates alone, twice as many as the negatives that are wanted.
         margin: a negative must score at least so much less than the positive, in the teacher's own units.
+        qrels: of the split that is trained on (``corpus.qrels("train")``), for labels that are rows alone: by them all
+            queries are asked about that share a positive. Without, such queries lose no candidates.
     """
 
     name = "teacher"
 
-    def __init__(self, teacher: Teacher, margin: float = 0.0) -> None:
-        self.teacher, self.margin, self.everywhere = teacher, margin, teacher.everywhere
+    def __init__(self, teacher: Teacher, margin: float = 0.0, qrels: Qrels | None = None) -> None:
+        self.teacher, self.margin, self.qrels, self.everywhere = teacher, margin, qrels, teacher.everywhere
 
     def __call__(self, labels: Tensor, rows: Tensor, queries: Tensor) -> Tensor:
+        found = self._more_relevant(labels, rows, queries)
+        if self.qrels is None:
+            return found
+        for query in (queries == UNKNOWN).nonzero().flatten().tolist():
+            keys = torch.from_numpy(np.unique(self.qrels.keys[self.qrels.queries_of(int(labels[query]))]))
+            each = (values[query].expand(len(keys), *values.shape[1:]) for values in (labels, rows))
+            found[query] |= self._more_relevant(*each, keys.to(queries.device)).any(0)
+        return found
+
+    def _more_relevant(self, labels: Tensor, rows: Tensor, queries: Tensor) -> Tensor:
         asked = torch.cat([labels[:, None], rows], dim=1)
         columns, place = asked.unique(return_inverse=True)
         wanted = torch.zeros(len(labels), len(columns), dtype=torch.bool, device=rows.device)
@@ -177,6 +189,7 @@ class CrossEncoderCheck(TeacherCheck):
         margin: a negative must score at least so much less than the positive, in the cross-encoder's own units.
         batch_size: pairs in one forward pass.
         path: the file of its scores; by default they are kept in memory.
+        identity: what identifies the model, for one that is no :class:`torch.nn.Module`.
     """
 
     name = "cross_encoder"
@@ -189,9 +202,11 @@ class CrossEncoderCheck(TeacherCheck):
         margin: float = 0.0,
         batch_size: int = 64,
         path: str | os.PathLike[str] | None = None,
+        identity: str | None = None,
     ) -> None:
         pairs = corpus.pairs(split)
-        super().__init__(CrossEncoderTeacher(cross_encoder, corpus, path, pairs, batch_size=batch_size), margin)
+        teacher = CrossEncoderTeacher(cross_encoder, corpus, path, pairs, batch_size=batch_size, identity=identity)
+        super().__init__(teacher, margin, corpus.qrels(split))
         self.split = split
 
 

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.distributed import Processes
 from ..search.exact import CorrectedSearch, Found
 from ..search.gumbel import gumbel_noise
 from ..search.topk import NO_ROW
+from .filters import Check
 from .settings import NegativeSettings
 
 _CHECKED_FOR_EACH = 2  # times the wanted negatives are selected where checks will remove some
@@ -94,7 +96,7 @@ class NegativeSelector:
         if rules.range_min:
             removed["range_min"] = int((false_negatives != NO_ROW).sum())
         for check in rules.checks:
-            false = check(labels, rows, keys) & (rows != NO_ROW)
+            false = _asked(check, labels, rows, keys, search.processes) & (rows != NO_ROW)
             removed[check.name] += int(false.sum())
             false_negatives = torch.cat([false_negatives, torch.where(false, rows, NO_ROW)], dim=1)
             rows, scores = rows.masked_fill(false, NO_ROW), scores.masked_fill(false, -torch.inf)
@@ -143,3 +145,15 @@ class NegativeSelector:
             order = keys.masked_fill(rows == NO_ROW, -torch.inf).argsort(dim=1, descending=True)
             rows, scores = rows.gather(1, order), scores.gather(1, order)
         return found, rows[:, : self._pool], scores[:, : self._pool]
+
+
+def _asked(check: Check, labels: Tensor, rows: Tensor, keys: Tensor, processes: Processes) -> Tensor:
+    """What a check says of candidates, ``(B, m)``: each process asks it about a share of the queries, so that nothing
+    is asked twice, and all hear the same.
+    """
+    mine = processes.share(len(rows))
+    answer = torch.zeros_like(rows[mine], dtype=torch.uint8)
+    with processes.together(f"Asking {check!r}"):
+        if len(answer):
+            answer = check(labels[mine], rows[mine], keys[mine]).to(answer)
+    return processes.gather(answer, [len(rows[each]) for each in processes.shares(len(rows))]).bool()

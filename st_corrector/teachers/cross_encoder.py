@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data.corpus import Corpus
 from ..data.model_fingerprint import described_modules, max_lengths, weights_fingerprint
 from ..errors import InputError, NonFiniteError
+from ..runtime.precision import in_float32
 from ..storage.fingerprint import digest_json
 from .base import Teacher
 from .queries import queries_of
@@ -87,6 +88,7 @@ class CrossEncoderTeacher(Teacher):
     def knows(self, queries: Tensor) -> Tensor:
         return torch.from_numpy(np.isin(queries.cpu().numpy(), self._keys)).to(queries.device)
 
+    @in_float32
     def scores(self, queries: Tensor, rows: Tensor, wanted: Tensor | None = None) -> Tensor:
         asked = self.knows(queries).cpu()[:, None].expand(-1, len(rows))
         asked = asked if wanted is None else asked & wanted.cpu()

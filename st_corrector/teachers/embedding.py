@@ -21,6 +21,7 @@ from ..correctors import IdentityCorrector
 from ..data.corpus import Corpus
 from ..data.query_keys import is_own
 from ..errors import InputError
+from ..runtime.precision import in_float32
 from ..search.exact import CorrectedSearch
 from ..storage.fingerprint import digest
 from .base import Teacher
@@ -59,17 +60,12 @@ class EmbeddingTeacher(Teacher):
             each if isinstance(each, EmbeddingCache) else EmbeddingCache.from_tensor(each)
             for each in (targets, queries)
         )
-        if similarity not in _SIMILARITIES:
-            raise InputError(
-                f"similarity must be {' or '.join(map(repr, _SIMILARITIES))}, got {similarity!r}: by it a teacher's "
-                "vectors are compared."
-            )
         if self.targets.dim != self.queries.dim or len(keys) != len(self.queries):
             raise InputError(
                 f"Targets are {self.targets.dim} wide, the {len(self.queries)} queries {self.queries.dim}, with "
                 f"{len(keys)} keys: both must be of one embedder, and each query needs its key."
             )
-        self.similarity = similarity
+        self.similarity = _require_similarity(similarity)
         keys = np.asarray(keys, dtype=np.int64)
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
@@ -110,6 +106,7 @@ class EmbeddingTeacher(Teacher):
             NonFiniteError: an embedding is NaN or infinite in that dtype.
             StorageError: the disk has no room for them, or cannot be written to.
         """
+        similarity = _require_similarity(model.similarity_fn_name)
         texts, keys = queries_of(pairs)
         folder = Path(path)
         settings: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "progress": progress}
@@ -121,7 +118,7 @@ class EmbeddingTeacher(Teacher):
             of_queries = Corpus.from_texts([texts[n] for n in some], prompt=query_prompt, cache_dir=corpus.cache_dir)
             path_of_part = folder / f"queries-{digest(keys[some].tobytes())[:12]}"
             parts.append(EmbeddingCache.build(model, of_queries, path_of_part, task="query", **settings))
-        return cls(targets, EmbeddingCache.joined(parts), keys, model.similarity_fn_name)
+        return cls(targets, EmbeddingCache.joined(parts), keys, similarity)
 
     @property
     def corpus_size(self) -> int:
@@ -136,6 +133,7 @@ class EmbeddingTeacher(Teacher):
     def knows(self, queries: Tensor) -> Tensor:
         return torch.from_numpy(self._places(queries)[0]).to(queries.device)
 
+    @in_float32
     def scores(self, queries: Tensor, rows: Tensor, wanted: Tensor | None = None) -> Tensor:
         known, places = self._places(queries)
         ours, theirs = (
@@ -156,3 +154,12 @@ class EmbeddingTeacher(Teacher):
 
     def __repr__(self) -> str:
         return f"EmbeddingTeacher({self.corpus_size:,} targets, {len(self.queries):,} queries, d={self.targets.dim})"
+
+
+def _require_similarity(name: str) -> str:
+    if name not in _SIMILARITIES:
+        raise InputError(
+            f"similarity must be {' or '.join(map(repr, _SIMILARITIES))}, got {name!r}: by it a teacher's vectors are "
+            "compared."
+        )
+    return name

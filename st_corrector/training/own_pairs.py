@@ -33,13 +33,13 @@ def count_for(share: float, batch_size: int) -> int:
     """How many of a batch's pairs are own ones.
 
     Raises:
-        InputError: no room is left for others.
+        InputError: it is none, or no room is left for others.
     """
     count = round(share * batch_size)
-    if not 0 <= count < batch_size:
+    if not 0 < count < batch_size:
         raise InputError(
-            f"own_pairs_share={share} leaves no room for the split's questions in a batch of {batch_size}: lower it, "
-            "or take larger batches."
+            f"own_pairs_share={share} makes {count} own pairs in a batch of {batch_size}, and there must be at least "
+            "one of them and one of the split's: choose another share, or take larger batches."
         )
     return count
 

@@ -234,6 +234,12 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         make, share = super().get_batch_sampler, self.args.own_pairs_share
         how = (batch_size, drop_last, valid_label_columns, generator, seed)
         if not share or not isinstance(dataset, Dataset) or not len(own_positions(dataset)):
+            if share and dataset is self.train_dataset:
+                logger.warning(
+                    "own_pairs_share=%s has no effect: the data set has no own pairs (or is a stream). Without a "
+                    "train_dataset, CorrectorTrainer(…, corpus=corpus) makes one; or concatenate corpus.own_pairs(…).",
+                    share,
+                )
             return make(dataset, *how)
         # accelerate replaces the plain sampler where it finds it, by one that a resumed run can repeat.
         make_base = None if self.args.batch_sampler == BatchSamplers.BATCH_SAMPLER else make

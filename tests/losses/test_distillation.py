@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_static_model
+from conftest import make_static_model, make_texts
 from sentence_transformers.sentence_transformer.losses import (
     DistillKLDivLoss,
     MarginMSELoss,
@@ -30,6 +30,7 @@ from st_corrector import (
     IdentityCorrector,
     InputError,
     NegativeSettings,
+    Teacher,
     TeacherCheck,
 )
 from st_corrector.losses.trust import TeacherTrust, likeliest_scale, reciprocal_ranks
@@ -257,8 +258,6 @@ def good_teacher(corpus, noise=0.0, known=None):
 @pytest.fixture
 def many():
     """600 targets and as many questions, of which 32 are held out."""
-    from conftest import make_texts
-
     queries, texts = make_texts(600)
     corpus = Corpus.from_texts(texts)
     ids = [str(n) for n in range(600)]
@@ -288,7 +287,7 @@ def test_a_good_teacher_is_trusted_and_a_random_one_is_not(many, tmp_path, caplo
     assert good[0].teacher_mrr > 0.99 and good[0].weight == 4 and random[0].teacher_mrr < 0.05
     assert all(each.weight == 0 for each in random.values()) and all(each.scale > 0 for each in good.values())
     assert good[40].encoder_mrr > good[0].encoder_mrr + 0.02, "the encoder has learnt the held-out questions' kind"
-    messages = [record for record in caplog.records if "held-out training questions" in record.getMessage()]
+    messages = [record for record in caplog.records if "training questions, which are held out" in record.getMessage()]
     assert {record.levelno for record in messages} == {logging.INFO, logging.WARNING}
     assert "which is not at all" in next(m for m in messages if m.levelno == logging.WARNING).getMessage()
 
@@ -328,6 +327,40 @@ def test_what_the_trust_measures_is_the_rank_in_the_whole_corpus(many, static_mo
     assert 0.1 < found.teacher_mrr < 0.99
 
 
+class Ranking(Teacher):
+    """One that can only rank anew: it gives scores, and knows of no best ones."""
+
+    def __init__(self, teacher):
+        self.teacher = teacher
+
+    corpus_size = property(lambda self: self.teacher.corpus_size)
+
+    def knows(self, queries):
+        return self.teacher.knows(queries)
+
+    def scores(self, queries, rows, wanted=None):
+        return self.teacher.scores(queries, rows, wanted)
+
+
+def test_one_that_can_only_rank_anew_has_missed_what_the_encoder_has_missed(many, static_model, tmp_path):
+    cache = EmbeddingCache.build(static_model, many, tmp_path / "cache", progress=False)
+    teacher = good_teacher(many)
+    loss = CorrectedMultipleNegativesLoss(static_model, many, cache, 4, "identity", Ranking(teacher))
+    trust = loss.distillation.trust
+    found = trust.update(loss.corrected, loss.encode_queries)
+    held = trust.held_out
+    scores = loss.encode_queries(held.texts) @ cache[torch.arange(len(many))].T
+    missed = (scores > scores.gather(1, held.positives[:, None])).sum(1) > 32 + 1
+    assert 0 < missed.sum() < len(missed)
+    assert found.teacher_mrr == pytest.approx(1 - float(missed.float().mean()), abs=0.04)
+    assert (
+        TeacherTrust(teacher, many, many.qrels("train"))
+        ._compare(loss.corrected, loss.encode_queries(held.texts))
+        .teacher_mrr
+        > 0.99
+    ), "while one that knows its best ranks all of these first"
+
+
 def test_held_out_questions_teach_nothing(many, static_model, tmp_path):
     cache = EmbeddingCache.build(static_model, many, tmp_path / "cache", progress=False)
     loss = CorrectedMultipleNegativesLoss(static_model, many, cache, 4, "identity", good_teacher(many))
@@ -344,6 +377,52 @@ def test_held_out_questions_teach_nothing(many, static_model, tmp_path):
     assert max(gradient.abs().max() for gradient in gradients(static_model).values()) > 0
 
 
+def test_what_may_be_a_held_out_question_teaches_nothing_either(static_model, tmp_path):
+    queries, texts = make_texts(400)
+    corpus = Corpus.from_texts(texts)
+    ids = [str(n) for n in range(400)]
+    relevant = {id: [id] for id in ids} | {"again": ["0"]}
+    corpus.add_split("train", dict(zip(ids, queries, strict=True)) | {"again": queries[5].upper()}, relevant)
+    cache = EmbeddingCache.build(static_model, corpus, tmp_path / "cache", progress=False)
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, 4, "identity", good_teacher(corpus))
+    held = loss.distillation.trust.held_out
+    labels = torch.tensor(corpus.pairs("train")["label"])
+    chosen = held.includes(labels[:, 1], labels[:, 0])
+    assert chosen[5] == chosen[labels[:, 1] == corpus.qrels("train").keys[400]].item(), "one question in capitals"
+    # By the row alone a question is known where no other has this positive; where one has, it may be the held-out one.
+    unknown = torch.full_like(labels[:, 1], -1)
+    maybe = held.includes(unknown, labels[:, 0])
+    assert (maybe >= chosen).all() and maybe.sum() <= chosen.sum() + 2
+    rows = torch.arange(400)[~torch.isin(torch.arange(400), held.answering)]
+    assert len(rows) > 350 and not held.includes(torch.full_like(rows, -1), rows).any()
+
+
+def test_a_teacher_that_knows_few_of_a_batchs_queries_says_so(many, static_model, tmp_path, caplog):
+    cache = EmbeddingCache.build(static_model, many, tmp_path / "cache", progress=False)
+    settings = DistillationSettings(good_teacher(many, known=100), teacher_weight=1.0, teacher_scale=10.0)
+    for rows, share in ((range(90, 110), 0.5), (range(98, 110), 1 / 6)):
+        loss = CorrectedMultipleNegativesLoss(static_model, many, cache, 4, "identity", distillation=settings)
+        caplog.clear()
+        for _ in range(2):
+            loss(*batch(static_model, many, rows))
+        assert loss.pop_metrics()["taught"] == pytest.approx(share)
+        told = [
+            record.getMessage() for record in caplog.records if "labels 17% of the first batch" in record.getMessage()
+        ]
+        assert len(told) == (share < 0.5), "once, and only where they are few"
+
+
+def test_another_teachers_comparisons_are_not_taken_over(many, tmp_path, caplog):
+    trusting(many, good_teacher(many, 0.5), tmp_path / "whole").train()
+    generator = torch.Generator().manual_seed(5)
+    vectors = [torch.randn(600, 16, generator=generator) for _ in range(2)]
+    other = trusting(many, EmbeddingTeacher(*vectors, many.qrels("train").keys), tmp_path / "whole")
+    other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-20"))
+    (loss,) = other._corrected_losses().values()
+    assert [step for step, _ in loss.distillation.trust.history] == [20, 40] and loss.distillation.weight == 0
+    assert "it is judged anew" in caplog.text
+
+
 def test_a_resumed_run_trusts_its_teacher_as_before(many, tmp_path):
     whole = trusting(many, good_teacher(many, 0.5), tmp_path / "whole")
     whole.train()
@@ -357,8 +436,8 @@ def test_a_resumed_run_trusts_its_teacher_as_before(many, tmp_path):
 
 def test_a_teacher_that_cannot_be_judged_is_refused(many, static_model, tmp_path):
     cache = EmbeddingCache.build(static_model, many, tmp_path / "cache", progress=False)
-    with pytest.raises(InputError, match=r"knows 20 questions .*takes 32"):
-        CorrectedMultipleNegativesLoss(static_model, many, cache, teacher=good_teacher(many, known=20))
+    with pytest.raises(InputError, match=r"knows 190 questions .*it takes 192"):
+        CorrectedMultipleNegativesLoss(static_model, many, cache, teacher=good_teacher(many, known=190))
     plain = Corpus.from_texts(many.texts(range(600)))
     with pytest.raises(InputError, match="or set teacher_weight and teacher_scale"):
         CorrectedMultipleNegativesLoss(static_model, plain, cache, teacher=good_teacher(many))
@@ -411,6 +490,21 @@ def test_a_teacher_as_a_guide_masks_what_it_finds_more_relevant(static_model, co
     expected.fill_diagonal_(False)
     assert torch.equal(in_batch, expected) and 0 < expected.sum() < 80
     assert loss.removed["teacher"] > 0
+
+
+def test_a_guide_asks_about_every_query_that_a_shared_positive_may_be_of(static_model):
+    queries, texts = make_texts(30)
+    corpus = Corpus.from_texts(texts)
+    corpus.add_split("train", {"a": queries[0], "b": queries[1]}, {"a": ["0"], "b": ["0"]})
+    qrels = corpus.qrels("train")
+    # One finds row 1 more relevant than the positive, the other row 2.
+    targets = torch.eye(4)[[0, 1, 2, *[3] * 27]]
+    teacher = EmbeddingTeacher(targets, torch.tensor([[0.5, 1.0, 0, 0], [0.5, 0, 1.0, 0]]), qrels.keys)
+    rows, labels = torch.tensor([[1, 2, 3, -1]] * 3), torch.zeros(3, dtype=torch.int64)
+    keys = torch.tensor([qrels.keys[0], -1, qrels.keys[1]])
+    found = TeacherCheck(teacher, qrels=qrels)(labels, rows, keys)
+    assert found.tolist() == [[True, False, False, False], [True, True, False, False], [False, True, False, False]]
+    assert not TeacherCheck(teacher)(labels, rows, keys)[1].any(), "without judgements it cannot know them"
 
 
 @pytest.mark.parametrize("mode", ["in_batch_negatives", "hard_negatives", "all_negatives"])

@@ -19,7 +19,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it is started as a script, too
 from conftest import load_bert_model, make_bert_model, make_static_model, make_texts, router_of
 from datasets import disable_progress_bars
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from transformers import TrainerCallback
 
@@ -30,11 +30,13 @@ from st_corrector import (
     CorrectionSettings,
     CorrectorTrainer,
     CorrectorTrainingArguments,
+    CrossEncoderTeacher,
     EmbeddingCache,
     EmbeddingTeacher,
     MLPCorrector,
     RidgeCorrector,
     Shortlist,
+    TeacherCheck,
 )
 from st_corrector.runtime.distributed import Processes
 from st_corrector.training.own_pairs import training_pairs
@@ -64,6 +66,9 @@ CASES: dict[str, dict] = {
     "taught, adapters": {"teacher_weight": 2.0, "teacher_scale": 12.0},
     "taught by margins, gradient cache": {
         **{"distillation_loss": "margin-mse", "teacher_weight": 0.5, "teacher_scale": 12.0, "mini_batch_size": 3},
+    },
+    "taught and checked by a cross-encoder": {
+        **{"share_negatives": False, "in_batch_negatives": False, "teacher_weight": 1.0, "teacher_scale": 20.0},
     },
     "own pairs, taught": {"own_pairs_share": 0.25, "teacher_weight": 1.0, "teacher_scale": 12.0},
 }
@@ -157,13 +162,36 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
     watched: dict[str, Any] = {"callbacks": callbacks}
     if case == "evaluated":
         watched["evaluator"] = CorpusRetrievalEvaluator(corpus, "train")
-    if "taught" in case:
+    if "cross-encoder" in case:
+        reader = cross_encoder(folder, args.teacher_fails_on)
+        watched["teacher"] = CrossEncoderTeacher(reader, corpus, folder / "scores.sqlite")
+        watched["checks"] = [TeacherCheck(watched["teacher"])]
+    elif "taught" in case:
         pairs = [corpus.pairs("train")]
         if training.own_pairs_share:
             watched["train_dataset"] = training_pairs(corpus, training)
             pairs.append(watched["train_dataset"])
         watched["teacher"] = EmbeddingTeacher.build(make_static_model(7), corpus, folder / "teacher", pairs)
     return CorrectorTrainer(model, training, corpus=corpus, loss=loss, **watched)
+
+
+def cross_encoder(folder: Path, fails_on: int | None) -> CrossEncoder:
+    """A small one with random weights, the same in every process.
+
+    Args:
+        fails_on: the rank of the process in which its third batch is one that it cannot score.
+    """
+    processes = Processes.current()
+    if processes.rank == 0:
+        make_bert_model(folder)
+        torch.manual_seed(0)
+        CrossEncoder(str(folder / "bert-right"), num_labels=1).save_pretrained(str(folder / "cross-encoder"))
+    processes.wait()
+    model = CrossEncoder(str(folder / "cross-encoder"), num_labels=1)
+    if fails_on == processes.rank:
+        predict, calls = model.predict, iter(range(10**6))
+        model.predict = lambda pairs, **how: predict(pairs, **how) * (torch.nan if next(calls) == 2 else 1.0)
+    return model
 
 
 def encoder(folder: Path, case: str) -> SentenceTransformer:
@@ -245,6 +273,7 @@ def main() -> None:
     parser.add_argument("--save_every", type=int)
     parser.add_argument("--kill_at", type=int)
     parser.add_argument("--kill_rank", type=int, help="by default all are killed")
+    parser.add_argument("--teacher_fails_on", type=int, help="a rank")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--bf16", action="store_true", help="encode in bfloat16, by autocast")
     args = parser.parse_args()

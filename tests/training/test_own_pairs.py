@@ -22,8 +22,8 @@ from st_corrector import (
     InputError,
 )
 from st_corrector.data.own_questions import first_sentence
-from st_corrector.negatives.filters import known_positives
 from st_corrector.data.query_keys import is_own
+from st_corrector.negatives.filters import known_positives
 from st_corrector.training.own_pairs import OwnPairsBatchSampler, own_positions
 
 
@@ -232,12 +232,20 @@ def test_when_all_have_had_their_turn_they_come_again(titled):
 
 
 def test_a_share_without_room_and_data_without_a_split_are_refused(titled):
-    with pytest.raises(InputError, match=r"own_pairs_share=0.99 leaves no room"):
+    with pytest.raises(InputError, match=r"own_pairs_share=0.99 makes 8 own pairs in a batch of 8"):
         sampler_of(titled, 0.99, batch_size=8)
+    with pytest.raises(InputError, match=r"own_pairs_share=0.01 makes 0 own pairs"):
+        sampler_of(titled, 0.01, batch_size=8)
     with pytest.raises(InputError, match="only own pairs"):
         OwnPairsBatchSampler(titled.own_pairs(), 8, False, share=0.5)
     with pytest.raises(InputError, match="a share of a batch, below 1, got 1"):
         arguments("x", own_pairs_share=1.0)
+
+
+def test_a_share_that_has_no_effect_is_told(titled, tmp_path, caplog):
+    args = arguments(tmp_path, own_pairs_share=0.25, max_steps=1)
+    CorrectorTrainer(make_static_model(), args, corpus=titled, train_dataset=titled.pairs("train")).train()
+    assert "own_pairs_share=0.25 has no effect" in caplog.text
 
 
 def spying(loss):
