@@ -72,6 +72,11 @@ REGIMES = {
     # Settings are chosen here: on 1,000 of the training questions, which nothing that is reported is measured on.
     "labels-choice": static(max_targets=30_000, max_steps=300, num_negatives=8, hold_out=1_000),
     "labels-low-coverage": static(max_steps=60, per_device_train_batch_size=32, num_negatives=8),
+    # At 64 questions a step, 112 steps are an epoch.
+    **{
+        f"labels-epochs-{epochs}": static(max_targets=30_000, max_steps=round(112 * epochs), num_negatives=8)
+        for epochs in (0.25, 0.5, 1, 2, 4, 10)
+    },
     "nq-coverage-0.05": static(max_steps=40, per_device_train_batch_size=16, num_negatives=8),
     "nq-coverage-15": static(max_targets=10_000, max_steps=300, num_negatives=8),
     **{
@@ -299,6 +304,14 @@ PRESETS = {
         Block("labels-low-coverage", ("in-batch", *_labelled("in-batch"), "stale-write-back"), (0, 1, 2)),
         Block("labels-low-coverage", (*_labelled("stale-write-back"), "stale", *_labelled("stale")), (0, 1, 2)),
         Block("labels-low-coverage", ("mined-once", *_labelled("mined-once"), *_labelled("exhaustive")), (0, 1, 2)),
+        *(
+            Block(
+                f"labels-epochs-{epochs}",
+                (*"mlp-pull-back", *_labelled("mlp-pull-back"), "stale-write-back", "exhaustive"),
+                (0, 1, 2),
+            )
+            for epochs in (1, 10, 0.25, 0.5, 2, 4)
+        ),
         *(
             Block(regime, tuple(each for name in LABELLED for each in (name, *_labelled(name))), (3, 4))
             for regime in ("labels-high-coverage", "labels-low-coverage")

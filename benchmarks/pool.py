@@ -1,0 +1,178 @@
+"""Other pools to take negatives from, so that fewer targets are only ever negatives: what was tried, and is not in the
+package.
+
+    python benchmarks/pool.py --dataset data/nq --coverage high
+    python benchmarks/pool.py --dataset data/nq --coverage low --own_pairs_share 0.36
+
+The hardest targets of a whole corpus are mostly ones that no training question asks for, and a target that is only ever
+a negative is pushed away from all questions. The rules:
+
+- **positives-0.5**, **positives-1.0**: this share of each query's negatives are the hardest among the targets that are
+  positives of other training questions, the rest as before;
+- **limit-4**: a target is no negative while it has been one in more than four times as many steps as it has been a
+  positive, plus four;
+- **weight-1**: of eight times as many candidates those are taken whose logit is highest less the logarithm of
+  (1 + steps in which it has been a negative) / (1 + steps in which it has been a positive).
+
+One JSON a run; runs whose JSON is there are skipped. Without a rule it is the default, whose runs are those of
+`strategies.py --preset labels`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers.sentence_transformer.training_args import BatchSamplers
+from transformers import set_seed
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+from common import default_model, describe_device, static_encoder, versions  # noqa: E402
+
+from st_corrector import Corpus, CorpusRetrievalEvaluator, CorrectorTrainer, CorrectorTrainingArguments  # noqa: E402
+from st_corrector.losses.multiple_negatives import CorrectedMultipleNegativesLoss  # noqa: E402
+from st_corrector.negatives.filters import is_in  # noqa: E402
+from st_corrector.negatives.selector import NegativeSelector, Selection  # noqa: E402
+from st_corrector.search.topk import NO_ROW  # noqa: E402
+
+RULES = ("none", "positives-0.5", "positives-1.0", "limit-4", "weight-1")
+COVERAGE: dict[str, dict[str, Any]] = {
+    "high": {"max_targets": 30_000, "max_steps": 300, "per_device_train_batch_size": 64},
+    "low": {"max_targets": None, "max_steps": 60, "per_device_train_batch_size": 32},
+}
+K = 8
+_WIDER = 8  # times the wanted negatives are candidates of "weight"
+
+
+class FromPositives(NegativeSelector):
+    """A share of the negatives from the positives of other training questions."""
+
+    def __init__(self, loss: CorrectedMultipleNegativesLoss, share: float) -> None:
+        super().__init__(loss.negatives, loss.scale)
+        self.loss, self.count = loss, round(share * K)
+        self.positives = torch.from_numpy(loss.corpus.qrels("train").row).unique()
+
+    def select(self, search: Any, queries: torch.Tensor, exclude: torch.Tensor, *given: Any) -> Selection:
+        vectors = self.loss.corrected.corrected(self.positives, by=self.loss.corrected.choosing_corrector)
+        scores = (queries @ vectors.T).masked_fill(is_in(self.positives, exclude), -torch.inf)
+        mine = self.positives[scores.topk(self.count).indices]
+        chosen = super().select(search, queries, torch.cat([exclude, mine], dim=1), *given)
+        return chosen._replace(rows=torch.cat([mine, chosen.rows[:, : K - self.count]], dim=1))
+
+
+class Balanced(NegativeSelector):
+    """Counts how often a target was positive and negative; ``limit`` excludes by it, otherwise it weighs the logits."""
+
+    def __init__(self, loss: CorrectedMultipleNegativesLoss, limit: float | None, weight: float) -> None:
+        super().__init__(loss.negatives, loss.scale)
+        self.limit, self.weight = limit, weight
+        self.positive, self.negative = torch.zeros(2, len(loss.corpus)).unbind()
+
+    @property
+    def _pool(self) -> int:
+        return K if self.limit is not None else K * _WIDER
+
+    def select(
+        self, search: Any, queries: torch.Tensor, exclude: torch.Tensor, positive_scores: torch.Tensor, *given: Any
+    ) -> Selection:
+        self.positive[given[0].unique()] += 1
+        if self.limit is not None:
+            worn = (self.negative >= self.limit * (1 + self.positive)).nonzero().flatten()
+            exclude = torch.cat([exclude, worn.expand(len(queries), -1)], dim=1)
+            chosen = super().select(search, queries, exclude, positive_scores, *given)
+        else:
+            _, rows, scores = self._candidates(
+                search, queries, exclude, positive_scores.new_full((len(queries),), torch.inf)
+            )
+            odds = ((1 + self.negative) / (1 + self.positive)).log()[rows.clamp(min=0)]
+            order = (scores * self.scale - self.weight * odds).masked_fill(rows == NO_ROW, -torch.inf)
+            chosen = super().select(search, queries, exclude, positive_scores, *given)
+            chosen = chosen._replace(rows=rows.gather(1, order.topk(K).indices))
+        self.negative[chosen.rows[chosen.rows != NO_ROW].unique()] += 1
+        return chosen
+
+
+def change(loss: CorrectedMultipleNegativesLoss, rule: str) -> None:
+    """Let ``loss`` select by ``rule``."""
+    name, _, value = rule.partition("-")
+    if name == "positives":
+        loss.selector = FromPositives(loss, float(value))
+    elif name in ("limit", "weight"):
+        loss.selector = Balanced(loss, float(value) if name == "limit" else None, float(value))
+
+
+def run(corpus: Corpus, rule: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    set_seed(seed)
+    lengths = {name: value for name, value in COVERAGE[args.coverage].items() if name != "max_targets"}
+    training = CorrectorTrainingArguments(
+        output_dir=str(args.outputs / "pool"),
+        num_negatives=K,
+        corrector_settings='{"hidden": 128}',
+        own_pairs_share=args.own_pairs_share,
+        cache_path=str(args.outputs / "caches" / f"pool-{args.coverage}-{seed}"),
+        learning_rate=1e-3,
+        warmup_steps=0.1,
+        batch_sampler=BatchSamplers.NO_DUPLICATES,
+        seed=seed,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        example_queries=0,
+        **lengths,
+    )
+    started = time.perf_counter()
+    model = static_encoder(default_model(), seed)
+    trainer = CorrectorTrainer(model, training, corpus=corpus)
+    (loss,) = trainer._corrected_losses().values()
+    change(loss, rule)
+    trainer.train()
+    seconds = time.perf_counter() - started
+    after = CorpusRetrievalEvaluator(corpus, "dev")(model)
+    return {
+        "seed": seed,
+        "steps": trainer.state.global_step,
+        "targets": len(corpus),
+        "after": after,
+        "seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", type=Path, required=True, help="a BEIR folder of Natural Questions")
+    parser.add_argument("--coverage", choices=COVERAGE, required=True)
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES[1:])
+    parser.add_argument("--own_pairs_share", type=float, default=0.0)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--outputs", type=Path, default=ROOT / "outputs", help="where embeddings go")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "labels" / "pool")
+    args = parser.parse_args()
+    corpus = Corpus.from_beir(args.dataset, max_targets=COVERAGE[args.coverage]["max_targets"])
+    own = "-own-pairs" if args.own_pairs_share else ""
+    for seed in args.seeds:
+        for rule in args.rules:
+            path = args.results / f"{args.coverage}{own}" / f"{rule}-seed{seed}.json"
+            if path.exists():
+                continue
+            found = run(corpus, rule, seed, args)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            one = ["--dataset", args.dataset, "--coverage", args.coverage, "--rules", rule, "--seeds", seed]
+            one += ["--own_pairs_share", args.own_pairs_share] if args.own_pairs_share else []
+            command = shlex.join(["python", "benchmarks/pool.py", *map(str, one)])
+            figures = {"rule": rule, "own_pairs_share": args.own_pairs_share, "command": command, **found}
+            told = {"versions": versions(), "device": describe_device(torch.device("cpu"))}
+            path.write_text(json.dumps(figures | told, indent=1) + "\n")
+            print(f"{args.coverage}{own}: {rule}, seed {seed}: MRR@10 {100 * found['after']['mrr@10']:.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
