@@ -49,6 +49,13 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed  ## the study on NQ=<BEIR folder>, PRESET=smoke|cpu|labels|gpu; finished runs are kept
 	$(BIN)/python benchmarks/strategies.py --dataset $(NQ) --preset $(PRESET) --results $(RESULTS)
+ifeq ($(PRESET),labels)
+	for coverage in high low; do for share in 0 0.36; do \
+	    $(BIN)/python benchmarks/pool.py --dataset $(NQ) --coverage $$coverage --own_pairs_share $$share || exit 1; done; done
+	$(BIN)/python benchmarks/untrusted_teachers.py --dataset $(NQ) --max_targets 30000 --steps 300
+	test -d outputs/corpora/code || $(BIN)/python benchmarks/corpora.py code
+	$(BIN)/python benchmarks/untrusted_teachers.py --dataset outputs/corpora/code --other $(NQ)
+endif
 	$(BIN)/python benchmarks/$(if $(filter labels,$(PRESET)),labels_report.py,report.py) --results $(RESULTS)
 
 report: $(VENV)/.installed  ## the report of committed results, from their JSON

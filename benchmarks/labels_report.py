@@ -1,6 +1,7 @@
-"""The page of what own pairs and a teacher give, from the JSON of `strategies.py --preset labels`.
+"""The page of what own pairs and a teacher give, from the JSON of `strategies.py --preset labels`, `pool.py` and
+`untrusted_teachers.py`.
 
-python benchmarks/labels_report.py
+    python benchmarks/labels_report.py
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from report import load, machine, mean_sd, mrr
 from strategies import LABELLED, RESULTS
+from untrusted_teachers import TEACHERS
 
 COLUMNS = {"": "as it is", "-own-pairs": "own pairs", "-teacher": "teacher", "-own-pairs-teacher": "both"}
 TITLES = {
@@ -26,6 +28,26 @@ REGIMES = {
     "labels-high-coverage": "High coverage: 30,000 passages, 300 steps of 64 questions, 8 negatives each",
     "labels-low-coverage": "Low coverage: 99,471 passages, 60 steps of 32 questions, 8 negatives each",
 }
+EPOCHS = "labels-epochs-"
+CURVE = {
+    "stale-write-back": "stale, written back",
+    "exhaustive": "exhaustive",
+    "mlp-pull-back": "**default**",
+    "mlp-pull-back-own-pairs": "own pairs",
+    "mlp-pull-back-teacher": "teacher",
+    "mlp-pull-back-own-pairs-teacher": "both",
+}
+CORPORA = {"nq": "Natural Questions", "code": "Code search", "packages": "Package search"}
+POOLS = (
+    "The rules of `benchmarks/pool.py`, which are not in the package. After each mean ± sd (seeds) stands the mean "
+    "difference from the default, seed by seed, and the least."
+)
+UNTRUSTED = (
+    "The default with teachers whose weight and scale are found out as the run goes "
+    "(`benchmarks/untrusted_teachers.py`): "
+    "all-MiniLM-L6-v2; random vectors; the encoder before it was trained; the same encoder trained on another corpus; "
+    "and trained for ten epochs on the very questions that teachers are judged by."
+)
 
 
 def table(runs: dict[str, list[dict]]) -> str:
@@ -35,10 +57,84 @@ def table(runs: dict[str, list[dict]]) -> str:
         cells = []
         for suffix in COLUMNS:
             group = runs.get(f"{name}{suffix}", [])
-            cells.append(f"{mean_sd([mrr(run) for run in group])} ({len(group)})" if group else "")
+            cells.append(cell(group))
         if any(cells):
             rows.append(f"| {TITLES[name]} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def by_name(folder: Path) -> dict[str, list[dict]]:
+    """The runs of ``<name>-seed<n>.json``, in the order of their seeds, by name."""
+    found = defaultdict(list)
+    for path in sorted(folder.glob("*-seed*.json")):
+        found[path.stem.rpartition("-seed")[0]].append(json.loads(path.read_text(encoding="utf-8")))
+    return {name: sorted(runs, key=lambda run: run["seed"]) for name, runs in found.items()}
+
+
+def cell(group: list[dict]) -> str:
+    return f"{mean_sd([mrr(run) for run in group])} ({len(group)})" if group else ""
+
+
+def difference(group: list[dict], reference: list[dict]) -> str:
+    """The mean difference of runs with the same seeds, and the least."""
+    of_seed = {run["seed"]: mrr(run) for run in reference}
+    apart = [mrr(run) - of_seed[run["seed"]] for run in group if run["seed"] in of_seed]
+    return f"{sum(apart) / len(apart):+.1f} (least {min(apart):+.1f})" if apart else ""
+
+
+def epochs(regimes: dict[str, dict[str, list[dict]]]) -> str:
+    """MRR@10 by how often the split's questions are gone through."""
+    found = {float(name.removeprefix(EPOCHS)): runs for name, runs in regimes.items() if name.startswith(EPOCHS)}
+    if not found:
+        return ""
+    rows = [f"| epochs | {' | '.join(CURVE.values())} |", "|---" * (len(CURVE) + 1) + "|"]
+    for count, runs in sorted(found.items()):
+        rows.append(f"| {count:g} | {' | '.join(cell(runs.get(name, [])) for name in CURVE)} |")
+    return "\n".join(rows)
+
+
+def pools(folder: Path, regimes: dict[str, dict[str, list[dict]]]) -> str:
+    """MRR@10 by the rule that changes the pool, at both coverages, without and with own pairs."""
+    runs = {each: by_name(folder / each) for each in ("high", "high-own-pairs", "low", "low-own-pairs")}
+    if not any(runs.values()):
+        return ""
+    for each, rules in runs.items():
+        coverage, _, own = each.partition("-")
+        default = f"mlp-pull-back{own and '-own-pairs'}"
+        rules["none"] = regimes.get(f"labels-{coverage}-coverage", {}).get(default, [])
+    titles = ("high coverage", "high, own pairs", "low coverage", "low, own pairs")
+    rows = [f"| pool | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for rule in ("none", "positives-0.5", "positives-1.0", "limit-4", "weight-1"):
+        cells = []
+        for rules in runs.values():
+            apart = difference(rules.get(rule, []), rules["none"]) if rule != "none" else ""
+            cells.append(f"{cell(rules.get(rule, []))} {apart}".strip())
+        rows.append(f"| {rule if rule != 'none' else 'as it is'} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def untrusted(folder: Path) -> str:
+    """MRR@10 with each teacher beside none, on each corpus, and how far it was trusted in the end."""
+    parts = []
+    for corpus in sorted(folder.iterdir()) if folder.is_dir() else []:
+        runs = by_name(corpus)
+        rows = [
+            "| teacher | MRR@10 | against none, seed by seed | its MRR@10 | the encoder's, last | α |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name in ("none", *(each for each in TEACHERS if each != "none")):
+            group = runs.get(name.replace(" ", "-"), [])
+            if not group:
+                continue
+            last = [run["trust"][-1] for run in group if run["trust"]]
+            told = [
+                " … ".join(sorted({f"{each[key]:.{digits}f}" for each in last}, key=float)[:: max(1, len(last) - 1)])
+                for key, digits in (("teacher_mrr", 3), ("encoder_mrr", 3), ("weight", 2))
+            ]
+            apart = difference(group, runs.get("none", [])) if name != "none" else ""
+            rows.append(f"| {name} | {cell(group)} | {apart} | {' | '.join(told)} |")
+        parts += [f"### {CORPORA.get(corpus.name, corpus.name)}", "\n".join(rows)]
+    return "\n\n".join(parts)
 
 
 def choices(runs: dict[str, list[dict]]) -> str:
@@ -101,6 +197,17 @@ def page(folder: Path) -> str:
             choices(runs),
             trusted(runs),
         ]
+    if curve := epochs(regimes):
+        parts += [
+            "## One epoch, ten epochs",
+            "30,000 passages, 8 negatives for each of 64 questions a step; 112 steps go once through the training "
+            "questions. The learning rate falls to 0 within each run, so that each is a run of its own.",
+            curve,
+        ]
+    if found := pools(folder / "pool", regimes):
+        parts += ["## Other pools", POOLS, found]
+    if found := untrusted(folder / "untrusted"):
+        parts += ["## Teachers that know nothing", UNTRUSTED, found]
     if (path := folder / "cost.json").exists():
         parts += ["## What a teacher costs", cost(json.loads(path.read_text(encoding="utf-8")))]
     everything = {f"{regime} {name}": group for regime, runs in regimes.items() for name, group in runs.items()}

@@ -183,6 +183,12 @@ def test_options_that_a_strategy_does_not_look_at_are_refused(recipe_module, mon
         assert "leave out --candidates, --relative_margin, --probe_every" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", [(), ("--teacher_weight", "1"), ("--teacher_scale", "10")])
+def test_where_nothing_is_chosen_a_teachers_weight_and_scale_must_both_be_set(answer, given):
+    status, said = answer("train_nq.py", "--strategy", "in-batch", "--teacher_model", "default", *given)
+    assert status == 2 and "here give both" in said
+
+
 # ---------------------------------------------------------------------- data
 
 

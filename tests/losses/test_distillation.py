@@ -412,6 +412,25 @@ def test_a_teacher_that_knows_few_of_a_batchs_queries_says_so(many, static_model
         assert len(told) == (share < 0.5), "once, and only where they are few"
 
 
+def test_what_is_set_holds_on_resume_too(many, static_model, tmp_path):
+    cache = EmbeddingCache.build(static_model, many, tmp_path / "cache", progress=False)
+    teacher = good_teacher(many)
+
+    def loss(**settings):
+        settings = DistillationSettings(teacher, **settings)
+        return CorrectedMultipleNegativesLoss(static_model, many, cache, 4, "identity", distillation=settings)
+
+    found = loss()
+    found(*batch(static_model, many, range(8)))
+    state = found.distillation.state()
+    assert state["weight"] == 4 and state["scale"] > 0
+    for given in ({}, {"teacher_weight": 1.5}, {"teacher_scale": 7.0}, {"teacher_weight": 1.5, "teacher_scale": 7.0}):
+        resumed = loss(**given).distillation
+        resumed.load_state(state)
+        assert resumed.weight == given.get("teacher_weight", 4)
+        assert resumed.scale == given.get("teacher_scale", state["scale"])
+
+
 def test_another_teachers_comparisons_are_not_taken_over(many, tmp_path, caplog):
     trusting(many, good_teacher(many, 0.5), tmp_path / "whole").train()
     generator = torch.Generator().manual_seed(5)

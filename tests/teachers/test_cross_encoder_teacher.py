@@ -99,6 +99,23 @@ def test_what_was_added_survives_a_kill_whole(tmp_path):
         store.close()
 
 
+def open_together(path, barrier):
+    barrier.wait(60)
+    ScoreStore(path, "model").close()
+
+
+def test_processes_that_begin_a_file_together_all_open_it(tmp_path):
+    for attempt in range(4):
+        barrier = FORKS.Barrier(6)
+        path = tmp_path / f"{attempt}.sqlite"
+        processes = [FORKS.Process(target=open_together, args=(path, barrier)) for _ in range(6)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0] * 6
+
+
 def add_own(path, first, done):
     store = ScoreStore(path, "model")
     for step in range(40):
