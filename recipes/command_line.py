@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from common import STRATEGIES, Strategy, default_model, static_encoder, table, train
 from data import DEV, HELD_OUT, DataArguments, load_corpus
+from rivals import MINED_BY
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from transformers import HfArgumentParser, set_seed
@@ -188,14 +189,15 @@ def parse_arguments(
         parser.error("--lora_r is the rank of a transformer's adapter: at least 1, and not with static")
     if (
         recipe.teacher_model is not None
-        and not strategy.chooses
+        and strategy.name in ("in-batch", "mined")
         and None in (training.teacher_weight, training.teacher_scale)
     ):
         parser.error("what --teacher_weight and --teacher_scale should be is found out by the corpus: here give both")
     if recipe.num_layers is not None and (recipe.encoder == "static" or recipe.num_layers < 1):
         parser.error("--num_layers is how many layers of a transformer are kept: at least 1, and not with static")
     if not strategy.chooses:
-        options = {option.name: getattr(training, option.name) for option in OPTIONS if option.name not in FOR_ALL}
+        heard = FOR_ALL | set(MINED_BY if strategy.name == "mined" else ("mini_batch_size",))
+        options = {option.name: getattr(training, option.name) for option in OPTIONS if option.name not in heard}
         given = [f"--{name}" for name, value in options.items() if value != parser.get_default(name)]
         given += ["--answer_check"] * recipe.answer_check
         if given:

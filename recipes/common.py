@@ -19,14 +19,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from datasets import Dataset
 from filelock import FileLock
+from rivals import guided_trainer, mined_trainer, mined_while_training
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
 )
 from sentence_transformers.base.modules import Dense, Normalize
-from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-from sentence_transformers.util import mine_hard_negatives, pairwise_cos_sim
 from torch import nn
 
 from st_corrector import (
@@ -41,16 +40,16 @@ from st_corrector import (
     __version__,
 )
 from st_corrector.data.encoding import DocumentEncoder
-from st_corrector.data.query_keys import query_keys
-from st_corrector.data.text import normalized
 from st_corrector.data.tokens import TokenizedCorpus
-from st_corrector.losses.similarity import Similarity
 from st_corrector.storage.files import whole
 from st_corrector.storage.fingerprint import digest_json
 from st_corrector.training.own_pairs import training_pairs
 
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-STRATEGIES = "in-batch, mined-once, stale, corrected, exhaustive, refresh:<steps> or refresh:<epochs>-epochs"
+STRATEGIES = (
+    "in-batch, gist, mined-once, mined:<epochs>-epochs, stale, corrected, exhaustive, refresh:<steps> or "
+    "refresh:<epochs>-epochs"
+)
 
 
 def default_model() -> str:
@@ -86,14 +85,19 @@ class Strategy(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Strategy:
-        """``"refresh:50"`` → every 50 steps, ``"refresh:1-epochs"`` → every epoch; the others have no number.
+        """``"refresh:50"`` → every 50 steps, ``"refresh:1-epochs"`` and ``"mined:1-epochs"`` → every epoch; the others
+        have no number.
 
         Raises:
             argparse.ArgumentTypeError: it is not one of :data:`STRATEGIES`.
         """
         if match := re.fullmatch(r"refresh:([1-9]\d*)(-epochs?)?", text):
             return cls("refresh", int(match[1]), "epoch" if match[2] else "step")
-        if text in ("in-batch", "mined-once", "stale", "corrected"):
+        if match := re.fullmatch(r"mined:([1-9]\d*)-epochs?", text):
+            return cls("mined", int(match[1]), "epoch")
+        if text == "mined-once":
+            return cls("mined")
+        if text in ("in-batch", "gist", "stale", "corrected"):
             return cls(text)
         if text == "exhaustive":
             return cls(text, every=1)
@@ -102,7 +106,7 @@ class Strategy(NamedTuple):
     @property
     def chooses(self) -> bool:
         """Whether negatives are chosen from the corpus while training."""
-        return self.name not in ("in-batch", "mined-once")
+        return self.name not in ("in-batch", "gist", "mined")
 
 
 def train(
@@ -119,8 +123,8 @@ def train(
 ) -> dict[str, Any]:
     """One training run by ``strategy``, evaluated before and after: what ``results.json`` holds.
 
-    All strategies but ``mined-once`` run through the same trainer, loss and search, so that a comparison compares one
-    thing.
+    All strategies but those of :mod:`rivals` run through the same trainer, loss and search, so that a comparison
+    compares one thing.
 
     Args:
         args: say how negatives are chosen; the strategy decides over the number of negatives, the corrector and the
@@ -190,23 +194,11 @@ def trainer_for(
 ) -> CorrectorTrainer:
     """The trainer of a strategy, as a user would make it."""
     pairs = training_pairs(corpus, args)
+    if strategy.name == "gist":
+        return guided_trainer(model, args, pairs, teacher)
     labels = None if teacher is None else teacher_of(teacher, corpus, pairs, cache_path.parent, args)
-    if strategy.name == "mined-once":
-        similarity = Similarity(model)
-        dataset = mine_once(model, corpus, pairs, args.num_negatives)
-        if labels is not None:
-            temperature = 1 / (args.scale or similarity.default_scale)
-            soft = DistillKLDivLoss(
-                model,
-                similarity_fct=pairwise_cos_sim,
-                temperature=temperature,
-                teacher_temperature=1 / args.teacher_scale,
-            )
-            return CorrectorTrainer(model, args, train_dataset=with_scores(dataset, corpus, labels), loss=soft)
-        loss = MultipleNegativesRankingLoss(
-            model, scale=args.scale or similarity.default_scale, similarity_fct=similarity.function
-        )
-        return CorrectorTrainer(model, args, train_dataset=dataset, loss=loss)
+    if strategy.name == "mined":
+        return mined_trainer(model, corpus, args, pairs, labels, strategy.every)
     if strategy.name != "corrected":
         args.corrector, args.corrector_settings = "identity", "{}"
     if not strategy.chooses:
@@ -284,34 +276,6 @@ def teacher_of(
     return EmbeddingTeacher.build(model, corpus, path, pairs, batch_size=args.cache_batch_size)
 
 
-def with_scores(tuples: Dataset, corpus: Corpus, teacher: EmbeddingTeacher) -> Dataset:
-    """Mined tuples with the teacher's scores of their targets, as :class:`DistillKLDivLoss` takes them."""
-    row_of = {text: row for row, text in enumerate(corpus.texts(range(len(corpus))))}
-    anchor, *columns = tuples.column_names
-
-    def scored(batch: dict[str, list[str]]) -> dict[str, list[list[float]]]:
-        keys, own = torch.from_numpy(query_keys(batch[anchor])), query_keys(map(normalized, batch[anchor]), own=True)
-        keys = torch.where(teacher.knows(keys), keys, torch.from_numpy(own))
-        rows = torch.tensor([[row_of[text] for text in batch[column]] for column in columns]).T
-        return {"label": [teacher.scores(key[None], row)[0].tolist() for key, row in zip(keys, rows, strict=True)]}
-
-    return tuples.map(scored, batched=True, batch_size=256)
-
-
-def mine_once(model: SentenceTransformer, corpus: Corpus, pairs: Dataset, num_negatives: int) -> Dataset:
-    """What most users do today: sentence-transformers' own mining, before training, from the same corpus."""
-    return mine_hard_negatives(
-        pairs.remove_columns("label"),
-        model,
-        corpus=corpus.texts(range(len(corpus))),
-        num_negatives=num_negatives,
-        sampling_strategy="top",
-        output_format="n-tuple",
-        batch_size=256,
-        verbose=False,
-    )
-
-
 def encoded(
     loss: torch.nn.Module, trainer: SentenceTransformerTrainer, model: SentenceTransformer, corpus: Corpus
 ) -> dict[str, float]:
@@ -327,10 +291,11 @@ def encoded(
         if loss.has_corrected:
             cached = loss.corrected.targets_reencoded
     else:
-        # n-tuples: the positive and as many negatives for every question.
-        columns = len(trainer.train_dataset.column_names) - 1
+        # Pairs or n-tuples: the positive and as many negatives for every question.
+        columns = sum(name not in ("label", "labels") for name in trainer.train_dataset.column_names) - 1
         batches = trainer.state.global_step * trainer.args.gradient_accumulation_steps
-        with_gradient, verified, cached = batches * trainer.args.train_batch_size * columns, 0, 0
+        with_gradient, verified = batches * trainer.args.train_batch_size * columns, 0
+        cached = mined_while_training(trainer)
     tables = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
     parameters = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
     # A static encoder multiplies the mean of a text's tokens, a transformer every token.

@@ -13,9 +13,11 @@ from conftest import ROOT, make_texts
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from support.layouts import upload, write_repository
+from support.runs import arguments
 from support.scripts import run
+from transformers import TrainerCallback
 
-from st_corrector import CorpusError, CorpusRetrievalEvaluator, InputError
+from st_corrector import Corpus, CorpusError, CorpusRetrievalEvaluator, InputError
 from st_corrector.data.qrels import Qrels
 
 RECIPES = ROOT / "recipes"
@@ -113,6 +115,58 @@ def test_a_teacher_and_own_pairs_on_held_out_questions(small_nq, minilm_path, tm
         assert all({"distillation_loss", "task_loss_own_pairs"} <= entry.keys() for entry in results["log"])
         assert [found["step"] for found in results["trust"]] == [0]
         assert 0 < results["trust"][0]["encoder_mrr"] < results["trust"][0]["teacher_mrr"] <= 1
+
+
+def test_negatives_mined_anew_are_those_of_the_model_as_it_is(recipe_module, minilm_path, tmp_path):
+    rivals, common = recipe_module("rivals"), recipe_module("common")
+    queries, texts = make_texts(120)
+    corpus = Corpus.from_texts(texts, cache_dir=tmp_path)
+    corpus.add_split("train", {str(n): queries[n] for n in range(40)}, {str(n): [str(n)] for n in range(40)})
+    model = common.static_encoder(minilm_path)
+    lengths = {"max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 8}
+    settings = arguments(tmp_path, num_negatives=2, **lengths)
+    trainer = rivals.mined_trainer(model, corpus, settings, corpus.pairs("train"), None, every=1)
+    epochs = [[] for _ in range(3)]
+
+    class Reading(TrainerCallback):
+        """Notes the tuples as they are when an epoch begins, after those that came before."""
+
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            epoch = round(state.epoch)
+            epochs[epoch] = [dict(trainer.train_dataset[n]) for n in range(len(trainer.train_dataset))]
+            if epoch:
+                mined = rivals.mine(model, corpus, corpus.pairs("train"), settings).to_list()
+                by_pair = {(row["anchor"], row["positive"]): row for row in mined}
+                assert len(mined) > 30
+                for row in epochs[epoch]:
+                    assert row == by_pair.get((row["anchor"], row["positive"]), row)
+
+    def noting(features, labels):
+        seen.append(features[2]["input_ids"].clone())
+        return forward(features, labels)
+
+    trainer.add_callback(Reading())
+    seen, forward = [], trainer.loss.forward
+    trainer.loss.forward = noting
+    trainer.train()
+    assert epochs[0] != epochs[1] != epochs[2] and rivals.mined_while_training(trainer) == 2 * 120
+    tokens = [torch.cat(seen[5 * n : 5 * n + 5]).sort().values for n in range(3)]
+    assert len(seen) == 15 and not torch.equal(tokens[0], tokens[2]), "and they are what is trained on"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["gist", "mined:1-epochs"])
+def test_rivals_run(small_nq, minilm_path, tmp_path, strategy):
+    options = ["--max_steps", 6, "--per_device_train_batch_size", 8, "--num_negatives", 2, "--max_seq_length", 16]
+    options += ["--num_layers", 1, "--caches", tmp_path / "caches", "--output_dir", tmp_path / "out"]
+    options += (
+        ["--teacher_model", "default", "--mini_batch_size", 4] if strategy == "gist" else ["--relative_margin", 0.05]
+    )
+    command = [RECIPES / "train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3]
+    run(*command, *options, "--strategy", strategy)
+    results = check_results(tmp_path / "out" / "results.json", strategy, 6)
+    assert results["before"] != results["after"]
+    assert results["targets_encoded"] >= 6 * 8 * (1 if strategy == "gist" else 3)
 
 
 @pytest.mark.long
@@ -405,11 +459,10 @@ def test_strategies_are_parsed(recipe_module):
     parse = recipe_module("common").Strategy.parse
     assert parse("refresh:50") == ("refresh", 50, "step") and parse("exhaustive") == ("exhaustive", 1, "step")
     assert parse("refresh:2-epochs") == ("refresh", 2, "epoch") and parse("stale").every is None
-    assert [name for name in ("in-batch", "mined-once", "stale", "corrected") if not parse(name).chooses] == [
-        "in-batch",
-        "mined-once",
-    ]
-    for wrong in ("refresh", "refresh:x", "refresh:0", "best", "stale:3", "refresh:5-steps"):
+    assert parse("mined:1-epochs") == ("mined", 1, "epoch") and parse("mined-once") == ("mined", None, "step")
+    rivals = ["in-batch", "gist", "mined-once", "mined:3-epochs"]
+    assert [name for name in (*rivals, "stale", "corrected", "refresh:5") if not parse(name).chooses] == rivals
+    for wrong in ("refresh", "refresh:x", "refresh:0", "best", "stale:3", "refresh:5-steps", "mined", "mined:5"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not one of"):
             parse(wrong)
 
