@@ -11,8 +11,9 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+from presets import LABELLED
 from report import load, machine, mean_sd, mrr
-from strategies import LABELLED, RESULTS
+from strategies import RESULTS
 from untrusted_teachers import TEACHERS
 
 COLUMNS = {"": "as it is", "-own-pairs": "own pairs", "-teacher": "teacher", "-own-pairs-teacher": "both"}
