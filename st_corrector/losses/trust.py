@@ -116,7 +116,8 @@ class Judgement(NamedTuple):
 class TeacherTrust:
     """Finds out how much a teacher is to be trusted, as the run goes: it is compared with the encoder on training
     questions that are kept out of training, before the first step and then after 10, 20, 40 … steps. A teacher that
-    ranks their positives no better than the encoder does has nothing to teach.
+    ranks their positives no better than the encoder does has nothing to teach. Its weight never rises: it is the
+    encoder that learns.
 
     Args:
         teacher: whose labels are weighed.
@@ -145,6 +146,9 @@ class TeacherTrust:
             # The search takes the same queries in all processes, whose GPUs may round differently.
             queries = corrected.processes.broadcast(encode_queries(self.held_out.texts))
             found = self._compare(corrected, queries)
+            if self.history:
+                # An encoder gets no worse by training: a comparison that says so is made with stale embeddings.
+                found = found._replace(weight=min(found.weight, self.history[-1][1].weight))
             self.history.append((corrected.steps, found))
             log = logger.warning if found.teacher_mrr <= found.encoder_mrr else logger.info
             log(

@@ -33,7 +33,7 @@ from st_corrector import (
     Teacher,
     TeacherCheck,
 )
-from st_corrector.losses.trust import TeacherTrust, likeliest_scale, reciprocal_ranks
+from st_corrector.losses.trust import Judgement, TeacherTrust, likeliest_scale, reciprocal_ranks
 
 ALONE = {"share_negatives": False, "in_batch_negatives": False}
 
@@ -302,6 +302,19 @@ def test_the_teacher_that_is_the_untrained_encoder_has_nothing_to_teach(many, tm
     first, *later = (found for _, found in loss.distillation.trust.history)
     assert first.teacher_mrr == pytest.approx(first.encoder_mrr, abs=1e-6) and first.weight == 0
     assert all(found.weight == 0 for found in later) and later[-1].encoder_mrr > later[-1].teacher_mrr + 0.01
+
+
+def test_stale_embeddings_make_no_teacher_look_better(many, static_model, tmp_path, monkeypatch):
+    cache = EmbeddingCache.build(static_model, many, tmp_path / "cache", progress=False)
+    loss = CorrectedMultipleNegativesLoss(static_model, many, cache, 4, "identity", good_teacher(many))
+    trust = loss.distillation.trust
+    # The encoder seems to get worse where nothing is written back or corrected, and then better.
+    found = iter([Judgement(0.5, 0.40, 9.0, 1.0), Judgement(0.5, 0.1, 8.0, 4.0), Judgement(0.5, 0.45, 7.0, 0.25)])
+    monkeypatch.setattr(trust, "_compare", lambda *given: next(found))
+    for steps, weight, scale in ((0, 1.0, 9.0), (10, 1.0, 8.0), (15, 1.0, 8.0), (20, 0.25, 7.0)):
+        loss.corrected.steps = steps
+        judged = trust.update(loss.corrected, loss.encode_queries)
+        assert (judged.weight, judged.scale) == (weight, scale), steps
 
 
 def test_what_the_trust_measures_is_the_rank_in_the_whole_corpus(many, static_model, tmp_path):
