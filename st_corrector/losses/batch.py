@@ -21,11 +21,17 @@ class Column(NamedTuple):
 
     Args:
         pieces: leaves that gather gradients, ``(n, d)`` in all.
-        origin: what :meth:`CorrectedMultipleNegativesLoss._connected` needs to hand these gradients on.
+        origin: what :meth:`CorrectedMultipleNegativesLoss._connected` needs to hand these gradients on; None where
+            nothing was encoded.
     """
 
     pieces: list[Tensor]
     origin: Any
+
+    @classmethod
+    def of(cls, embeddings: Tensor) -> Column:
+        """Embeddings that were looked up, ``(n, d)``."""
+        return cls([embeddings.clone().requires_grad_()], None)
 
     @property
     def embeddings(self) -> Tensor:

@@ -138,14 +138,15 @@ class CachedCorrectedMultipleNegativesLoss(CorrectedMultipleNegativesLoss, _Mixi
         return Column(pieces, (features, ranges, random_states))
 
     def _connected(self, loss: Tensor, columns: list[Column]) -> Tensor:
-        features, ranges, random_states = zip(*(column.origin for column in columns), strict=True)
+        encoded = [column for column in columns if column.origin is not None]
+        features, ranges, random_states = zip(*(column.origin for column in encoded), strict=True)
         loss = loss.detach().requires_grad_()
         loss.register_hook(
             partial(
                 gradcache._backward_hook,
                 sentence_features=list(features),
                 loss_obj=self,
-                cache=[[piece.grad for piece in column.pieces] for column in columns],
+                cache=[[piece.grad for piece in column.pieces] for column in encoded],
                 random_states=list(random_states),
                 ranges=list(ranges),
             )

@@ -80,10 +80,13 @@ class CorrectedCorpus:
         """Whether the corrector made things worse and was given up (``corrector_divergence``)."""
         self.writes_back = settings.write_back
         """Whether what a step encodes replaces stale embeddings; not where nothing goes stale."""
+        self.is_fixed = False
+        """Whether the document encoder is frozen and the cache is what it says: then nothing is encoded."""
         check_cache(cache, encoder.fingerprint(unwrap(model), weights=False))
         self._configured = settings.make_corrector(cache.dim, unit=similarity.unit)
         if encoder.is_frozen(model) and self._is_fresh(cache):
-            logger.info("The document encoder is frozen: the cache stays fresh, and nothing is corrected.")
+            logger.info("The document encoder is frozen: targets are looked up in the cache, and nothing is corrected.")
+            self.is_fixed = True
             self._configured = IdentityCorrector(cache.dim, normalize=self._configured.normalize)
             self.writes_back = False
         if processes.size > 1 and len(cache) == len(encoder.corpus):
@@ -177,6 +180,8 @@ class CorrectedCorpus:
             NonFiniteError: an embedding is NaN or infinite.
         """
         processes = self.processes
+        if self.is_fixed:
+            return self.cached(torch.from_numpy(rows))
         share = rows[processes.share(len(rows))]
         # All processes call the model, which may exchange something itself.
         fresh = self.encode(share if len(share) else rows[:1])
@@ -201,7 +206,7 @@ class CorrectedCorpus:
             NonFiniteError: the corrector has become NaN or infinite; it has learnt nothing from this step.
             ProcessError: the correctors of several processes differ.
         """
-        if count := self.settings.background_targets:
+        if (count := self.settings.background_targets) and not self.is_fixed:
             background = self.processes.broadcast(torch.randint(len(self), (count,)).to(rows.device))
             self.targets_reencoded += count
             rows = torch.cat([rows, background])

@@ -114,7 +114,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         gradient. What is selected and learnt is what one process would have with the whole batch.
 
         A document encoder that is frozen (a ``Router`` whose document route has nothing to train) does not go stale:
-        then nothing is corrected or written back.
+        then positives and negatives are looked up in the cache instead of encoded (without dropout), and nothing is
+        corrected or written back.
 
         Recommendations:
             - Raise ``num_negatives`` before the batch size: the union of the batch's selections serves every query.
@@ -225,21 +226,24 @@ class CorrectedMultipleNegativesLoss(nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
         features, rows, keys = self._checked(list(sentence_features), labels)
         training = torch.is_grad_enabled()
+        columns: list[Column] = []
         with self._timed("encode", training):
-            columns: list[Column] = []
-            for each in features:
+            for each in features[:1] if training and self._looks_up else features:
                 columns.append(self._embed(each, columns))
         if rows is None or keys is None or not training:
             return self._named(self._in_batch_loss(columns, rows, keys))
         received = self.processes.bytes_received
         batch = self._gather(columns, rows, keys)
-        self.targets_encoded += len(batch.rows)
+        if self._looks_up:
+            columns.append(Column.of(batch.positives[batch.mine]))
+        else:
+            self.targets_encoded += len(batch.rows)
         selection = self._select(batch) if self.is_choosing else None
         negative_rows, counts, fresh = batch.rows[:0], [batch.counts], batch.positives
         if selection is not None:
             selected = selection.rows[selection.rows != NO_ROW].unique()
             negative_rows = selected[~torch.isin(selected, batch.rows)]
-            self.targets_encoded += len(negative_rows)
+            self.targets_encoded += 0 if self._looks_up else len(negative_rows)
         if len(negative_rows):
             column, shares, negatives = self._encode_negatives(negative_rows, columns)
             columns.append(column)
@@ -257,6 +261,11 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         if self.processes.size > 1:
             self.metrics.add(bytes_exchanged=float(self.processes.bytes_received - received))
         return {**terms, **learnt}
+
+    @property
+    def _looks_up(self) -> bool:
+        """Whether targets are looked up instead of encoded."""
+        return self.has_corrected and self.corrected.is_fixed
 
     def _named(self, terms: Tensor) -> dict[str, Tensor]:
         """The terms of :meth:`calculate_loss` as the trainer logs them."""
@@ -302,11 +311,12 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         with self._timed("exchange"):
             counts = processes.counts(len(rows), rows.device)
             first = sum(counts[: processes.rank])
-            queries, positives = (
+            queries, *encoded = (
                 processes.gather(self.similarity.comparable(column.embeddings), counts) for column in columns
             )
             mine = slice(first, first + len(rows))
             rows, keys = processes.gather(torch.stack([rows, keys], dim=1), counts).unbind(1)
+            positives = encoded[0] if encoded else self.corrected.cached(rows)
             known = known_rows(self.corpus, self._qrels, rows, keys)
         # What all processes have gathered is looked at, so that none goes on alone.
         require_finite(queries, "queries in this batch")
@@ -347,7 +357,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             selection = self.selector.select(
                 search, queries, exclude, positive_scores.detach(), labels, keys, self.corrected.encode_together
             )
-        self.targets_verified += len(selection.verified_rows)
+        self.targets_verified += 0 if self._looks_up else len(selection.verified_rows)
         self.removed.update(selection.removed)
         self.metrics.add(**{f"removed_by_{rule}": count for rule, count in selection.removed.items()})
         if isinstance(search, ShortlistSearch) and search.recall is not None:
@@ -355,11 +365,14 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         return selection
 
     def _encode_negatives(self, rows: Tensor, earlier: list[Column]) -> tuple[Column, list[int], Tensor]:
-        """Encode this process's share of ``rows`` with gradient: its column, how many each process has encoded, and the
-        embeddings of all, ``(n, d)``.
+        """Encode this process's share of ``rows`` with gradient, or look it up: its column, how many each process has
+        encoded, and the embeddings of all, ``(n, d)``.
         """
-        shares = [len(rows[each]) for each in self.processes.shares(len(rows))]
-        share = rows[self.processes.share(len(rows))]
+        shares, mine = [len(rows[each]) for each in self.processes.shares(len(rows))], self.processes.share(len(rows))
+        share = rows[mine]
+        if self._looks_up:
+            found = self.corrected.cached(rows)
+            return Column.of(found[mine]), shares, found
         with self._timed("encode"):
             # All processes call the model, since it may exchange something itself: a rank without a share encodes one
             # text and discards it.
@@ -422,7 +435,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         """Embeddings of a column; their gradients go where :meth:`_connected` sends them, with those of the step's
         ``earlier`` columns.
         """
-        with returning_also(self.model, [column.origin for column in earlier]):
+        with returning_also(self.model, [column.origin for column in earlier if column.origin is not None]):
             embeddings = call(self.model, features)["sentence_embedding"]
         # In float32, in which the search and the loss compare them, and gradients are summed up.
         embeddings = embeddings.float()
@@ -431,7 +444,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
     def _connected(self, loss: Tensor, columns: list[Column]) -> Tensor:
         """``loss`` with the gradients that the columns' pieces have gathered, on their way to the encoder."""
         # Its derivative by what the encoder has said is what calculate_loss has found.
-        terms = [(column.origin * column.pieces[0].grad).sum() for column in columns]
+        encoded = [column for column in columns if column.origin is not None]
+        terms = [(column.origin * column.pieces[0].grad).sum() for column in encoded]
         linear = torch.stack(terms).sum()
         return loss + (linear - linear.detach())
 
