@@ -16,7 +16,7 @@ NQ     ?= ../shared/data/nq
 PRESET ?= cpu
 # A smoke test's figures are no results.
 RESULTS = $(or $(if $(filter smoke,$(PRESET)),outputs/smoke-results),$(if $(filter gpu,$(PRESET)),$(GPU_RESULTS)/study),\
-          $(if $(filter labels,$(PRESET)),benchmarks/results/labels),benchmarks/results)
+          $(if $(filter labels evidence,$(PRESET)),benchmarks/results/$(PRESET)),benchmarks/results)
 GPU_RESULTS := benchmarks/results/gpu
 # Runs of the study side by side on a GPU, and after how many minutes no further one is started (if anything).
 AT_ONCE ?= 4
@@ -47,16 +47,19 @@ test-gpu: $(VENV)/.installed  ## the tests that need a GPU
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: $(VENV)/.installed  ## the study on NQ=<BEIR folder>, PRESET=smoke|cpu|labels|gpu; finished runs are kept
+bench: $(VENV)/.installed $(if $(filter labels evidence,$(PRESET)),outputs/corpora)  ## the study on NQ=<BEIR folder>, PRESET=smoke|cpu|labels|evidence|gpu; finished runs are kept
 	$(BIN)/python benchmarks/strategies.py --dataset $(NQ) --preset $(PRESET) --results $(RESULTS)
 ifeq ($(PRESET),labels)
 	for coverage in high low; do for share in 0 0.36; do \
 	    $(BIN)/python benchmarks/pool.py --dataset $(NQ) --coverage $$coverage --own_pairs_share $$share || exit 1; done; done
 	$(BIN)/python benchmarks/untrusted_teachers.py --dataset $(NQ) --max_targets 30000 --steps 300
-	test -d outputs/corpora/code || $(BIN)/python benchmarks/corpora.py code
 	$(BIN)/python benchmarks/untrusted_teachers.py --dataset outputs/corpora/code --other $(NQ)
 endif
-	$(BIN)/python benchmarks/$(if $(filter labels,$(PRESET)),labels_report.py,report.py) --results $(RESULTS)
+	$(BIN)/python benchmarks/$(if $(filter labels evidence,$(PRESET)),$(PRESET)_report.py,report.py) --results $(RESULTS)
+
+outputs/corpora: $(VENV)/.installed  ## two more corpora, from PyPI and from Debian's lists
+	$(BIN)/python benchmarks/corpora.py code
+	$(BIN)/python benchmarks/corpora.py packages
 
 report: $(VENV)/.installed  ## the report of committed results, from their JSON
 	$(BIN)/python benchmarks/report.py
@@ -64,6 +67,7 @@ report: $(VENV)/.installed  ## the report of committed results, from their JSON
 	$(BIN)/python benchmarks/step_report.py
 	$(BIN)/python benchmarks/reliability_report.py
 	$(BIN)/python benchmarks/labels_report.py
+	test ! -d benchmarks/results/evidence || $(BIN)/python benchmarks/evidence_report.py
 	test ! -d $(GPU_RESULTS)/study || $(BIN)/python benchmarks/report.py --results $(GPU_RESULTS)/study
 
 bench-selection: $(VENV)/.installed  ## what a search costs, at every size; finished settings are kept

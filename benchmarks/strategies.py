@@ -3,6 +3,7 @@
     python benchmarks/strategies.py --preset smoke --dataset data/nq     # a minute: does everything run?
     python benchmarks/strategies.py --preset cpu --dataset data/nq       # hours on two cores, static encoder
     python benchmarks/strategies.py --preset labels --dataset data/nq    # own pairs and a teacher beside them
+    python benchmarks/strategies.py --preset evidence --dataset data/nq  # three corpora, what one would pick instead
     python benchmarks/strategies.py --preset gpu --dataset data/nq --at_once 4 --minutes 9     # transformers
 
 Each run is the recipe itself, in a process of its own, and leaves one JSON with its figures and its command. Runs whose
@@ -214,8 +215,8 @@ def main() -> None:
     parser.add_argument(
         "--results",
         type=Path,
-        help="a folder for each regime is made in it; by default benchmarks/results, gpu/study and "
-        "labels in it for these presets, and outputs/smoke-results with --smoke",
+        help="a folder for each regime is made in it; by default benchmarks/results, gpu/study, labels and evidence "
+        "in it for these presets, and outputs/smoke-results with --smoke",
     )
     parser.add_argument("--outputs", type=Path, default=ROOT / "outputs", help="where models and embedding caches go")
     args = parser.parse_args()
@@ -224,7 +225,7 @@ def main() -> None:
     results = args.results or (
         ROOT / "outputs" / "smoke-results"
         if args.smoke
-        else {"gpu": GPU_RESULTS, "labels": RESULTS / "labels"}.get(args.preset, RESULTS)
+        else {"gpu": GPU_RESULTS, **{name: RESULTS / name for name in ("labels", "evidence")}}.get(args.preset, RESULTS)
     )
     wanted = [
         run

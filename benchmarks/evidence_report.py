@@ -1,0 +1,189 @@
+"""The page that decides: what the default, own pairs and a teacher give beside what one would pick instead, from the
+JSON of `strategies.py --preset evidence`.
+
+    python benchmarks/evidence_report.py
+
+Differences are taken seed by seed, with 95 % intervals by Student's t over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from presets import INSTEAD
+from report import Runs, coverage, differences, legend, load, machine, mean, mean_sd, mrr, panels, save
+from scipy import stats
+from strategies import RESULTS
+
+LOW = "minilm-2-layers-all-passages"
+CORPORA = {"nq": "Natural Questions", "code": "code search", "packages": "package search"}
+ENCODERS = {
+    "2-layers": "two layers of MiniLM, 30,000 targets",
+    "2-layers-all": "two layers of MiniLM, all targets",
+    "static": "static encoder, all targets",
+}
+REGIMES = {LOW: "Natural Questions, two layers of MiniLM, all 99,471 passages"} | {
+    f"{corpus}-{encoder}": f"{title}, {how}" for encoder, how in ENCODERS.items() for corpus, title in CORPORA.items()
+}
+DEFAULT, BOTH = "mlp-pull-back", "mlp-pull-back-own-pairs-teacher"
+ADDED = {"": "default", "-own-pairs": "+ own pairs", "-teacher": "+ teacher", "-own-pairs-teacher": "+ both"}
+TITLES = {
+    DEFAULT: "**default**",
+    **{f"{DEFAULT}{suffix}": f"default {name}" for suffix, name in ADDED.items() if suffix},
+    "stale-write-back": "written back, no corrector",
+    "corrected-mlp": "the paper's setting",
+    "stale": "stale cache",
+    "in-batch-larger": "in-batch, larger batches",
+    "mined-margin": "mined once, with a margin",
+    "mined-anew": "mined anew every epoch, with a margin",
+    "mined-margin-teacher": "mined once, `DistillKLDivLoss`",
+    "refresh-10": "re-embedded every 10 steps",
+    "gist": "in-batch, larger batches, guided (GIST)",
+}
+TITLES |= {f"{name}-own-pairs": f"{TITLES[name]}, own pairs" for name in INSTEAD}
+
+
+def interval(values: list[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean, by Student's t; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values) - half, statistics.mean(values) + half
+
+
+def apart(one: str, other: str, runs: Runs) -> str:
+    """``"+0.6 [+0.2, +1.0] (3)"``: a mean difference, its interval, and of how many seeds."""
+    values = differences(one, other, runs)
+    if not values:
+        return ""
+    bounds = interval(values)
+    between = f" [{bounds[0]:+.1f}, {bounds[1]:+.1f}]" if bounds else ""
+    return f"{statistics.mean(values):+.1f}{between} ({len(values)})"
+
+
+def seconds(run: dict, runs: Runs) -> float:
+    """Everything that a run needs; what runs share, a cache or a teacher, is counted in each as if it had made it."""
+    args, spent = run["args"], run["seconds"]
+    prepared = spent["prepare"]
+    if not args["strategy"].startswith("mined"):
+        everyone = [other for group in runs.values() for other in group]
+        alike = [other for other in everyone if other["args"].get("teacher_model") == args.get("teacher_model")]
+        prepared = max(other["seconds"]["prepare"] for other in alike)
+    return prepared + spent["train"] - spent.get("probe", 0.0)
+
+
+def against(regimes: dict[str, Runs], rivals: Iterable[str], ours: str) -> str:
+    """What ``ours`` has over each of ``rivals``, a row for each regime."""
+    rivals = [name for name in rivals if any(differences(ours, name, runs) for runs in regimes.values())]
+    rows = [f"| | MRR@10 | {' | '.join(TITLES[name] for name in rivals)} |", "|---" * (len(rivals) + 2) + "|"]
+    for regime, runs in regimes.items():
+        if ours in runs:
+            cells = [mean_sd([mrr(run) for run in runs[ours]]), *(apart(ours, name, runs) for name in rivals)]
+            rows.append(f"| {REGIMES[regime]} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def all_rows(runs: Runs) -> str:
+    """Every strategy of a regime, best first."""
+    rows = ["| | MRR@10 | R@20 | R@100 | encoded a target | s, all counted |", "|---|---|---|---|---|---|"]
+    for name, group in sorted(runs.items(), key=lambda item: -mean(item[1], mrr)):
+        recalls = [mean_sd([100 * run["after"][metric] for run in group]) for metric in ("recall@20", "recall@100")]
+        cells = [f"{mean_sd([mrr(run) for run in group])} ({len(group)})", *recalls, f"{mean(group, coverage):.2f}"]
+        spent = statistics.median(seconds(run, runs) for run in group)
+        rows.append(f"| {TITLES.get(name, name)} | {' | '.join(cells)} | {spent:.0f} |")
+    return "\n".join(rows)
+
+
+def failures(regimes: dict[str, Runs]) -> list[str]:
+    """Where the default is below something else, with a difference that its interval tells from none."""
+    found = []
+    for regime, runs in regimes.items():
+        for other in ("stale-write-back", *INSTEAD):
+            values = differences(DEFAULT, other, runs)
+            bounds = interval(values)
+            if values and statistics.mean(values) < 0 and (bounds is None or bounds[1] < 0):
+                found.append(f"- {REGIMES[regime]}: {apart(DEFAULT, other, runs)} against {TITLES[other]}.")
+    return found
+
+
+def plots(folder: Path, regimes: dict[str, Runs]) -> list[str]:
+    """MRR@10 against texts encoded and against time, and the gain over writing back by coverage."""
+    shown = {name: runs for name, runs in regimes.items() if len(runs) > 4}
+    made = []
+    costs = {
+        "texts": ("targets encoded, for the loss and the cache", lambda run, runs: run["targets_encoded"]),
+        "seconds": ("seconds, all counted", seconds),
+    }
+    for name, (label, cost) in costs.items() if shown else ():
+        figure, axes = panels(REGIMES[regime] for regime in shown)
+        for axis, runs in zip(axes, shown.values(), strict=True):
+            for number, strategy in enumerate(each for each in TITLES if each in runs):
+                group, marker = runs[strategy], "o" if strategy.startswith(DEFAULT) else "s"
+                at = statistics.median(cost(run, runs) for run in group)
+                axis.plot(
+                    at, mean(group, mrr), marker, color=f"C{number % 10}", label=TITLES[strategy].replace("*", "")
+                )
+            axis.set(xlabel=label, ylabel="MRR@10", xscale="log")
+        legend(axes)
+        made.append(save(figure, folder, f"quality-against-{name}"))
+    points = [
+        (mean(runs[DEFAULT], coverage), differences(DEFAULT, "stale-write-back", runs), "static" in regime)
+        for regime, runs in regimes.items()
+        if differences(DEFAULT, "stale-write-back", runs)
+    ]
+    if points:
+        figure, (axis,) = panels(["What correcting adds to writing back"])
+        for at, values, is_static in points:
+            axis.plot(at, statistics.mean(values), "s" if is_static else "o", color="C1" if is_static else "C0")
+        axis.axhline(0, color="grey")
+        axis.set(xlabel="encodings a target, with gradient", ylabel="MRR@10, default less written back", xscale="log")
+        made.append(save(figure, folder, "gain-by-coverage"))
+    return made
+
+
+def page(folder: Path) -> str:
+    regimes = {name: load(folder / name) for name in REGIMES if (folder / name).is_dir()}
+    parts = [
+        "# Evidence: three corpora, two encoders, and what one would pick instead",
+        "Made by `benchmarks/evidence_report.py` from the JSON beside it; every JSON has its command, and "
+        "`benchmarks/corpora.py` makes the corpora. MRR@10 on dev questions, mean ± sd; differences seed by seed with "
+        "95 % intervals by Student's t (number of seeds). Runs of a row and its rivals encode about as many texts with "
+        "gradient. Not all runs have been made yet: `make bench PRESET=evidence` goes on where it was stopped.",
+        "## Does the corrector beat plain write-back?",
+        against(regimes, ["stale-write-back"], DEFAULT),
+        "## Is the default below what one would pick instead?",
+        against(regimes, INSTEAD, DEFAULT),
+        "## What do own pairs and a teacher add?",
+        added(regimes),
+        "## Where it fails",
+        "\n".join(failures(regimes)) or "Nowhere in these runs.",
+        *plots(folder, regimes),
+        "## All runs",
+        *(part for name, runs in regimes.items() for part in (f"### {REGIMES[name]}", all_rows(runs))),
+    ]
+    everything = {f"{regime} {name}": group for regime, runs in regimes.items() for name, group in runs.items()}
+    return "\n\n".join([*parts, f"Computed in {machine(everything).removeprefix(', ')}."]) + "\n"
+
+
+def added(regimes: dict[str, Runs]) -> str:
+    """What own pairs, a teacher and both add to the default."""
+    rows = [f"| | {' | '.join(ADDED.values())} |", "|---" * (len(ADDED) + 1) + "|"]
+    for regime, runs in regimes.items():
+        if DEFAULT in runs:
+            gains = [apart(f"{DEFAULT}{suffix}", DEFAULT, runs) for suffix in ADDED if suffix]
+            rows.append(f"| {REGIMES[regime]} | {mean_sd([mrr(run) for run in runs[DEFAULT]])} | {' | '.join(gains)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS / "evidence")
+    folder = parser.parse_args().results
+    (folder / "README.md").write_text(page(folder), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
