@@ -128,10 +128,10 @@ def untrusted(folder: Path) -> str:
             if not group:
                 continue
             last = [run["trust"][-1] for run in group if run["trust"]]
-            told = [
-                " … ".join(sorted({f"{each[key]:.{digits}f}" for each in last}, key=float)[:: max(1, len(last) - 1)])
-                for key, digits in (("teacher_mrr", 3), ("encoder_mrr", 3), ("weight", 2))
-            ]
+            told = []
+            for key, digits in (("teacher_mrr", 3), ("encoder_mrr", 3), ("weight", 2)):
+                ends = [f"{end(each[key] for each in last):.{digits}f}" for end in (min, max)] if last else []
+                told.append(" … ".join(dict.fromkeys(ends)))
             apart = difference(group, runs.get("none", [])) if name != "none" else ""
             rows.append(f"| {name} | {cell(group)} | {apart} | {' | '.join(told)} |")
         parts += [f"### {CORPORA.get(corpus.name, corpus.name)}", "\n".join(rows)]

@@ -237,9 +237,9 @@ LABELLED = ("in-batch", "mined-once", "stale", "stale-write-back", "mlp-pull-bac
 OWN = options(own_pairs_share=0.36)
 TEACHER = options(teacher_model="default", teacher_max_seq_length=96)
 # Where nothing is chosen from the corpus, how far a teacher is to be trusted is not found out: as it is elsewhere.
-TRUSTED = options(teacher_weight=4, teacher_scale=10)
+TRUSTED, SCALED = options(teacher_weight=4, teacher_scale=10), options(teacher_scale=10)
 for name in LABELLED:
-    taught = TEACHER + (TRUSTED if name in ("in-batch", "mined-once") else [])
+    taught = TEACHER + {"in-batch": TRUSTED, "mined-once": SCALED}.get(name, [])
     added = {"own-pairs": OWN, "teacher": taught, "own-pairs-teacher": OWN + taught}
     STRATEGIES |= {f"{name}-{kind}": STRATEGIES[name] + given for kind, given in added.items()}
 
@@ -261,9 +261,11 @@ STRATEGIES |= {f"mlp-pull-back-{name}": STRATEGIES["mlp-pull-back"] + given for 
 # a batch of 96 pairs, or tuples of 6 texts for 32 questions.
 STRATEGIES |= {
     "in-batch-larger": options(strategy="in-batch", per_device_train_batch_size=96, mini_batch_size=32),
+    # A static encoder's runs take 64 questions with 8 negatives each, of which the batch shares some.
+    "in-batch-larger-static": options(strategy="in-batch", per_device_train_batch_size=288),
     "mined-margin": options(strategy="mined-once", relative_margin=0.05),
-    "mined-anew": options(strategy="mined:1-epochs", relative_margin=0.05),
-    "mined-margin-teacher": options(strategy="mined-once", relative_margin=0.05) + TEACHER + TRUSTED,
+    "mined-anew": options(strategy="mined:25", relative_margin=0.05),
+    "mined-margin-teacher": options(strategy="mined-once", relative_margin=0.05) + TEACHER + SCALED,
     "gist": options(strategy="gist", per_device_train_batch_size=96, mini_batch_size=32) + TEACHER,
 }
 INSTEAD = ("in-batch-larger", "mined-margin", "mined-margin-teacher", "refresh-10", "mined-anew", "gist")
@@ -272,6 +274,10 @@ for name in INSTEAD:
 RATES = ("1e-4", "2e-4", "1e-3")
 for name in ("mlp-pull-back", "in-batch-larger", "mined-margin", "mined-margin-teacher"):
     STRATEGIES |= {f"{name}-rate-{rate}": STRATEGIES[name] + options(learning_rate=rate) for rate in RATES}
+DECIDES_STATIC = (
+    *("stale-write-back", "mlp-pull-back", "mlp-pull-back-own-pairs-teacher", "in-batch-larger-static"),
+    *("mined-margin", "mined-margin-teacher", "refresh-10"),
+)
 DECIDES = ("stale-write-back", "mlp-pull-back", "mlp-pull-back-own-pairs-teacher", *INSTEAD[:4])
 
 
@@ -345,7 +351,7 @@ PRESETS = {
             for name in ("code", "packages")
         ),
         *(Block(f"{name}-2-layers", DECIDES, (0, 1, 2)) for name in ("code", "packages", "nq")),
-        *(Block(f"{name}-static", (*DECIDES, *_labelled("mlp-pull-back")), (0, 1, 2)) for name in CORPORA),
+        *(Block(f"{name}-static", (*DECIDES_STATIC, *_labelled("mlp-pull-back")), (0, 1, 2)) for name in CORPORA),
         *(
             Block(f"{name}-2-layers", (*_labelled("mlp-pull-back"), *INSTEAD[4:], "stale", "corrected-mlp"), (0, 1, 2))
             for name in CORPORA

@@ -1,7 +1,7 @@
 """Does a teacher that knows nothing do harm? The default with five teachers, beside none, on several corpora.
 
     python benchmarks/untrusted_teachers.py --dataset data/nq --max_targets 30000 --steps 300
-    python benchmarks/untrusted_teachers.py --dataset outputs/corpora/code
+    python benchmarks/untrusted_teachers.py --dataset outputs/corpora/code --other data/nq
     python benchmarks/untrusted_teachers.py --dataset outputs/corpora/packages
 
 A static encoder is trained with a teacher whose weight and scale are found out as the run goes. The teachers: all of
@@ -87,7 +87,7 @@ def teacher(name: str, corpus: Corpus, args: argparse.Namespace, seed: int) -> S
             sys.exit("Where code is searched, --other says what the teacher of another domain has learnt.")
         return trained(Corpus.from_beir(other, max_targets=30_000), other.name, args.outputs, max_steps=300)
     if name == "memorised":
-        return trained(corpus, f"{args.dataset.name}-memorised", args.outputs, num_train_epochs=10)
+        return trained(corpus, f"{args.dataset.name}-{len(corpus)}-memorised", args.outputs, num_train_epochs=10)
     return None
 
 

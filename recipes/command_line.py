@@ -187,12 +187,7 @@ def parse_arguments(
         parser.error("--from_scratch is for transformers: the static encoder is made of pretrained token vectors")
     if recipe.lora_r is not None and (recipe.encoder == "static" or recipe.lora_r < 1):
         parser.error("--lora_r is the rank of a transformer's adapter: at least 1, and not with static")
-    if (
-        recipe.teacher_model is not None
-        and strategy.name in ("in-batch", "mined")
-        and None in (training.teacher_weight, training.teacher_scale)
-    ):
-        parser.error("what --teacher_weight and --teacher_scale should be is found out by the corpus: here give both")
+    _check_teacher(parser, recipe, training, strategy)
     if recipe.num_layers is not None and (recipe.encoder == "static" or recipe.num_layers < 1):
         parser.error("--num_layers is how many layers of a transformer are kept: at least 1, and not with static")
     if not strategy.chooses:
@@ -215,6 +210,30 @@ def parse_arguments(
             parts.append("write-back" if training.write_back else "no-write-back")
         training.output_dir = str(Path("outputs") / name / "-".join(part for part in parts if part))
     return recipe, training
+
+
+def _check_teacher(
+    parser: HfArgumentParser, recipe: RecipeArguments, training: CorrectorTrainingArguments, strategy: Strategy
+) -> None:
+    """Refuse what would have no effect, and ask for what the corpus cannot find out."""
+    options = ("teacher_weight", "teacher_scale", "distillation_loss")
+    given = [name for name in options if getattr(training, name) != parser.get_default(name)]
+    unheard, why = [], ""
+    if recipe.teacher_model is None:
+        unheard, why = given, "there is no --teacher_model"
+    elif strategy.name == "gist":
+        unheard, why = given, "the teacher is a guide here"
+    elif strategy.name == "mined":
+        unheard = [name for name in given if name != "teacher_scale"]
+        why = "mined tuples are learnt by DistillKLDivLoss alone"
+    if unheard:
+        parser.error(f"leave out {', '.join(f'--{name}' for name in unheard)}: {why}")
+    needed = {"in-batch": options[:2], "mined": options[1:2]}.get(strategy.name, ())
+    if recipe.teacher_model is not None and (missing := [name for name in needed if name not in given]):
+        parser.error(
+            f"give {' and '.join(f'--{name}' for name in missing)}: it is found out where negatives are chosen from "
+            "the corpus, and here they are not"
+        )
 
 
 def main(name: str, description: str, dataset: str, **defaults: Any) -> None:

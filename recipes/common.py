@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from datasets import Dataset
 from filelock import FileLock
-from rivals import guided_trainer, mined_trainer, mined_while_training
+from rivals import guided_trainer, mined_trainer, mined_while_training, pairs_for
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -47,8 +47,8 @@ from st_corrector.training.own_pairs import training_pairs
 
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 STRATEGIES = (
-    "in-batch, gist, mined-once, mined:<epochs>-epochs, stale, corrected, exhaustive, refresh:<steps> or "
-    "refresh:<epochs>-epochs"
+    "in-batch, gist, mined-once, mined:<steps>, mined:<epochs>-epochs, stale, corrected, exhaustive, refresh:<steps> "
+    "or refresh:<epochs>-epochs"
 )
 
 
@@ -85,16 +85,14 @@ class Strategy(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Strategy:
-        """``"refresh:50"`` → every 50 steps, ``"refresh:1-epochs"`` and ``"mined:1-epochs"`` → every epoch; the others
+        """``"refresh:50"`` → every 50 steps, ``"refresh:1-epochs"`` → every epoch, and so ``"mined:…"``; the others
         have no number.
 
         Raises:
             argparse.ArgumentTypeError: it is not one of :data:`STRATEGIES`.
         """
-        if match := re.fullmatch(r"refresh:([1-9]\d*)(-epochs?)?", text):
-            return cls("refresh", int(match[1]), "epoch" if match[2] else "step")
-        if match := re.fullmatch(r"mined:([1-9]\d*)-epochs?", text):
-            return cls("mined", int(match[1]), "epoch")
+        if match := re.fullmatch(r"(refresh|mined):([1-9]\d*)(-epochs?)?", text):
+            return cls(match[1], int(match[2]), "epoch" if match[3] else "step")
         if text == "mined-once":
             return cls("mined")
         if text in ("in-batch", "gist", "stale", "corrected"):
@@ -193,12 +191,12 @@ def trainer_for(
     teacher: SentenceTransformer | None,
 ) -> CorrectorTrainer:
     """The trainer of a strategy, as a user would make it."""
-    pairs = training_pairs(corpus, args)
     if strategy.name == "gist":
-        return guided_trainer(model, args, pairs, teacher)
+        return guided_trainer(model, args, pairs_for(corpus, args), teacher)
+    pairs = pairs_for(corpus, args) if strategy.name == "mined" else training_pairs(corpus, args)
     labels = None if teacher is None else teacher_of(teacher, corpus, pairs, cache_path.parent, args)
     if strategy.name == "mined":
-        return mined_trainer(model, corpus, args, pairs, labels, strategy.every)
+        return mined_trainer(model, corpus, args, pairs, labels, strategy.every, strategy.unit)
     if strategy.name != "corrected":
         args.corrector, args.corrector_settings = "identity", "{}"
     if not strategy.chooses:

@@ -4,10 +4,10 @@ anew after some epochs; a teacher's scores of them; in-batch negatives with a gu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import (
     CachedGISTEmbedLoss,
@@ -24,6 +24,19 @@ from st_corrector.losses.similarity import Similarity
 
 MINED_BY = ("max_score", "absolute_margin", "relative_margin", "range_min", "range_max")
 """What the arguments and ``mine_hard_negatives`` both know of false negatives."""
+
+
+def pairs_for(corpus: Corpus, args: CorrectorTrainingArguments) -> Dataset:
+    """The pairs of the split that is trained on, and of the corpus's own pairs so many that they have the share that
+    ``args`` ask for, of the whole: tuples are drawn from all alike.
+    """
+    split, share = args.train_split or "train", args.own_pairs_share
+    pairs = corpus.pairs(split)
+    args.own_pairs_share = 0.0
+    if not share:
+        return pairs
+    count = round(len(pairs) * share / (1 - share))
+    return concatenate_datasets([pairs, corpus.own_pairs(count, args.own_question, split, args.seed)])
 
 
 def mine(model: SentenceTransformer, corpus: Corpus, pairs: Dataset, args: CorrectorTrainingArguments) -> Dataset:
@@ -48,12 +61,13 @@ def mined_trainer(
     pairs: Dataset,
     teacher: EmbeddingTeacher | None,
     every: int | None,
+    unit: Literal["step", "epoch"],
 ) -> CorrectorTrainer:
     """A trainer on mined tuples.
 
     Args:
         teacher: its scores of the tuples are learnt instead of hard labels, if there is one.
-        every: after how many epochs negatives are mined anew; by default never.
+        every: after how many steps or epochs negatives are mined anew; by default never.
     """
     similarity = Similarity(model)
     scale = args.scale or similarity.default_scale
@@ -71,14 +85,16 @@ def mined_trainer(
     loss = MultipleNegativesRankingLoss(model, scale=scale, similarity_fct=similarity.function)
     if every is None:
         return CorrectorTrainer(model, args, train_dataset=tuples, loss=loss)
-    again = MineAgain(model, corpus, pairs, args, every)
+    again = MineAgain(model, corpus, pairs, args, every, unit)
     return CorrectorTrainer(model, args, train_dataset=again.dataset(tuples), loss=loss, callbacks=[again])
 
 
 def guided_trainer(
     model: SentenceTransformer, args: CorrectorTrainingArguments, pairs: Dataset, guide: SentenceTransformer | None
 ) -> CorrectorTrainer:
-    """In-batch negatives of which a guide leaves out what it finds more relevant than the positive (GISTEmbed)."""
+    """In-batch negatives of which a guide leaves out what it finds more relevant than the positive (GISTEmbed). The
+    guide reads texts as they were cut for the trained model.
+    """
     if guide is None:
         raise InputError("--strategy gist has a teacher as its guide: give --teacher_model.")
     loss = CachedGISTEmbedLoss(
@@ -91,15 +107,22 @@ def guided_trainer(
 
 
 class MineAgain(TrainerCallback):
-    """Mines the negatives of all training questions anew, by the model as it is, before every ``every``-th epoch.
+    """Mines the negatives of all training questions anew, by the model as it is, after every ``every`` steps or epochs.
 
     A question of which too few negatives are left keeps those it had.
     """
 
     def __init__(
-        self, model: SentenceTransformer, corpus: Corpus, pairs: Dataset, args: CorrectorTrainingArguments, every: int
+        self,
+        model: SentenceTransformer,
+        corpus: Corpus,
+        pairs: Dataset,
+        args: CorrectorTrainingArguments,
+        every: int,
+        unit: Literal["step", "epoch"],
     ) -> None:
-        self._model, self._corpus, self._pairs, self._args, self._every = model, corpus, pairs, args, every
+        self._model, self._corpus, self._pairs, self._args = model, corpus, pairs, args
+        self._every, self._unit = every, unit
         self._negatives: dict[tuple[str, str], list[str]] = {}
         self.targets_encoded = 0
         """Targets encoded to mine while training."""
@@ -116,14 +139,19 @@ class MineAgain(TrainerCallback):
         return tuples.with_transform(current)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        epoch = round(state.epoch or 0)
-        if epoch == 0 or epoch % self._every:
-            return
+        if self._unit == "epoch" and (epoch := round(state.epoch or 0)) and epoch % self._every == 0:
+            self._mine()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._unit == "step" and state.global_step and state.global_step % self._every == 0:
+            self._mine()
+
+    def _mine(self) -> None:
         training = self._model.training
         mined = mine(self._model, self._corpus, self._pairs, self._args)
         self._model.train(training)
         anchor, positive, *negatives = mined.column_names
-        self._negatives = {(row[anchor], row[positive]): [row[name] for name in negatives] for row in mined.to_list()}
+        self._negatives |= {(row[anchor], row[positive]): [row[name] for name in negatives] for row in mined.to_list()}
         self.targets_encoded += len(self._corpus)
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from ..errors import CorpusError
 from ..storage.arrow import read_or_write_arrow
-from ..storage.fingerprint import digest
+from ..storage.fingerprint import digest, digest_json
 from .columns import BATCH
 from .own_questions import OwnQuestions, Question
 
@@ -55,7 +55,7 @@ class TrainingPairs:
                 some = rows[start : start + BATCH]
                 yield self._table(pa.array(texts[start : start + BATCH]), some, questions.keys[some])
 
-        key = digest(self._corpus.fingerprint, rows.tobytes(), questions.keys.tobytes())
+        key = digest(self._corpus.fingerprint, rows.tobytes(), digest_json(texts))
         return read_or_write_arrow(self._corpus.cache_dir / f"own-pairs-{key}.arrow", _PAIRS, tables())
 
     def relevant_to_own(self, key: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from ..data.query_keys import is_own
 from ..negatives.filters import is_in, known_positives, pad_rows, repeats_earlier
 from ..negatives.selector import Selection
 from ..negatives.settings import HardnessMode, NegativeSettings
+from ..runtime.distributed import Processes
 from .distillation import SoftLabels
 
 
@@ -137,6 +138,7 @@ def candidates_of(
     fresh: Tensor,
     counts: list[list[int]],
     settings: NegativeSettings,
+    processes: Processes,
 ) -> Candidates:
     """Which of all positives and negatives count for which query.
 
@@ -148,6 +150,7 @@ def candidates_of(
         fresh: embeddings of positives, then negatives, ``(C, d)``.
         counts: how many of each of both kinds each process has encoded.
         settings: what the queries share, and which candidates are false negatives.
+        processes: those that the batch is of: a check that fails in one of them fails in all.
     """
     mine, rules = batch.mine, settings.false_negatives
     columns = torch.cat([batch.rows, negative_rows])
@@ -159,7 +162,8 @@ def candidates_of(
         forbidden |= is_in(columns, selection.false_negatives[mine])
         for check in rules.checks:
             if check.everywhere:
-                forbidden |= check(batch.rows[mine], columns.expand(len(target), -1), batch.keys[mine])
+                with processes.together(f"Asking {check!r}"):
+                    forbidden |= check(batch.rows[mine], columns.expand(len(target), -1), batch.keys[mine])
     if not torch.isposinf(ceiling).all():
         forbidden |= batch.queries[mine] @ fresh.T > ceiling[mine, None]
     forbidden[torch.arange(len(target), device=target.device), target] = False

@@ -73,7 +73,7 @@ class CorrectedCorpus:
         self.steps = 0
         """Steps from which a corrector has learnt so far, across refreshes and restarts."""
         self.targets_reencoded = 0
-        """Targets encoded for the cache alone so far, by :meth:`refresh` or as background targets."""
+        """Targets encoded for the cache alone so far, by :meth:`refresh`, in the background, or to judge a teacher."""
         self.refreshed = False
         """Whether :meth:`refresh` has replaced the cache."""
         self.diverged = False

@@ -151,23 +151,30 @@ class Distillation:
             left_out: which candidates do not count for a query, ``(b, C)``.
             target: the place of each query's positive, ``(b,)``.
         """
+        if not self.weight:
+            nothing = torch.zeros(len(keys), device=rows.device)
+            return SoftLabels(torch.full(left_out.shape, -torch.inf, device=rows.device), nothing.bool(), nothing)
         scores = self.teacher.scores(keys, rows, ~left_out)
         counts = ~left_out & torch.isfinite(scores)
         # Without the positive, or with it alone, nothing is compared.
         labelled = counts.gather(1, target[:, None]).squeeze(1) & (counts.sum(1) > 1)
-        if not self._looked:
-            self._looked = True
-            if (share := float(labelled.float().mean())) < _FEW:
-                logger.warning(
-                    "The teacher labels %d%% of the first batch's queries; the others have their hard label alone. It "
-                    "knows the queries of the pairs that it was built with, by their keys: corpus.own_pairs(…) among "
-                    "them, and with labels that are rows alone none that share a positive.",
-                    round(100 * share),
-                )
         logits = (scores * self.scale).masked_fill(~counts, -torch.inf)
         if (held_out := self.held_out(keys, rows[target])) is not None:
             labelled &= ~held_out
         return SoftLabels(logits, labelled, labelled * self.weight)
+
+    def look(self, soft: SoftLabels) -> None:
+        """Warn, once, if a first batch has few labels."""
+        if self._looked or not self.weight:
+            return
+        self._looked = True
+        if (share := float(soft.labelled.float().mean())) < _FEW:
+            logger.warning(
+                "The teacher labels %d%% of the first batch's queries; the others have their hard label alone. It "
+                "knows the queries of the pairs that it was built with, by their keys: corpus.own_pairs(…) among "
+                "them, and with labels that are rows alone none that share a positive.",
+                round(100 * share),
+            )
 
     def loss(self, logits: Tensor, soft: SoftLabels, target: Tensor) -> Tensor:
         """The weighted mean over the queries, of which those without labels count as 0.
@@ -199,7 +206,7 @@ class Distillation:
         return {
             "weight": self.weight,
             "scale": self.scale,
-            "of": self.teacher.describe(),
+            "of": self.teacher.identity,
             "history": [] if self.trust is None else [[step, *found] for step, found in self.trust.history],
         }
 
@@ -207,10 +214,10 @@ class Distillation:
         """Take over what :meth:`state` gave, if the checkpoint is of a run with this teacher; another one is judged
         anew.
         """
-        if state is None or state["of"] != self.teacher.describe():
+        if state is None or state["of"] != self.teacher.identity:
             logger.warning(
-                "The checkpoint is of a run with %s, this one has %r: it is judged anew.",
-                "no teacher" if state is None else state["of"]["teacher"],
+                "The checkpoint is of a run with %s: %r is judged anew.",
+                "no teacher" if state is None else "another one",
                 self.teacher,
             )
             return

@@ -250,7 +250,9 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             counts.append(shares)
             fresh = torch.cat([fresh, negatives])
         left_out = not_offered(batch, negative_rows, selection, self.negatives)
-        candidates = candidates_of(batch, negative_rows, selection, left_out, fresh, counts, self.negatives)
+        candidates = candidates_of(
+            batch, negative_rows, selection, left_out, fresh, counts, self.negatives, self.processes
+        )
         if self.distillation is not None:
             candidates = self._taught(self.distillation, candidates, batch, negative_rows, left_out)
         terms = self._named(self._finite_loss(columns, candidates))
@@ -393,6 +395,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             # A teacher may fail in one process alone: a model that says NaN of a pair, a full disk.
             with self.processes.together("Asking the teacher"):
                 soft = distillation.labels(keys, rows, left_out, candidates.target)
+        distillation.look(soft)
         self.metrics.add(
             teacher_weight=distillation.weight, teacher_scale=distillation.scale, taught=soft.labelled.float().mean()
         )

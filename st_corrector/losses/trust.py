@@ -15,19 +15,20 @@ from ..data.qrels import Qrels
 from ..data.query_keys import UNKNOWN
 from ..errors import InputError
 from ..negatives.filters import known_positives, pad_rows
+from ..runtime.distributed import Processes
 from ..search.topk import NO_ROW
 from ..teachers import Teacher
 from .corrected_corpus import CorrectedCorpus
 
 logger = logging.getLogger(__name__)
 _HELD_OUT = 1 / 32  # of the training questions
-_MOST, _FEWEST = 512, 32  # held-out questions
+_MOST, _FEWEST = 256, 32  # held-out questions
 _MOST_HELD_OUT = 1 / 6  # of the training questions; fewer could not spare the fewest that tell anything
-_FIRST = 10  # steps until it is measured for the second time; then after twice as many, and so on
+_FIRST = 20  # steps until it is measured for the second time; then after twice as many, and so on
 _FULL = 0.20  # MRR by which a teacher must be ahead to count fully
 _MOST_WEIGHT = 4.0  # of a teacher that counts fully: the hard label is a fifth then
 _SOFTENED = 0.5  # of the likeliest scale is taken: what else is relevant is told by softer labels
-_CANDIDATES = 32  # targets that the encoder confuses with each positive, by which the scale is found
+_CANDIDATES = 16  # targets that the encoder confuses with each positive, which are encoded to compare
 RANKED = 10
 
 
@@ -52,7 +53,7 @@ class HeldOut(NamedTuple):
 
     @classmethod
     def choose(cls, corpus: Corpus, qrels: Qrels, teacher: Teacher) -> HeldOut:
-        """One of 32 questions that the teacher knows, at least 32 and at most 512, by their keys: the same in every
+        """One of 32 questions that the teacher knows, at least 32 and at most 256, by their keys: the same in every
         process and run.
 
         Raises:
@@ -97,7 +98,9 @@ class Judgement(NamedTuple):
     """What a comparison has found.
 
     Args:
-        teacher_mrr, encoder_mrr: mean reciprocal rank, cut off at 10, of the held-out questions' positives.
+        teacher_mrr, encoder_mrr: mean reciprocal rank, cut off at 10, of the held-out questions' positives; the
+            teacher's among all targets, if it knows its best ones, the encoder's among those that it confuses with the
+            positive, by embeddings as they are now.
         scale: τ, half of the one by which the teacher's softmax is most likely to name the positives.
         weight: α.
     """
@@ -115,9 +118,12 @@ class Judgement(NamedTuple):
 
 class TeacherTrust:
     """Finds out how much a teacher is to be trusted, as the run goes: it is compared with the encoder on training
-    questions that are kept out of training, before the first step and then after 10, 20, 40 … steps. A teacher that
+    questions that are kept out of training, before the first step and then after 20, 40, 80 … steps. A teacher that
     ranks their positives no better than the encoder does has nothing to teach. Its weight never rises: it is the
     encoder that learns.
+
+    A comparison encodes the held-out questions, their positives and 16 targets for each, at most 4,352 in all, without
+    gradient (:attr:`.CorrectedCorpus.targets_reencoded` counts them).
 
     Args:
         teacher: whose labels are weighed.
@@ -147,7 +153,7 @@ class TeacherTrust:
             queries = corrected.processes.broadcast(encode_queries(self.held_out.texts))
             found = self._compare(corrected, queries)
             if self.history:
-                # An encoder gets no worse by training: a comparison that says so is made with stale embeddings.
+                # Early steps may disturb an encoder; that makes no teacher better.
                 found = found._replace(weight=min(found.weight, self.history[-1][1].weight))
             self.history.append((corrected.steps, found))
             log = logger.warning if found.teacher_mrr <= found.encoder_mrr else logger.info
@@ -169,46 +175,67 @@ class TeacherTrust:
         self.history = history
 
     def _compare(self, corrected: CorrectedCorpus, queries: Tensor) -> Judgement:
-        keys, positives, exclude = (each.to(queries.device) for each in self.held_out[1:4])
+        positives, exclude = (each.to(queries.device) for each in (self.held_out.positives, self.held_out.exclude))
         found = corrected.hardest(queries, _CANDIDATES, exclude)
-        own = (queries * corrected.corrected(positives, by=corrected.choosing_corrector)).sum(-1)
-        of_encoder = reciprocal_ranks(own, found.scores[:, :RANKED])
-        # The teacher's scores of the positive, and of what the encoder confuses it with.
+        # The positive, and what the encoder confuses it with.
         rows = torch.cat([positives[:, None], found.rows], dim=1)
-        columns, place = rows.unique(return_inverse=True)
-        wanted = torch.zeros(len(keys), len(columns), dtype=torch.bool, device=keys.device).scatter_(1, place, True)
-        scores = self.teacher.scores(keys, columns.clamp(min=0), wanted).gather(1, place)
-        scores = scores.masked_fill(rows == NO_ROW, -torch.inf)
-        best = self.teacher.best_scores(keys, exclude, RANKED)
+        columns, place = rows.clamp(min=0).unique(return_inverse=True)
+        of_encoder = (queries @ corrected.encode_together(columns.cpu().numpy()).to(queries.device).T).gather(1, place)
+        corrected.targets_reencoded += 0 if corrected.is_fixed else len(columns)
+        of_encoder = of_encoder.masked_fill(rows == NO_ROW, -torch.inf)
+        of_teacher, best = self._ask(corrected.processes, rows, exclude)
         if best is None:
-            best = scores[:, 1:].sort(dim=1, descending=True).values[:, :RANKED]
+            best = of_teacher[:, 1:]
             # It can only rank anew what the encoder has found: elsewhere it has found nothing either.
-            missed = ~(own[:, None] >= found.scores).any(1)
+            missed = (of_encoder[:, 1:] > of_encoder[:, :1]).sum(1) >= _CANDIDATES
             best = best.masked_fill(missed[:, None], torch.inf)
-        of_teacher = reciprocal_ranks(scores[:, 0], best)
-        scale = _SOFTENED * likeliest_scale(scores)
+        by_teacher = reciprocal_ranks(of_teacher[:, 0], best)
+        by_encoder = reciprocal_ranks(of_encoder[:, 0], of_encoder[:, 1:])
         # By how much at least, as far as so few questions can tell: one standard error less than the mean.
-        difference = of_teacher - of_encoder
+        difference = by_teacher - by_encoder
         ahead = float(difference.mean() - difference.std() / len(difference) ** 0.5)
         # Squared, so that a teacher that is hardly ahead hardly counts.
         weight = _MOST_WEIGHT * min(1.0, max(0.0, ahead / _FULL)) ** 2
-        return Judgement(float(of_teacher.mean()), float(of_encoder.mean()), scale, weight)
+        scale = _SOFTENED * likeliest_scale(of_teacher)
+        return Judgement(float(by_teacher.mean()), float(by_encoder.mean()), scale, weight)
+
+    def _ask(self, processes: Processes, rows: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The teacher's scores of ``rows``, ``(n, C)``, and its best ones; each process asks for a share of the
+        questions, and all get the same.
+        """
+        mine, counts = processes.share(len(rows)), [len(rows[each]) for each in processes.shares(len(rows))]
+        keys, theirs = self.held_out.keys.to(rows.device)[mine], rows[mine]
+        columns, place = theirs.unique(return_inverse=True)
+        wanted = torch.zeros(len(keys), len(columns), dtype=torch.bool, device=keys.device).scatter_(1, place, True)
+        wanted &= columns != NO_ROW
+        with processes.together("Judging the teacher"):
+            scores = self.teacher.scores(keys, columns.clamp(min=0), wanted).gather(1, place)
+            best = self.teacher.best_scores(keys, exclude[mine], RANKED)
+        scores = scores.masked_fill(theirs == NO_ROW, -torch.inf)
+        return processes.gather(scores, counts), None if best is None else processes.gather(best, counts)
 
 
 def likeliest_scale(scores: Tensor) -> float:
     """The τ by which ``softmax(τ · scores)`` gives the first column most on the average, in logarithms: a temperature
-    by maximum likelihood (`Guo et al. 2017 <https://arxiv.org/abs/1706.04599>`_).
+    by maximum likelihood (`Guo et al. 2017 <https://arxiv.org/abs/1706.04599>`_); 1 where nothing is comparable.
 
     Args:
-        scores: of positive and others, ``(n, C)``, −∞ for none.
+        scores: of positive and others, ``(n, C)``, −∞ for none, NaN for unknown.
     """
-    spread = float((scores[:, :1] - scores[:, 1:]).nan_to_num(posinf=0.0).abs().mean()) or 1.0
+    scores = scores[~scores[:, 0].isnan()].double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    scores = scores[(scores[:, 1:] > -torch.inf).any(1)]
+    if not len(scores):
+        return 1.0
+    gaps = (scores[:, :1] - scores[:, 1:]).abs()
+    spread = float(gaps[gaps.isfinite()].mean()) or 1.0
     scales = torch.logspace(-2, 2, 81, dtype=torch.float64) / spread
-    likelihoods = torch.stack([(scores.double() * scale).log_softmax(1)[:, 0].mean() for scale in scales])
+    likelihoods = torch.stack([(scores * scale).log_softmax(1)[:, 0].mean() for scale in scales])
     return float(scales[likelihoods.argmax()])
 
 
 def reciprocal_ranks(positive_scores: Tensor, others: Tensor) -> Tensor:
-    """``1 / rank`` of each positive among others' best scores, 0 beyond these: ``(n,), (n, RANKED) → (n,)``."""
+    """``1 / rank`` of each positive among others' scores, 0 beyond :data:`RANKED` and for one whose score is unknown
+    (NaN): ``(n,), (n, m) → (n,)``.
+    """
     rank = 1 + (others >= positive_scores[:, None]).sum(1)
-    return torch.where(rank <= others.shape[1], 1.0 / rank, 0.0)
+    return torch.where((rank <= RANKED) & ~positive_scores.isnan(), 1.0 / rank, 0.0)

@@ -162,8 +162,8 @@ class TeacherCheck(Check):
             return found
         for query in (queries == UNKNOWN).nonzero().flatten().tolist():
             keys = torch.from_numpy(np.unique(self.qrels.keys[self.qrels.queries_of(int(labels[query]))]))
-            each = (values[query].expand(len(keys), *values.shape[1:]) for values in (labels, rows))
-            found[query] |= self._more_relevant(*each, keys.to(queries.device)).any(0)
+            label, candidates = (values[query].expand(len(keys), *values.shape[1:]) for values in (labels, rows))
+            found[query] |= self._more_relevant(label, candidates, keys.to(queries.device)).any(0)
         return found
 
     def _more_relevant(self, labels: Tensor, rows: Tensor, queries: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..storage.fingerprint import digest_json
 
 
 class Teacher(ABC):
@@ -47,6 +48,11 @@ class Teacher(ABC):
         return None
 
     @property
+    def identity(self) -> str:
+        """What tells it from other teachers: a resumed run takes over what was found out about this one alone."""
+        return repr(self)
+
+    @property
     @abstractmethod
     def corpus_size(self) -> int:
         """Targets of the corpus that it has been made for."""
@@ -57,7 +63,8 @@ class Teacher(ABC):
 
 
 class AverageTeacher(Teacher):
-    """The mean of several teachers' scores, which must be in the same units, such as cosines.
+    """The mean of several teachers' scores, which must be in the same units, such as cosines. How far it can be trusted
+    is told by how it ranks what the encoder finds.
 
     Args:
         teachers: at least one, of the same corpus.
@@ -83,6 +90,10 @@ class AverageTeacher(Teacher):
     @property
     def corpus_size(self) -> int:
         return self.teachers[0].corpus_size
+
+    @property
+    def identity(self) -> str:
+        return digest_json([[teacher.identity for teacher in self.teachers], self.weights])
 
     def knows(self, queries: Tensor) -> Tensor:
         return torch.stack([teacher.knows(queries) for teacher in self.teachers]).all(0)

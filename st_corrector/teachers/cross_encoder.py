@@ -82,6 +82,10 @@ class CrossEncoderTeacher(Teacher):
         )
 
     @property
+    def identity(self) -> str:
+        return self.store.identity
+
+    @property
     def corpus_size(self) -> int:
         return len(self.corpus)
 

@@ -23,12 +23,13 @@ from ..data.query_keys import is_own
 from ..errors import InputError
 from ..runtime.precision import in_float32
 from ..search.exact import CorrectedSearch
-from ..storage.fingerprint import digest
+from ..storage.fingerprint import digest, digest_json
 from .base import Teacher
 from .queries import queries_of
 
 logger = logging.getLogger(__name__)
 _SIMILARITIES = ("cosine", "dot")
+_SOME = 64  # vectors by which a teacher is known
 
 
 class EmbeddingTeacher(Teacher):
@@ -116,9 +117,16 @@ class EmbeddingTeacher(Teacher):
         # Own questions apart: other ones are drawn in other runs, while those of a split stay.
         for some in filter(len, np.split(np.arange(len(keys)), [np.count_nonzero(~is_own(keys))])):
             of_queries = Corpus.from_texts([texts[n] for n in some], prompt=query_prompt, cache_dir=corpus.cache_dir)
-            path_of_part = folder / f"queries-{digest(keys[some].tobytes())[:12]}"
+            # By the texts: a key is that of all texts that differ in case or white space alone.
+            path_of_part = folder / f"queries-{digest_json([texts[n] for n in some])[:12]}"
             parts.append(EmbeddingCache.build(model, of_queries, path_of_part, task="query", **settings))
         return cls(targets, EmbeddingCache.joined(parts), keys, similarity)
+
+    @property
+    def identity(self) -> str:
+        """A digest of some of its targets' vectors, whatever queries it knows."""
+        some = np.linspace(0, len(self.targets) - 1, _SOME).astype(np.int64)
+        return digest(self.targets[torch.from_numpy(some)].numpy().tobytes(), self.similarity)
 
     @property
     def corpus_size(self) -> int:

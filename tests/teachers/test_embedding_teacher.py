@@ -163,6 +163,19 @@ def test_one_answer_to_many_questions_is_scored_for_each(tmp_path):
     assert len(again.queries) == 20, "each question is embedded once"
 
 
+def test_questions_that_differ_in_case_alone_have_one_key_and_vectors_of_their_own(corpus, tmp_path):
+    texts = corpus.texts(range(60))
+    titled = Corpus.from_texts(texts, titles=[f"word{n} of it" for n in range(60)])
+    titled.add_split("train", {"0": "word1 word2"}, {"0": ["0"]})
+    model = prompted(tmp_path)
+    for question in ("title", lambda target: target["title"].upper(), "title"):
+        pairs = titled.own_pairs(20, question)
+        teacher = EmbeddingTeacher.build(model, titled, tmp_path / "teacher", [pairs], dtype="float32", progress=False)
+        keys = torch.tensor(pairs["label"][:])[:, 1]
+        expected = model.similarity(model.encode_query(pairs["anchor"][:]), model.encode_document(titled.texts([1, 2])))
+        torch.testing.assert_close(teacher.scores(keys, torch.tensor([1, 2])), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_own_questions_are_embedded_apart_and_data_sets_need_not_be_alike(corpus, tmp_path, monkeypatch):
     queries, texts = corpus.pairs("train")["anchor"], corpus.texts(range(200))
     titled = Corpus.from_texts(texts, titles=[f"word{n} word{n + 1}" for n in range(200)])

@@ -106,6 +106,13 @@ def test_questions_of_ones_own(titled):
     assert rows_in(same.own_pairs()) == [1]
 
 
+def test_questions_that_differ_in_case_alone_are_not_taken_for_one_another(titled):
+    first = titled.own_pairs(5, "title")
+    other = titled.own_pairs(5, lambda target: target["title"].upper())
+    assert other["anchor"] == [text.upper() for text in first["anchor"]] != first["anchor"]
+    assert rows_in(other) == rows_in(first)
+
+
 def test_what_is_no_question_is_refused(titled):
     with pytest.raises(CorpusError, match="'section' is not one of title, first_sentence"):
         titled.own_pairs(question="section")
