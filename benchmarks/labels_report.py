@@ -10,6 +10,7 @@ import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 from presets import LABELLED
 from report import load, machine, mean_sd, mrr
@@ -31,12 +32,30 @@ REGIMES = {
 }
 EPOCHS = "labels-epochs-"
 CURVE = {
+    "in-batch": "in-batch",
     "stale-write-back": "stale, written back",
     "exhaustive": "exhaustive",
     "mlp-pull-back": "**default**",
     "mlp-pull-back-own-pairs": "own pairs",
     "mlp-pull-back-teacher": "teacher",
     "mlp-pull-back-own-pairs-teacher": "both",
+}
+
+
+class Pooled(NamedTuple):
+    """Where a pool was tried: how it is called, and the regime of the default's runs."""
+
+    title: str
+    regime: str
+
+
+POOLED = {
+    "high": Pooled("high coverage", "labels-high-coverage"),
+    "high-own-pairs": Pooled("high, own pairs", "labels-high-coverage"),
+    "low": Pooled("low coverage", "labels-low-coverage"),
+    "low-own-pairs": Pooled("low, own pairs", "labels-low-coverage"),
+    "ten-epochs": Pooled("ten epochs", "labels-epochs-10"),
+    "ten-epochs-own-pairs": Pooled("ten epochs, own pairs", "labels-epochs-10"),
 }
 CORPORA = {"nq": "Natural Questions", "code": "Code search", "packages": "Package search"}
 POOLS = (
@@ -96,15 +115,14 @@ def epochs(regimes: dict[str, dict[str, list[dict]]]) -> str:
 
 def pools(folder: Path, regimes: dict[str, dict[str, list[dict]]]) -> str:
     """MRR@10 by the rule that changes the pool, at both coverages, without and with own pairs."""
-    runs = {each: by_name(folder / each) for each in ("high", "high-own-pairs", "low", "low-own-pairs")}
+    runs = {each: by_name(folder / each) for each in POOLED}
     if not any(runs.values()):
         return ""
     for each, rules in runs.items():
-        coverage, _, own = each.partition("-")
-        default = f"mlp-pull-back{own and '-own-pairs'}"
-        rules["none"] = regimes.get(f"labels-{coverage}-coverage", {}).get(default, [])
-    titles = ("high coverage", "high, own pairs", "low coverage", "low, own pairs")
-    rows = [f"| pool | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+        regime = POOLED[each].regime
+        rules["none"] = regimes.get(regime, {}).get("mlp-pull-back-own-pairs" if "own" in each else "mlp-pull-back", [])
+    runs = {each: rules for each, rules in runs.items() if len(rules) > 1}
+    rows = [f"| pool | {' | '.join(POOLED[each].title for each in runs)} |", "|---" * (len(runs) + 1) + "|"]
     for rule in ("none", "positives-0.5", "positives-1.0", "limit-4", "weight-1"):
         cells = []
         for rules in runs.values():

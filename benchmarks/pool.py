@@ -3,6 +3,7 @@ package.
 
     python benchmarks/pool.py --dataset data/nq --coverage high
     python benchmarks/pool.py --dataset data/nq --coverage low --own_pairs_share 0.36
+    python benchmarks/pool.py --dataset data/nq --coverage ten-epochs
 
 The hardest targets of a whole corpus are mostly ones that no training question asks for, and a target that is only ever
 a negative is pushed away from all questions. The rules:
@@ -45,6 +46,7 @@ from st_corrector.search.topk import NO_ROW  # noqa: E402
 RULES = ("none", "positives-0.5", "positives-1.0", "limit-4", "weight-1")
 COVERAGE: dict[str, dict[str, Any]] = {
     "high": {"max_targets": 30_000, "max_steps": 300, "per_device_train_batch_size": 64},
+    "ten-epochs": {"max_targets": 30_000, "max_steps": 1_120, "per_device_train_batch_size": 64},
     "low": {"max_targets": None, "max_steps": 60, "per_device_train_batch_size": 32},
 }
 K = 8

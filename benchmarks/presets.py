@@ -325,7 +325,7 @@ PRESETS = {
         *(
             Block(
                 f"labels-epochs-{epochs}",
-                ("mlp-pull-back", *_labelled("mlp-pull-back"), "stale-write-back", "exhaustive"),
+                ("mlp-pull-back", *_labelled("mlp-pull-back"), "in-batch", "stale-write-back", "exhaustive"),
                 (0, 1, 2),
             )
             for epochs in (1, 10, 0.25, 0.5, 2, 4)
