@@ -30,6 +30,7 @@ from .losses.corrected_corpus import CorrectedCorpus
 from .losses.distillation import DistillationSettings
 from .losses.multiple_negatives import CorrectedMultipleNegativesLoss
 from .losses.settings import CorrectionSettings
+from .mining import load_mined, mine_negatives, push_mined
 from .negatives.filters import AnswerCheck, Check, CrossEncoderCheck, FalseNegativeFilter, TeacherCheck
 from .negatives.settings import NegativeSettings
 from .search.exact import CorrectedSearch
@@ -88,5 +89,8 @@ __all__ = [
     "__version__",
     "estimate_carry_over",
     "fit_corrector",
+    "load_mined",
+    "mine_negatives",
+    "push_mined",
     "upgrade_embeddings",
 ]

@@ -17,7 +17,7 @@ FLOORS = (  # from the ground up; a module imports from its own wing and from th
     ("teachers",),
     ("negatives",),
     ("losses",),
-    ("evaluation", "carry_over"),
+    ("evaluation", "carry_over", "mining"),
     ("reporting",),
     ("training",),
     ("cli",),

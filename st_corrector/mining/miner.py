@@ -1,0 +1,142 @@
+"""Finds the negatives of queries: the search, the rules and the checks of the loss, without the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from ..cache.embedding_cache import EmbeddingCache
+from ..correctors import Corrector, IdentityCorrector
+from ..data.corpus import Corpus
+from ..data.encoding import DocumentEncoder, evaluating
+from ..data.model_fingerprint import weights_fingerprint
+from ..errors import InputError
+from ..losses.corrected_corpus import CorrectedCorpus
+from ..losses.similarity import Similarity
+from ..negatives.filters import known_positives, pad_rows
+from ..negatives.selector import NegativeSelector
+from ..negatives.settings import NegativeSettings
+from ..search.exact import CorrectedSearch
+from ..search.topk import NO_ROW
+from ..storage.fingerprint import differences, digest, digest_json
+
+
+class Mined(NamedTuple):
+    """A query with what was found for it.
+
+    Args:
+        query: its position in the split.
+        positives: corpus rows.
+        negatives: corpus rows, the hardest first.
+        positive_scores, negative_scores: similarities of these.
+    """
+
+    query: int
+    positives: list[int]
+    negatives: list[int]
+    positive_scores: list[float]
+    negative_scores: list[float]
+
+
+class Miner:
+    """Finds the negatives of queries; see :func:`.mine_negatives`."""
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        corpus: Corpus,
+        cache: EmbeddingCache | CorrectedCorpus,
+        corrector: Corrector | None,
+        settings: NegativeSettings,
+        split: str,
+        batch_size: int,
+    ) -> None:
+        self.model, self.corpus, self.settings, self.batch_size = model, corpus, settings, batch_size
+        self.qrels = corpus.qrels(split)
+        self.similarity = Similarity(model)
+        self.encoder = DocumentEncoder(model, corpus, progress=False)
+        self._choosing: Callable[[], AbstractContextManager[CorrectedSearch]]
+        if isinstance(cache, CorrectedCorpus):
+            if corrector is not None:
+                raise InputError("loss.corrected has its own corrector: leave corrector out.")
+            self._choosing, stale, corrector = cache.choosing, cache.cache, cache.choosing_corrector
+        else:
+            stale = cache
+            self._require_fits(cache, corrector)
+            corrector = corrector or IdentityCorrector(cache.dim, normalize=False)
+            search = CorrectedSearch(cache, corrector, normalize=self.similarity.normalizes)
+            self._choosing = lambda: nullcontext(search)
+        self._dim = stale.dim
+        scale = self.similarity.default_scale if settings.scale is None else settings.scale
+        self._selector = NegativeSelector(settings, scale)
+        self.fingerprint = {
+            "split": digest_json([split, self.qrels.queries._fingerprint]),
+            "judgements": digest(self.qrels.query.tobytes(), self.qrels.row.tobytes()),
+            "model": weights_fingerprint(list(model.children())),
+            "cache": digest_json(stale.fingerprint),
+            "corrector": digest_json({name: value.sum().item() for name, value in corrector.state_dict().items()}),
+            "negatives": repr(settings),
+        }
+
+    def _require_fits(self, cache: EmbeddingCache, corrector: Corrector | None) -> None:
+        if cache.corpus_size != len(self.corpus):
+            raise InputError(
+                f"The cache has {cache.corpus_size} rows, the corpus {len(self.corpus)} targets: they must be the "
+                "same, in the same order."
+            )
+        expected = self.encoder.fingerprint(self.model, weights=corrector is None)
+        found = {name: value for name, value in cache.fingerprint.items() if name in expected}
+        if found and (different := differences(found, expected)):
+            raise InputError(
+                "The cache is of something else than what is mined with:\n  " + "\n  ".join(different) + "\nBuild it "
+                "with this model and corpus, or pass the corrector that maps it to this model."
+            )
+
+    @torch.no_grad()
+    def mine(self, queries: np.ndarray) -> Iterator[Mined]:
+        """What is found for queries, by their positions in the split."""
+        positives = [self.qrels.rows_of(query) for query in queries]
+        texts = self.qrels.queries[queries]["text"]
+        with evaluating(self.model):
+            encoded = self.similarity.comparable(
+                self.model.encode_query(
+                    texts,
+                    batch_size=self.batch_size,
+                    convert_to_tensor=True,
+                    show_progress_bar=False,
+                    truncate_dim=None,
+                )
+            )
+        keys = torch.from_numpy(self.qrels.keys[queries]).to(encoded.device)
+        with self._choosing() as search:
+            scores = [self._scores(search, query, rows) for query, rows in zip(encoded, positives, strict=True)]
+            lowest = [int(each.argmin()) for each in scores]
+            labels = [int(rows[n]) for rows, n in zip(positives, lowest, strict=True)]
+            known = known_positives(self.corpus, self.qrels, labels, keys.tolist())
+            exclude = pad_rows([np.union1d(rows, more) for rows, more in zip(known, positives, strict=True)])
+            selection = self._selector.select(
+                search,
+                encoded,
+                exclude.to(encoded.device),
+                torch.stack([each.min() for each in scores]).to(encoded.device),
+                torch.tensor(labels, device=encoded.device),
+                keys,
+                lambda rows: self.similarity.comparable(self.encoder.encode(self.model, rows, self.batch_size)),
+            )
+            for n, query in enumerate(queries.tolist()):
+                chosen = selection.rows[n][selection.rows[n] != NO_ROW]
+                of_chosen = self._scores(search, encoded[n], chosen.cpu().numpy())
+                yield Mined(query, positives[n].tolist(), chosen.tolist(), scores[n].tolist(), of_chosen.tolist())
+
+    @staticmethod
+    def _scores(search: CorrectedSearch, query: Tensor, rows: np.ndarray) -> Tensor:
+        """Similarities of a query, ``(d,)``, and targets, ``(n,)``, by their corrected embeddings."""
+        where = torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(query.device)
+        vectors: Tensor = search.corrector.to(query.device)(search.stale(where))
+        return vectors @ query
