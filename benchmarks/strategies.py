@@ -74,7 +74,9 @@ def command(dataset: str, run: Run, outputs: Path, smoke: bool = False) -> list[
     probed = run.seed == 0 and run.strategy not in ("in-batch", "mined-once") and run.strategy not in SELECTION
     probes = PROBES.get(run.regime, []) if probed else []
     return [
-        *("recipes/train_nq.py", "--dataset", dataset, *REGIMES[run.regime], *STRATEGIES[run.strategy], *probes),
+        # Where a strategy says nothing of own pairs, it has none: they are columns of their own.
+        *("recipes/train_nq.py", "--dataset", dataset, "--own_pairs_share", "0"),
+        *(*REGIMES[run.regime], *STRATEGIES[run.strategy], *probes),
         *(tiny(bool(probes)) if smoke else ()),
         *("--seed", str(run.seed), "--disable_tqdm", "true"),
         *("--output_dir", str(run.outputs(outputs)), "--caches", str(outputs / "caches")),

@@ -30,7 +30,7 @@ def pairs_for(corpus: Corpus, args: CorrectorTrainingArguments) -> Dataset:
     """The pairs of the split that is trained on, and of the corpus's own pairs so many that they have the share that
     ``args`` ask for, of the whole: tuples are drawn from all alike.
     """
-    split, share = args.train_split or "train", args.own_pairs_share
+    split, share = args.train_split or "train", args.own_pairs_share or 0.0
     pairs = corpus.pairs(split)
     args.own_pairs_share = 0.0
     if not share:

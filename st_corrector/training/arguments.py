@@ -64,11 +64,12 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
     teacher_weight: float | None = _declared_in(DistillationSettings, "teacher_weight")
     teacher_scale: float | None = _declared_in(DistillationSettings, "teacher_scale")
 
-    own_pairs_share: float = field(
-        default=0.0,
+    own_pairs_share: float | None = field(
+        default=None,
         metadata={
             "help": "Share of every batch that are the corpus's own pairs: targets that no training question asks for, "
-            "each with a question of its own."
+            "each with a question of its own. By default 0.36 in a run that goes through the split's questions more "
+            "than once, else 0."
         },
     )
     own_question: str | None = field(
@@ -119,7 +120,7 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
         self.negatives()
         self.correction()
         self.distillation()
-        if not 0 <= self.own_pairs_share < 1:
+        if not 0 <= (self.own_pairs_share or 0) < 1:
             raise InputError(f"own_pairs_share is a share of a batch, below 1, got {self.own_pairs_share}.")
         if self.non_finite not in get_args(NonFinitePolicy):
             raise InputError(f"non_finite must be 'stop' or 'skip', got {self.non_finite!r}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -16,8 +17,14 @@ from torch.utils.data import BatchSampler
 from ..data.corpus import Corpus
 from ..data.own_questions import Question
 from ..data.query_keys import is_own
-from ..errors import InputError
+from ..errors import CorpusError, InputError
+from ..teachers import Teacher
 from .arguments import CorrectorTrainingArguments
+
+logger = logging.getLogger(__name__)
+SHARE = 0.36
+"""Of every batch, where own pairs help and nothing else is asked for."""
+_KNOWN = 0.5  # of the own questions must be known to a teacher
 
 
 def own_positions(dataset: Dataset) -> np.ndarray:
@@ -44,11 +51,28 @@ def count_for(share: float, batch_size: int) -> int:
     return count
 
 
-def training_pairs(corpus: Corpus, args: CorrectorTrainingArguments | None) -> Dataset:
-    """The pairs of the split that is trained on, and as many own pairs as the run will draw, or as there are."""
+def training_pairs(corpus: Corpus, args: CorrectorTrainingArguments | None, teacher: Teacher | None = None) -> Dataset:
+    """The pairs of the split that is trained on, and as many own pairs as the run will draw, or as there are.
+
+    Where ``args.own_pairs_share`` is not set, it is set here: to :data:`SHARE` if the run goes through the split's
+    pairs more than once, there are at least as many own pairs as pairs of the split, and a teacher, if there is one,
+    knows their questions; else to 0.
+    """
     split = (args and args.train_split) or "train"
     pairs = corpus.pairs(split)
-    if args is None or not args.own_pairs_share:
+    if args is None:
+        return pairs
+    question = cast(Question | None, args.own_question)
+    if args.own_pairs_share is None:
+        args.own_pairs_share = SHARE if _are_worth_it(corpus, args, pairs, question, split, teacher) else 0.0
+        if args.own_pairs_share:
+            logger.info(
+                "%d %% of every batch are the corpus's own pairs, as the run goes through the questions of %r more "
+                "than once: own_pairs_share=0 leaves them out.",
+                round(100 * SHARE),
+                split,
+            )
+    if not args.own_pairs_share:
         return pairs
     own = count_for(args.own_pairs_share, args.train_batch_size)
     steps_of_epoch = math.ceil(len(pairs) / ((args.train_batch_size - own) * args.world_size))
@@ -56,8 +80,31 @@ def training_pairs(corpus: Corpus, args: CorrectorTrainingArguments | None) -> D
     if args.max_steps <= 0:
         steps = math.ceil(args.num_train_epochs * steps_of_epoch)
     count = steps * own * args.world_size
-    question = cast(Question | None, args.own_question)
     return concatenate_datasets([pairs, corpus.own_pairs(count, question, split, seed=args.seed)])
+
+
+def _are_worth_it(
+    corpus: Corpus,
+    args: CorrectorTrainingArguments,
+    pairs: Dataset,
+    question: Question | None,
+    split: str,
+    teacher: Teacher | None,
+) -> bool:
+    """Whether own pairs help, as far as has been measured (docs/results)."""
+    batch = args.train_batch_size * args.world_size
+    epochs = args.num_train_epochs
+    if args.max_steps > 0:
+        epochs = args.max_steps * args.gradient_accumulation_steps * batch / len(pairs)
+    if epochs <= 1 or not 0 < round(SHARE * args.train_batch_size) < args.train_batch_size:
+        return False
+    try:
+        own = corpus.own_pairs(len(pairs), question, split, seed=args.seed)
+    except CorpusError:  # no target has a question
+        return False
+    if len(own) < len(pairs):
+        return False
+    return teacher is None or bool(teacher.knows(torch.tensor(own["label"][:])[:, 1]).float().mean() > _KNOWN)
 
 
 class OwnPairsBatchSampler(DefaultBatchSampler):

@@ -104,7 +104,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         self.corpus, self.checks, self.teacher = corpus, tuple(checks), teacher
         self._loss_given = kwargs.get("loss")
         if corpus is not None and kwargs.get("train_dataset") is None:
-            kwargs["train_dataset"] = training_pairs(corpus, args)
+            kwargs["train_dataset"] = training_pairs(corpus, args, teacher)
         if model is not None:
             model.model_card_data = CorrectorModelCardData.of(model.model_card_data)
         super().__init__(model, args, **kwargs)

@@ -133,7 +133,7 @@ def test_a_corrector_mines_from_an_old_cache_what_a_new_one_would_give(corpus, t
         for ids in (of_stale["negative-ids"], as_it_is["negative-ids"])
     )
     assert agree > 0.8 and without < 0.2
-    with pytest.raises(InputError, match=r"something else than what is mined with:\n  weights: .*\n.*pass the corrector"):
+    with pytest.raises(InputError, match=r"than what is mined with:\n  weights: .*\n.*pass the corrector"):
         mine_negatives(after, corpus, stale, tmp_path / "d", progress=False)
 
 
