@@ -23,7 +23,7 @@ from .corrected_corpus import CorrectedCorpus
 logger = logging.getLogger(__name__)
 _HELD_OUT = 1 / 32  # of the training questions
 _MOST, _FEWEST = 256, 32  # held-out questions
-_MOST_HELD_OUT = 1 / 6  # of the training questions; fewer could not spare the fewest that tell anything
+_MOST_HELD_OUT = 1 / 6  # of the training questions; where the fewest are more, none are kept out
 _FIRST = 20  # steps until it is measured for the second time; then after twice as many, and so on
 _FULL = 0.20  # MRR by which a teacher must be ahead to count fully
 _MOST_WEIGHT = 4.0  # of a teacher that counts fully: the hard label is a fifth then
@@ -33,7 +33,8 @@ RANKED = 10
 
 
 class HeldOut(NamedTuple):
-    """Training questions that are kept out of training, to compare teacher and encoder by.
+    """Training questions that are kept out of training, to compare teacher and encoder by. Of fewer than 192 none can
+    be spared: then all are compared by and trained on, which favours the encoder.
 
     Args:
         texts: of the questions.
@@ -62,25 +63,27 @@ class HeldOut(NamedTuple):
         known = teacher.knows(torch.from_numpy(qrels.keys)).numpy()
         _, first = np.unique(qrels.keys, return_index=True)
         positions = first[known[first]]
-        if len(positions) * _MOST_HELD_OUT < _FEWEST:
+        if len(positions) < _FEWEST:
             raise InputError(
-                f"{teacher!r} knows {len(positions)} questions of the split that is trained on, and it takes "
-                f"{_FEWEST / _MOST_HELD_OUT:.0f} to find out how far it can be trusted, as {_FEWEST} of them are kept "
-                "out of training: build it with corpus.pairs(split), or set teacher_weight and teacher_scale."
+                f"{teacher!r} knows {len(positions)} questions of the split that is trained on, and it takes {_FEWEST} "
+                "to find out how far it can be trusted: build it with corpus.pairs(split), or set teacher_weight and "
+                "teacher_scale."
             )
-        wanted = int(np.clip(len(positions) * _HELD_OUT, _FEWEST, _MOST))
+        can_spare = len(positions) * _MOST_HELD_OUT >= _FEWEST
+        wanted = int(np.clip(len(positions) * _HELD_OUT, _FEWEST, _MOST)) if can_spare else len(positions)
         # Keys are digests, so that the smallest are a random choice.
         positions = positions[:wanted]
         rows = [int(qrels.rows_of(position)[0]) for position in positions.tolist()]
         exclude = known_positives(corpus, qrels, rows, qrels.keys[positions].tolist())
-        same = qrels.with_same_text(positions)
+        rows_of_none = np.empty(0, dtype=np.int64)
+        same = qrels.with_same_text(positions) if can_spare else positions[:0]
         return cls(
             qrels.queries[positions]["text"],
             torch.from_numpy(qrels.keys[positions]),
             torch.tensor(rows, dtype=torch.int64),
             pad_rows(exclude),
             torch.from_numpy(np.unique(qrels.keys[same])),
-            torch.from_numpy(np.unique(np.concatenate([qrels.rows_of(query) for query in same.tolist()]))),
+            torch.from_numpy(np.unique(np.concatenate([rows_of_none, *(qrels.rows_of(query) for query in same)]))),
         )
 
     def includes(self, keys: Tensor, rows: Tensor) -> Tensor:
@@ -158,10 +161,11 @@ class TeacherTrust:
             self.history.append((corrected.steps, found))
             log = logger.warning if found.teacher_mrr <= found.encoder_mrr else logger.info
             log(
-                "On %d of %d training questions, which are held out, the teacher's MRR@10 is %.3f, the encoder's after "
+                "On %d of %d training questions%s the teacher's MRR@10 is %.3f, the encoder's after "
                 "%d steps %.3f: the teacher's labels count with weight %.2f%s.",
                 len(self.held_out.keys),
                 self._questions,
+                ", which are held out," if len(self.held_out.kept_out) else "",
                 found.teacher_mrr,
                 corrected.steps,
                 found.encoder_mrr,

@@ -295,7 +295,7 @@ def test_a_good_teacher_is_trusted_and_a_random_one_is_not(many, tmp_path, caplo
     assert good[0].teacher_mrr > 0.99 and good[0].weight == 4 and random[0].teacher_mrr < 0.05
     assert all(each.weight == 0 for each in random.values()) and all(each.scale > 0 for each in good.values())
     assert good[40].encoder_mrr > good[0].encoder_mrr + 0.02, "the encoder has learnt the held-out questions' kind"
-    messages = [record for record in caplog.records if "training questions, which are held out" in record.getMessage()]
+    messages = [record for record in caplog.records if ", which are held out, the teacher" in record.getMessage()]
     assert {record.levelno for record in messages} == {logging.INFO, logging.WARNING}
     assert "which is not at all" in next(m for m in messages if m.levelno == logging.WARNING).getMessage()
 
@@ -471,6 +471,18 @@ def test_what_may_be_a_held_out_question_teaches_nothing_either(static_model, tm
     assert len(rows) > 350 and not held.includes(torch.full_like(rows, -1), rows).any()
 
 
+def test_where_questions_are_few_none_is_kept_out(many, static_model, tmp_path):
+    cache = EmbeddingCache.build(static_model, many, tmp_path / "cache", progress=False)
+    for known, compared, kept_out in ((191, 191, 0), (192, 32, 32)):
+        teacher = good_teacher(many, known=known)
+        loss = CorrectedMultipleNegativesLoss(static_model, many, cache, 4, "identity", teacher)
+        held = loss.distillation.trust.held_out
+        assert (len(held.keys), len(held.kept_out)) == (compared, kept_out)
+        loss(*batch(static_model, many, range(20)))
+        assert held.includes(held.keys, held.positives).sum() == kept_out
+        assert not held.includes(torch.full_like(held.keys, -1), held.positives).any() or kept_out
+
+
 def test_a_teacher_that_knows_few_of_a_batchs_queries_says_so(many, static_model, tmp_path, caplog):
     cache = EmbeddingCache.build(static_model, many, tmp_path / "cache", progress=False)
     settings = DistillationSettings(good_teacher(many, known=100), teacher_weight=1.0, teacher_scale=10.0)
@@ -531,8 +543,8 @@ def test_a_resumed_run_trusts_its_teacher_as_before(many, tmp_path):
 
 def test_a_teacher_that_cannot_be_judged_is_refused(many, static_model, tmp_path):
     cache = EmbeddingCache.build(static_model, many, tmp_path / "cache", progress=False)
-    with pytest.raises(InputError, match=r"knows 190 questions .*it takes 192"):
-        CorrectedMultipleNegativesLoss(static_model, many, cache, teacher=good_teacher(many, known=190))
+    with pytest.raises(InputError, match=r"knows 31 questions .*it takes 32"):
+        CorrectedMultipleNegativesLoss(static_model, many, cache, teacher=good_teacher(many, known=31))
     plain = Corpus.from_texts(many.texts(range(600)))
     with pytest.raises(InputError, match="or set teacher_weight and teacher_scale"):
         CorrectedMultipleNegativesLoss(static_model, plain, cache, teacher=good_teacher(many))
