@@ -39,7 +39,7 @@ TITLES = {
     "in-batch-larger": "in-batch, larger batches",
     "in-batch-larger-static": "in-batch, larger batches (static)",
     "mined-margin": "mined once, with a margin",
-    "mined-anew": "mined anew every 25 steps, with a margin",
+    "mined-again": "mined again every 25 steps, with a margin",
     "mined-margin-teacher": "mined once, `DistillKLDivLoss`",
     "refresh-10": "re-embedded every 10 steps",
     "gist": "in-batch, larger batches, guided (GIST)",

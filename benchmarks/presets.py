@@ -264,11 +264,11 @@ STRATEGIES |= {
     # A static encoder's runs take 64 questions with 8 negatives each, of which the batch shares some.
     "in-batch-larger-static": options(strategy="in-batch", per_device_train_batch_size=288),
     "mined-margin": options(strategy="mined-once", relative_margin=0.05),
-    "mined-anew": options(strategy="mined:25", relative_margin=0.05),
+    "mined-again": options(strategy="mined:25", relative_margin=0.05),
     "mined-margin-teacher": options(strategy="mined-once", relative_margin=0.05) + TEACHER + SCALED,
     "gist": options(strategy="gist", per_device_train_batch_size=96, mini_batch_size=32) + TEACHER,
 }
-INSTEAD = ("in-batch-larger", "mined-margin", "mined-margin-teacher", "refresh-10", "mined-anew", "gist")
+INSTEAD = ("in-batch-larger", "mined-margin", "mined-margin-teacher", "refresh-10", "mined-again", "gist")
 for name in INSTEAD:
     STRATEGIES[f"{name}-own-pairs"] = STRATEGIES[name] + OWN
 RATES = ("1e-4", "2e-4", "1e-3")

@@ -1,5 +1,5 @@
 """What one would do without this package, by sentence-transformers' own means: negatives mined before training, once or
-anew after some epochs; a teacher's scores of them; in-batch negatives with a guide.
+again after some steps or epochs; a teacher's scores of them; in-batch negatives with a guide.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def mined_trainer(
 
     Args:
         teacher: its scores of the tuples are learnt instead of hard labels, if there is one.
-        every: after how many steps or epochs negatives are mined anew; by default never.
+        every: after how many steps or epochs negatives are mined again; by default never.
     """
     similarity = Similarity(model)
     scale = args.scale or similarity.default_scale
@@ -107,7 +107,7 @@ def guided_trainer(
 
 
 class MineAgain(TrainerCallback):
-    """Mines the negatives of all training questions anew, by the model as it is, after every ``every`` steps or epochs.
+    """Mines the negatives of all training questions again, by the model as it is, after every ``every`` steps or epochs.
 
     A question of which too few negatives are left keeps those it had.
     """

@@ -212,11 +212,11 @@ class Distillation:
 
     def load_state(self, state: dict[str, Any] | None) -> None:
         """Take over what :meth:`state` gave, if the checkpoint is of a run with this teacher; another one is judged
-        anew.
+        again.
         """
         if state is None or state["of"] != self.teacher.identity:
             logger.warning(
-                "The checkpoint is of a run with %s: %r is judged anew.",
+                "The checkpoint is of a run with %s: %r is judged again.",
                 "no teacher" if state is None else "another one",
                 self.teacher,
             )

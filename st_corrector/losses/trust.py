@@ -190,7 +190,7 @@ class TeacherTrust:
         of_teacher, best = self._ask(corrected.processes, rows, exclude)
         if best is None:
             best = of_teacher[:, 1:]
-            # It can only rank anew what the encoder has found: elsewhere it has found nothing either.
+            # It can only rank again what the encoder has found: elsewhere it has found nothing either.
             missed = (of_encoder[:, 1:] > of_encoder[:, :1]).sum(1) >= _CANDIDATES
             best = best.masked_fill(missed[:, None], torch.inf)
         by_teacher = reciprocal_ranks(of_teacher[:, 0], best)

@@ -527,7 +527,7 @@ def test_another_teachers_comparisons_are_not_taken_over(many, tmp_path, caplog)
     assert [step for step, _ in loss.distillation.trust.history] == [20, 40] and loss.distillation.weight == 0
     same, fewer = good_teacher(many, 0.5), good_teacher(many, 0.5, known=300)
     assert same.identity == fewer.identity != EmbeddingTeacher(*vectors, many.qrels("train").keys).identity
-    assert "is judged anew" in caplog.text
+    assert "is judged again" in caplog.text
 
 
 def test_a_resumed_run_trusts_its_teacher_as_before(many, tmp_path):
