@@ -107,7 +107,7 @@ def guided_trainer(
 
 
 class MineAgain(TrainerCallback):
-    """Mines the negatives of all training questions again, by the model as it is, after every ``every`` steps or epochs.
+    """Mines the negatives of all training questions again, by the model as it is, every ``every`` steps or epochs.
 
     A question of which too few negatives are left keeps those it had.
     """

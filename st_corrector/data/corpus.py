@@ -567,20 +567,44 @@ class Corpus:
         """
         return self._training_pairs.own(count, question, split, seed)
 
-    def labels(self, ids: Sequence[str | int], anchors: Sequence[str]) -> list[list[int]]:
-        """The column ``label`` for a data set of your own: ``[row, key]`` of each pair, as in :meth:`pairs`.
+    def labels(
+        self,
+        ids: Sequence[str | int],
+        anchors: Sequence[str],
+        negatives: Sequence[Sequence[str | int]] | None = None,
+    ) -> list[list[int]]:
+        """The column ``label`` for a data set of your own: ``[row, key]`` of each pair, as in :meth:`pairs`, and then
+        the rows of negatives of your own, padded with −1.
 
         Args:
             ids: of the positives.
             anchors: the queries, as many.
+            negatives: ids of targets that are negatives of each query, whatever is chosen besides; as many lists, which
+                may be empty.
 
         Raises:
-            CorpusError: an id is not in the corpus, or there are not as many queries.
+            CorpusError: an id is not in the corpus, there are not as many queries or lists, or a positive is its own
+                negative.
         """
         rows, keys = self.rows_of(ids), query_keys(anchors)
-        if len(rows) != len(keys):
-            raise CorpusError(f"{len(rows)} ids and {len(keys)} anchors: give one of both for each pair.")
-        labels: list[list[int]] = np.stack([rows, keys], axis=1).tolist()
+        if len(rows) != len(keys) or (negatives is not None and len(rows) != len(negatives)):
+            lists = "" if negatives is None else f" and {len(negatives)} lists of negatives"
+            raise CorpusError(f"{len(rows)} ids, {len(keys)} anchors{lists}: give one of each for every pair.")
+        columns = [rows, keys]
+        if negatives is not None:
+            counts = [len(each) for each in negatives]
+            padded = np.full((len(rows), max(counts, default=0)), -1, dtype=np.int64)
+            padded[np.arange(padded.shape[1]) < np.array(counts)[:, None]] = self.rows_of(
+                [id for each in negatives for id in each]
+            )
+            if (own := (padded == rows[:, None]).any(1)).any():
+                at = np.flatnonzero(own)
+                raise CorpusError(
+                    f"{len(at)} pairs have their positive among their negatives, e.g. {ids[int(at[0])]!r} of "
+                    f"{anchors[int(at[0])]!r:.60}: leave it out of one of both."
+                )
+            columns += list(padded.T)
+        labels: list[list[int]] = np.stack(columns, axis=1).tolist()
         return labels
 
     def relevant_to_own(self, key: int) -> np.ndarray:

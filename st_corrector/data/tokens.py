@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -136,6 +137,35 @@ class TokenizedCorpus:
             column = table.column(key).combine_chunks()
             flat[key] = column.flatten().to_numpy(zero_copy_only=False)
         return self.layout.join(flat, self.lengths[rows].astype(np.int64))
+
+    @cached_property
+    def _by_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Digests of all targets' token ids, sorted, and their rows."""
+        digests = np.empty(len(self), dtype=np.int64)
+        for start in range(0, len(self), _AT_ONCE):
+            rows = np.arange(start, min(start + _AT_ONCE, len(self)))
+            flat = self._tokens[rows].column("input_ids").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            digests[rows] = _digests(flat, self.lengths[rows])
+        order = np.argsort(digests, kind="stable")
+        return digests[order], order
+
+    def rows_of(self, features: dict[str, Any]) -> np.ndarray:
+        """The row of each text of a batch, as ``model.preprocess`` gives it: the first target with its token ids, −1
+        where there is none: ``(b,)``.
+        """
+        flat, lengths = self.layout.split(features)
+        known, order = self._by_tokens
+        wanted = _digests(flat["input_ids"], lengths)
+        place = np.searchsorted(known, wanted).clip(max=len(known) - 1)
+        return np.where(known[place] == wanted, order[place], -1)
+
+
+def _digests(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """64 bits of the hash of each text's token ids, ``(n,)`` int64; the same in this process alone."""
+    ends = np.cumsum(lengths)
+    whole = ids.astype(np.int32)
+    texts = (whole[end - n : end].tobytes() for end, n in zip(ends, lengths, strict=True))
+    return np.fromiter(map(hash, texts), np.int64, len(lengths))
 
 
 class TextCorpus:

@@ -14,6 +14,7 @@ from ..negatives.filters import is_in, known_positives, pad_rows, repeats_earlie
 from ..negatives.selector import Selection
 from ..negatives.settings import HardnessMode, NegativeSettings
 from ..runtime.distributed import Processes
+from ..search.topk import NO_ROW
 from .distillation import SoftLabels
 
 
@@ -51,6 +52,7 @@ class Batch(NamedTuple):
         rows: the positives' corpus rows, ``(B,)``.
         keys: by what the queries are known (:func:`.query_keys`), ``(B,)``; −1 where nothing tells it.
         known: rows that no query may get, ``(B, m)``, padded with −1.
+        explicit: rows that the data names as negatives of each query, ``(B, m)``, padded with −1; none that is known.
     """
 
     counts: list[int]
@@ -60,6 +62,7 @@ class Batch(NamedTuple):
     rows: Tensor
     keys: Tensor
     known: Tensor
+    explicit: Tensor
 
     @property
     def positive_scores(self) -> Tensor:
@@ -109,6 +112,27 @@ def in_batch_candidates(rows: Tensor | None, known: Tensor | None, count: int, d
         forbidden = is_in(rows, known) | repeats_earlier(rows)
         forbidden[target, target] = False
     return Candidates([[count]], target, forbidden, 1.0)
+
+
+@torch.no_grad()
+def with_explicit(selection: Selection | None, batch: Batch) -> Selection | None:
+    """What was chosen, and what the data names besides; None if that is nothing."""
+    explicit = batch.explicit
+    if not explicit.shape[1]:
+        return selection
+    if selection is None:
+        size, none = len(explicit), batch.rows[:0]
+        ceiling = torch.full((size,), torch.inf, device=explicit.device)
+        return Selection(explicit, ceiling, explicit[:, :0], none, batch.positives[:0], {})
+    again = (explicit[:, :, None] == selection.rows[:, None, :]).any(2)
+    return selection._replace(rows=torch.cat([selection.rows, explicit.masked_fill(again, NO_ROW)], dim=1))
+
+
+def explicit_negatives(explicit: Tensor, known: Tensor) -> Tensor:
+    """The rows that the data names, each once, and none that is known to be relevant: ``(B, m), (B, n) → (B, m)``."""
+    relevant = (explicit[:, :, None] == known[:, None, :]).any(2)
+    again = (explicit[:, :, None] == explicit[:, None, :]).tril(-1).any(2)
+    return explicit.masked_fill(relevant | again, NO_ROW)
 
 
 @torch.no_grad()
@@ -166,6 +190,8 @@ def candidates_of(
                     forbidden |= check(batch.rows[mine], columns.expand(len(target), -1), batch.keys[mine])
     if not torch.isposinf(ceiling).all():
         forbidden |= batch.queries[mine] @ fresh.T > ceiling[mine, None]
+    # What the data says of a query no rule contradicts.
+    forbidden &= ~is_in(columns, batch.explicit[mine]) | repeats_earlier(columns)
     forbidden[torch.arange(len(target), device=target.device), target] = False
     weight = len(target) * len(batch.counts) / len(batch.rows)
     is_target = torch.nn.functional.one_hot(target, len(columns)).bool()

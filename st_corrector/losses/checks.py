@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +17,10 @@ from ..data.encoding import DocumentEncoder, unwrap
 from ..data.qrels import Qrels
 from ..data.query_keys import UNKNOWN
 from ..data.routing import DOCUMENT, QUERY, modules_for
-from ..data.tokens import TokenizedCorpus
+from ..data.tokens import TextCorpus, TokenizedCorpus
 from ..errors import InputError, NonFiniteError
 from ..negatives.settings import NegativeSettings
+from ..search.topk import NO_ROW
 from ..storage.fingerprint import differences
 
 LAYERS = (
@@ -106,16 +108,33 @@ def require_finite(embeddings: Tensor, what: str, rows: Tensor | None = None) ->
     return embeddings
 
 
+class Labels(NamedTuple):
+    """What a batch's labels say.
+
+    Args:
+        rows: corpus rows of the positives, ``(b,)``.
+        keys: of the queries, ``(b,)``; −1 where nothing tells them.
+        explicit: rows that the data names as negatives of each query, ``(b, m)``, padded with −1.
+    """
+
+    rows: Tensor
+    keys: Tensor
+    explicit: Tensor
+
+
 def check_labels(
     encoder: DocumentEncoder,
     model: SentenceTransformer,
     labels: Tensor | None,
     positives: dict[str, Any],
+    negatives: Sequence[dict[str, Any]],
     qrels: Qrels | None,
-) -> tuple[Tensor, Tensor]:
-    """The positives' rows and the queries' keys ``(b,)``, if the rows are of the corpus and the positives their texts.
+) -> Labels:
+    """The labels of a batch, if its rows are of the corpus, the positives their texts, and the negatives targets.
 
     Args:
+        positives: features of the positives.
+        negatives: those of each column of negatives.
         qrels: of the split that is trained on: by them the query of a positive that is relevant to one alone is known,
             where labels do not tell it.
     """
@@ -125,14 +144,14 @@ def check_labels(
             "of its query; corpus.pairs(split) gives such a dataset, corpus.labels(ids, queries) such a column."
         )
     integers = not (labels.is_floating_point() or labels.dtype == torch.bool)
-    if not integers or not (labels.ndim == 1 or (labels.ndim == 2 and labels.shape[1] == 2)):
+    if not integers or not (labels.ndim == 1 or (labels.ndim == 2 and labels.shape[1] >= 2)):
         raise InputError(
-            "Labels must be integers: one corpus row for each pair, or [corpus row, key of the query]; got "
-            f"{labels.dtype} of shape {tuple(labels.shape)}."
+            "Labels must be integers: one corpus row for each pair, or [corpus row, key of the query], and then rows "
+            f"of negatives; got {labels.dtype} of shape {tuple(labels.shape)}."
         )
-    keys = None
+    keys, explicit = None, labels.new_empty(len(labels), 0)
     if labels.ndim == 2:
-        labels, keys = labels.unbind(1)
+        labels, keys, explicit = labels[:, 0], labels[:, 1], labels[:, 2:]
     outside = (labels < 0) | (labels >= len(encoder.corpus))
     if outside.any():
         position = int(outside.nonzero()[0])
@@ -147,7 +166,53 @@ def check_labels(
         keys = (
             torch.full_like(labels, UNKNOWN) if qrels is None else torch.from_numpy(qrels.keys_of_rows(labels.tolist()))
         )
-    return labels, keys.to(labels.device)
+    found = [_rows_of(encoder, model, tokens, each).to(labels.device)[:, None] for each in negatives]
+    explicit = torch.cat([explicit, *found], dim=1)
+    _check_explicit(encoder, labels, explicit)
+    return Labels(labels, keys.to(labels.device), explicit)
+
+
+def _check_explicit(encoder: DocumentEncoder, labels: Tensor, explicit: Tensor) -> None:
+    """Refuse negatives that are no rows, or the positive itself."""
+    outside = (explicit < NO_ROW) | (explicit >= len(encoder.corpus))
+    if outside.any():
+        position, column = outside.nonzero()[0].tolist()
+        raise InputError(
+            f"The negative {int(explicit[position, column])} (position {position} in the batch) is no row of the "
+            f"corpus, whose rows are 0 … {len(encoder.corpus) - 1}; −1 stands for none. corpus.labels(ids, queries, "
+            "negatives) makes such labels of ids."
+        )
+    own = (explicit == labels[:, None]).any(1)
+    if own.any():
+        position = int(own.nonzero()[0])
+        raise InputError(
+            f"Row {int(labels[position])} is the positive and a negative of the query at position {position} in the "
+            "batch: leave it out of one of both."
+        )
+
+
+def _rows_of(
+    encoder: DocumentEncoder, model: SentenceTransformer, tokens: TokenizedCorpus | TextCorpus, features: dict[str, Any]
+) -> Tensor:
+    """The corpus rows of a column of texts, by their token ids, ``(b,)``."""
+    if not isinstance(tokens, TokenizedCorpus):
+        raise InputError(
+            "Which targets the texts of negatives are cannot be told, as this model's features are no token ids: name "
+            "them by id, corpus.labels(ids, queries, negatives), and leave their texts out."
+        )
+    on_cpu = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in features.items()}
+    rows = tokens.rows_of(on_cpu)
+    if (rows == NO_ROW).any():
+        flat, lengths = tokens.layout.split(on_cpu)
+        position = int(np.flatnonzero(rows == NO_ROW)[0])
+        text = np.split(flat["input_ids"], np.cumsum(lengths)[:-1])[position]
+        raise InputError(
+            f"The negative at position {position} in the batch is no target of the corpus: "
+            f"{unwrap(model).tokenizer.decode(text)!r:.160}. Negatives are encoded once for all queries, and so must "
+            "be targets: Corpus.from_pairs(…, negatives=…) takes them in. They need the same prompt as the positives, "
+            f"{encoder.prompt!r} here, and the same maximum length."
+        )
+    return torch.from_numpy(rows)
 
 
 def _check_positive_texts(

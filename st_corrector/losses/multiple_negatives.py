@@ -28,8 +28,18 @@ from ..runtime.distributed import Processes
 from ..search.shortlist import ShortlistSearch
 from ..search.topk import NO_ROW
 from ..teachers import Teacher
-from .batch import Batch, Candidates, Column, candidates_of, in_batch_candidates, known_rows, not_offered
-from .checks import check_labels, check_settings, refuse_layers, require_finite, with_task
+from .batch import (
+    Batch,
+    Candidates,
+    Column,
+    candidates_of,
+    explicit_negatives,
+    in_batch_candidates,
+    known_rows,
+    not_offered,
+    with_explicit,
+)
+from .checks import Labels, check_labels, check_settings, refuse_layers, require_finite, with_task
 from .corrected_corpus import CorrectedCorpus
 from .distillation import Distillation, DistillationSettings
 from .objective import Objective
@@ -93,15 +103,22 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         Requirements:
             1. (anchor, positive) pairs with a ``label`` column: ``[row, key]``, the positive's corpus row and the
                query's key (``corpus.labels(ids, anchors)``). ``corpus.pairs("train")`` is such a dataset. Rows alone
-               (``corpus.rows_of(ids)``) will do; then queries that share a positive cannot be told apart.
+               (``corpus.rows_of(ids)``) will do; then queries that share a positive cannot be told apart. Negatives of
+               your own may follow the key, as rows (``corpus.labels(ids, anchors, negatives)``), or the positive, as
+               columns of texts, which must be targets of the corpus. They join what is chosen, once each; rules on
+               false negatives do not apply to them, and what is known to be relevant is left out.
             2. A cache of the same corpus, by a model with the same tokenizer, prompt, pooling and maximum length.
 
         Inputs:
-            +--------------------------+---------------------------------------------------------------+
-            | Inputs                   | Labels                                                        |
-            +==========================+===============================================================+
-            | (anchor, positive) pairs | corpus row of the positive, or [corpus row, key of the query] |
-            +--------------------------+---------------------------------------------------------------+
+            +---------------------------------+---------------------------------------------------------------+
+            | Inputs                          | Labels                                                        |
+            +=================================+===============================================================+
+            | (anchor, positive) pairs        | corpus row of the positive, or [corpus row, key of the query] |
+            +---------------------------------+---------------------------------------------------------------+
+            | (anchor, positive) pairs        | [corpus row, key of the query, rows of negatives …]           |
+            +---------------------------------+---------------------------------------------------------------+
+            | (anchor, positive, negative, …) | corpus row of the positive, or [corpus row, key of the query] |
+            +---------------------------------+---------------------------------------------------------------+
 
         Returns:
             In training ``{"task_loss", "correction_loss"}``, and with a teacher ``"distillation_loss"``. The trainer
@@ -224,21 +241,21 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         return self.negatives.num_negatives > 0 and self.corrected.is_choosing
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
-        features, rows, keys = self._checked(list(sentence_features), labels)
+        features, told = self._checked(list(sentence_features), labels)
         training = torch.is_grad_enabled()
         columns: list[Column] = []
         with self._timed("encode", training):
             for each in features[:1] if training and self._looks_up else features:
                 columns.append(self._embed(each, columns))
-        if rows is None or keys is None or not training:
-            return self._named(self._in_batch_loss(columns, rows, keys))
+        if told is None or not training:
+            return self._named(self._in_batch_loss(columns, told))
         received = self.processes.bytes_received
-        batch = self._gather(columns, rows, keys)
+        batch = self._gather(columns, told)
         if self._looks_up:
             columns.append(Column.of(batch.positives[batch.mine]))
         else:
             self.targets_encoded += len(batch.rows)
-        selection = self._select(batch) if self.is_choosing else None
+        selection = with_explicit(self._select(batch) if self.is_choosing else None, batch)
         negative_rows, counts, fresh = batch.rows[:0], [batch.counts], batch.positives
         if selection is not None:
             selected = selection.rows[selection.rows != NO_ROW].unique()
@@ -277,53 +294,55 @@ class CorrectedMultipleNegativesLoss(nn.Module):
 
     def _checked(
         self, features: list[dict[str, Tensor]], labels: Tensor | None
-    ) -> tuple[list[dict[str, Tensor]], Tensor | None, Tensor | None]:
-        """The features of both columns with their tasks, the positives' corpus rows, and the queries' keys."""
-        if len(features) != 2:
+    ) -> tuple[list[dict[str, Tensor]], Labels | None]:
+        """The features of queries and positives with their tasks, and what the labels say."""
+        if len(features) < 2:
             raise InputError(
-                f"Expected the text columns (anchor, positive), got {len(features)}. Negatives are chosen from the "
-                "corpus: drop other text columns, e.g. dataset.select_columns(['anchor', 'positive', 'label'])."
+                f"Expected the text columns (anchor, positive), and negatives after them, got {len(features)}."
             )
         refuse_layers(self.model)
         features = [
-            with_task(self.encoder, self.model, each, task)
-            for each, task in zip(features, (QUERY, DOCUMENT), strict=True)
+            with_task(self.encoder, self.model, each, QUERY if n == 0 else DOCUMENT) for n, each in enumerate(features)
         ]
+        pair, negatives = features[:2], features[2:]
         if labels is None and not torch.is_grad_enabled():
-            return features, None, None
-        return features, *check_labels(self.encoder, self.model, labels, features[1], self._qrels)
+            return pair, None
+        return pair, check_labels(self.encoder, self.model, labels, pair[1], negatives, self._qrels)
 
-    def _in_batch_loss(self, columns: list[Column], rows: Tensor | None, keys: Tensor | None) -> Tensor:
+    def _in_batch_loss(self, columns: list[Column], told: Labels | None) -> Tensor:
         """The loss over this process's own positives, by which evaluation goes; nothing is chosen or learnt."""
         queries, positives = columns[0].embeddings, columns[1].embeddings
         require_finite(queries, "queries in this batch")
-        require_finite(positives, "positives in this batch", rows)
-        known = None if rows is None or keys is None else known_rows(self.corpus, self._qrels, rows, keys)
-        candidates = in_batch_candidates(rows, known, len(queries), queries.device)
-        if self.distillation is not None and rows is not None and keys is not None:
-            here = Batch([len(rows)], slice(0, len(rows)), queries, positives, rows, keys, rows[:, None])
+        require_finite(positives, "positives in this batch", None if told is None else told.rows)
+        known = None if told is None else known_rows(self.corpus, self._qrels, told.rows, told.keys)
+        candidates = in_batch_candidates(told and told.rows, known, len(queries), queries.device)
+        if self.distillation is not None and told is not None:
+            rows, none = told.rows, told.explicit[:, :0]
+            here = Batch([len(rows)], slice(0, len(rows)), queries, positives, rows, told.keys, rows[:, None], none)
             left_out = not_offered(here, rows[:0], None, self.negatives)
-            candidates = candidates._replace(soft=self.distillation.labels(keys, rows, left_out, candidates.target))
+            soft = self.distillation.labels(told.keys, rows, left_out, candidates.target)
+            candidates = candidates._replace(soft=soft)
         return self.calculate_loss([each.pieces for each in columns], candidates)
 
     @torch.no_grad()
-    def _gather(self, columns: list[Column], rows: Tensor, keys: Tensor) -> Batch:
+    def _gather(self, columns: list[Column], told: Labels) -> Batch:
         """The batch of all processes."""
         processes = self.processes
         with self._timed("exchange"):
-            counts = processes.counts(len(rows), rows.device)
+            counts = processes.counts(len(told.rows), told.rows.device)
             first = sum(counts[: processes.rank])
             queries, *encoded = (
                 processes.gather(self.similarity.comparable(column.embeddings), counts) for column in columns
             )
-            mine = slice(first, first + len(rows))
-            rows, keys = processes.gather(torch.stack([rows, keys], dim=1), counts).unbind(1)
+            mine = slice(first, first + len(told.rows))
+            labels = processes.gather(torch.cat([told.rows[:, None], told.keys[:, None], told.explicit], dim=1), counts)
+            rows, keys, explicit = labels[:, 0], labels[:, 1], labels[:, 2:]
             positives = encoded[0] if encoded else self.corrected.cached(rows)
             known = known_rows(self.corpus, self._qrels, rows, keys)
         # What all processes have gathered is looked at, so that none goes on alone.
         require_finite(queries, "queries in this batch")
         require_finite(positives, "positives in this batch", rows)
-        return Batch(counts, mine, queries, positives, rows, keys, known)
+        return Batch(counts, mine, queries, positives, rows, keys, known, explicit_negatives(explicit, known))
 
     def _select(self, batch: Batch) -> Selection:
         with self._timed("select"):

@@ -32,7 +32,7 @@ def own_positions(dataset: Dataset) -> np.ndarray:
     label = next((name for name in ("label", "labels") if name in dataset.column_names), None)
     if label is None or not hasattr(dataset.features[label], "feature"):
         return np.empty(0, dtype=np.int64)
-    keys = np.array(dataset[label][:], dtype=np.int64).reshape(len(dataset), -1)[:, -1]
+    keys = np.array(dataset[label][:], dtype=np.int64).reshape(len(dataset), -1)[:, 1]
     return np.flatnonzero(is_own(torch.from_numpy(keys)).numpy())
 
 

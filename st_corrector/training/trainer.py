@@ -468,9 +468,10 @@ def _require_columns(data: Any) -> None:
                 )
         elif not _are_labels(name, feature, data):
             raise InputError(
-                f"The column {name!r} holds {dtype}, expected integers, the corpus rows of the positives, or pairs of "
-                f"them, [row, key of the query]: dataset.add_column({name!r}, corpus.labels(ids, queries)), after "
-                "removing what is there, makes them of ids."
+                f"The column {name!r} holds {dtype}, expected integers, the corpus rows of the positives, or lists of "
+                "one length, [row, key of the query, rows of negatives …]: "
+                f"dataset.add_column({name!r}, corpus.labels(ids, queries)), after removing what is there, makes them "
+                "of ids."
             )
         elif isinstance(data, Dataset) and (nulls := data.data.column(name).null_count):
             raise InputError(
@@ -480,13 +481,14 @@ def _require_columns(data: Any) -> None:
 
 
 def _are_labels(name: str, feature: Any, data: Any) -> bool:
-    """Whether a column holds integers, or lists of two."""
+    """Whether a column holds integers, or lists of two or more, as many in each row."""
     of_lists = getattr(feature, "feature", None)
     if not str(getattr(of_lists or feature, "dtype", "")).startswith(("int", "uint")):
         return False
     if of_lists is None or not isinstance(data, Dataset):
         return True
-    return bool(pc.all(pc.equal(pc.list_value_length(data.data.column(name)), 2)).as_py())
+    lengths = pc.min_max(pc.list_value_length(data.data.column(name))).as_py()
+    return not len(data) or (lengths["min"] == lengths["max"] and lengths["min"] >= 2)
 
 
 def _each(losses: Any) -> Iterable[Any]:

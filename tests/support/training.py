@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it is started as a script, too
 from conftest import load_bert_model, make_bert_model, make_static_model, make_texts, router_of
-from datasets import disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from transformers import TrainerCallback
@@ -70,6 +70,7 @@ CASES: dict[str, dict] = {
     "taught and checked by a cross-encoder": {
         **{"share_negatives": False, "in_batch_negatives": False, "teacher_weight": 1.0, "teacher_scale": 20.0},
     },
+    "negatives of one's own": {"num_negatives": 3},
     "own pairs, taught": {"own_pairs_share": 0.25, "teacher_weight": 1.0, "teacher_scale": 12.0},
 }
 TRANSFORMERS = (
@@ -172,6 +173,11 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
             watched["train_dataset"] = training_pairs(corpus, training)
             pairs.append(watched["train_dataset"])
         watched["teacher"] = EmbeddingTeacher.build(make_static_model(7), corpus, folder / "teacher", pairs)
+    if case == "negatives of one's own":
+        # Known ones, repeated ones, and ones that are chosen besides are among them.
+        rows = [[str((n + step) % 203) for step in (40, 90, 40)][: 1 + n % 3] for n in range(len(ids))]
+        labels = corpus.labels(ids, queries, rows)
+        watched["train_dataset"] = Dataset.from_dict({"anchor": queries, "positive": texts, "label": labels})
     return CorrectorTrainer(model, training, corpus=corpus, loss=loss, **watched)
 
 
