@@ -1,5 +1,5 @@
-"""Negatives for another trainer: sentence-transformers' own mining by the untrained encoder, and `mine_negatives` from a
-trained run, each trained on by a new encoder in a plain MultipleNegativesRankingLoss.
+"""Negatives for another trainer: sentence-transformers' own mining by the untrained encoder, and `mine_negatives` from
+a trained run, each trained on by a new encoder in a plain MultipleNegativesRankingLoss.
 
     python benchmarks/mined.py --dataset data/nq
 
