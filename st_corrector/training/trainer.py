@@ -21,7 +21,7 @@ from sentence_transformers.base.data_collator import DEFAULT_LABEL_COLUMNS
 from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, ConcatDataset
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
@@ -48,6 +48,7 @@ from .checkpoint import FOLDER, fault_of, load_losses, save_losses, seal, unseal
 from .guard import Guard, NonFinitePolicy
 from .own_pairs import OwnPairsBatchSampler, own_positions, training_pairs
 from .recorder import Recorder
+from .several_data_sets import JoinedBatches, SplitBatches
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,6 @@ class CorrectorTrainer(SentenceTransformerTrainer):
 
     Raises:
         InputError: a loss is to be made without a corpus, a ready-made corrected loss is passed with ``model_init``,
-            several data sets are to be trained on by several processes, which may draw different ones in one step,
             batches of a streamed training set are to be dispatched, the encoder's weights are to be cut between
             processes, or one process is to use several GPUs.
     """
@@ -134,12 +134,6 @@ class CorrectorTrainer(SentenceTransformerTrainer):
             )
         if losses and self.args.n_gpu > 1:
             raise InputError(ONE_PROCESS_FOR_SEVERAL_GPUS)
-        several = isinstance(self.train_dataset, dict) and len(self.train_dataset) > 1
-        if losses and several and self.args.world_size > 1:
-            raise InputError(
-                "With several data sets each process draws its own in every step, while choosing negatives needs all "
-                "processes in one: concatenate the data sets (their labels are rows of one corpus), or use one process."
-            )
         if self.model_init is not None and any(map(_is_corrected, _each(self._loss_given))):
             raise InputError(
                 "With model_init every run begins with a new model, while the loss that was passed keeps its corrector "
@@ -244,6 +238,20 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         # accelerate replaces the plain sampler where it finds it, by one that a resumed run can repeat.
         make_base = None if self.args.batch_sampler == BatchSamplers.BATCH_SAMPLER else make
         return OwnPairsBatchSampler(dataset, *how, share=share, make_base=make_base)
+
+    def get_multi_dataset_batch_sampler(
+        self,
+        dataset: ConcatDataset[Any],
+        batch_samplers: list[BatchSampler],
+        generator: torch.Generator | None = None,
+        seed: int | None = 0,
+    ) -> BatchSampler:
+        """The sampler that the arguments ask for; with several processes all take the same data set in every step."""
+        make, processes = super().get_multi_dataset_batch_sampler, self.args.world_size
+        if processes == 1:
+            return make(dataset, batch_samplers, generator, seed)
+        joined = [JoinedBatches(each, processes) for each in batch_samplers]
+        return SplitBatches(make(dataset, cast(Any, joined), generator, seed), processes, joined[0].batch_size)
 
     @contextmanager
     def in_training_precision(self) -> Iterator[None]:

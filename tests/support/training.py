@@ -71,6 +71,7 @@ CASES: dict[str, dict] = {
         **{"share_negatives": False, "in_batch_negatives": False, "teacher_weight": 1.0, "teacher_scale": 20.0},
     },
     "negatives of one's own": {"num_negatives": 3},
+    "several data sets": {"multi_dataset_batch_sampler": "round_robin"},
     "own pairs, taught": {"own_pairs_share": 0.25, "teacher_weight": 1.0, "teacher_scale": 12.0},
 }
 TRANSFORMERS = (
@@ -178,6 +179,9 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
         rows = [[str((n + step) % 203) for step in (40, 90, 40)][: 1 + n % 3] for n in range(len(ids))]
         labels = corpus.labels(ids, queries, rows)
         watched["train_dataset"] = Dataset.from_dict({"anchor": queries, "positive": texts, "label": labels})
+    if case == "several data sets":
+        pairs = corpus.pairs("train")
+        watched["train_dataset"] = {"a": pairs.select(range(120)), "b": pairs.select(range(120, 203))}
     return CorrectorTrainer(model, training, corpus=corpus, loss=loss, **watched)
 
 
