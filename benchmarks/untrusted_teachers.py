@@ -107,7 +107,7 @@ def arguments(outputs: Path, seed: int, **lengths: int) -> CorrectorTrainingArgu
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         example_queries=0,
-        **lengths,
+        **{"own_pairs_share": 0.0, **lengths},
     )
 
 

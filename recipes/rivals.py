@@ -21,6 +21,7 @@ from st_corrector import Corpus, CorrectorTrainer, CorrectorTrainingArguments, E
 from st_corrector.data.query_keys import query_keys
 from st_corrector.data.text import normalized
 from st_corrector.losses.similarity import Similarity
+from st_corrector.training.own_pairs import share_for
 
 MINED_BY = ("max_score", "absolute_margin", "relative_margin", "range_min", "range_max")
 """What the arguments and ``mine_hard_negatives`` both know of false negatives."""
@@ -30,7 +31,7 @@ def pairs_for(corpus: Corpus, args: CorrectorTrainingArguments) -> Dataset:
     """The pairs of the split that is trained on, and of the corpus's own pairs so many that they have the share that
     ``args`` ask for, of the whole: tuples are drawn from all alike.
     """
-    split, share = args.train_split or "train", args.own_pairs_share or 0.0
+    split, share = args.train_split or "train", share_for(corpus, args)
     pairs = corpus.pairs(split)
     args.own_pairs_share = 0.0
     if not share:

@@ -571,7 +571,7 @@ class Corpus:
         self,
         ids: Sequence[str | int],
         anchors: Sequence[str],
-        negatives: Sequence[Sequence[str | int]] | None = None,
+        negatives: Sequence[str | int | Sequence[str | int]] | None = None,
     ) -> list[list[int]]:
         """The column ``label`` for a data set of your own: ``[row, key]`` of each pair, as in :meth:`pairs`, and then
         the rows of negatives of your own, padded with −1.
@@ -579,8 +579,8 @@ class Corpus:
         Args:
             ids: of the positives.
             anchors: the queries, as many.
-            negatives: ids of targets that are negatives of each query, whatever is chosen besides; as many lists, which
-                may be empty.
+            negatives: ids of targets that are negatives of each query, whatever is chosen besides: for each a list,
+                which may be empty, or one id.
 
         Raises:
             CorpusError: an id is not in the corpus, there are not as many queries or lists, or a positive is its own
@@ -588,14 +588,15 @@ class Corpus:
         """
         rows, keys = self.rows_of(ids), query_keys(anchors)
         if len(rows) != len(keys) or (negatives is not None and len(rows) != len(negatives)):
-            lists = "" if negatives is None else f" and {len(negatives)} lists of negatives"
-            raise CorpusError(f"{len(rows)} ids, {len(keys)} anchors{lists}: give one of each for every pair.")
+            and_lists = "" if negatives is None else f" and {len(negatives)} lists of negatives"
+            raise CorpusError(f"{len(rows)} ids, {len(keys)} anchors{and_lists}: give one of each for every pair.")
         columns = [rows, keys]
         if negatives is not None:
-            counts = [len(each) for each in negatives]
+            lists = [as_list(each) for each in negatives]
+            counts = [len(each) for each in lists]
             padded = np.full((len(rows), max(counts, default=0)), -1, dtype=np.int64)
             padded[np.arange(padded.shape[1]) < np.array(counts)[:, None]] = self.rows_of(
-                [id for each in negatives for id in each]
+                [id for each in lists for id in each]
             )
             if (own := (padded == rows[:, None]).any(1)).any():
                 at = np.flatnonzero(own)

@@ -115,15 +115,14 @@ def in_batch_candidates(rows: Tensor | None, known: Tensor | None, count: int, d
 
 
 @torch.no_grad()
-def with_explicit(selection: Selection | None, batch: Batch) -> Selection | None:
+def with_explicit(selection: Selection | None, batch: Batch, settings: NegativeSettings) -> Selection | None:
     """What was chosen, and what the data names besides; None if that is nothing."""
     explicit = batch.explicit
     if not explicit.shape[1]:
         return selection
     if selection is None:
-        size, none = len(explicit), batch.rows[:0]
-        ceiling = torch.full((size,), torch.inf, device=explicit.device)
-        return Selection(explicit, ceiling, explicit[:, :0], none, batch.positives[:0], {})
+        ceiling = settings.false_negatives.ceiling(batch.positive_scores)
+        return Selection(explicit, ceiling, explicit[:, :0], batch.rows[:0], batch.positives[:0], {})
     again = (explicit[:, :, None] == selection.rows[:, None, :]).any(2)
     return selection._replace(rows=torch.cat([selection.rows, explicit.masked_fill(again, NO_ROW)], dim=1))
 

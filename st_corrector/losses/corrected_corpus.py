@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..cache.embedding_cache import EmbeddingCache
 from ..correctors import Corrector, IdentityCorrector
+from ..data.corpus import Corpus
 from ..data.encoding import DocumentEncoder, unwrap
 from ..errors import InputError
 from ..negatives.filters import repeats_earlier
@@ -94,6 +95,10 @@ class CorrectedCorpus:
         self.divergence_watch = DivergenceWatch(processes)
         self.search = self._make_search(cache, self._configured)
         """The search over it; see :meth:`choosing`."""
+
+    def is_of(self, model: SentenceTransformer, corpus: Corpus) -> bool:
+        """Whether it is this model's over this corpus."""
+        return unwrap(self._model) is unwrap(model) and self.encoder.corpus.fingerprint == corpus.fingerprint
 
     def __len__(self) -> int:
         """Number of targets, of all processes together."""
@@ -181,7 +186,7 @@ class CorrectedCorpus:
         """
         processes = self.processes
         if self.is_fixed:
-            return self.cached(torch.from_numpy(rows))
+            return self.cached(torch.from_numpy(rows).to(unwrap(self._model).device))
         share = rows[processes.share(len(rows))]
         # All processes call the model, which may exchange something itself.
         fresh = self.encode(share if len(share) else rows[:1])

@@ -255,7 +255,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
             columns.append(Column.of(batch.positives[batch.mine]))
         else:
             self.targets_encoded += len(batch.rows)
-        selection = with_explicit(self._select(batch) if self.is_choosing else None, batch)
+        selection = with_explicit(self._select(batch) if self.is_choosing else None, batch, self.negatives)
         negative_rows, counts, fresh = batch.rows[:0], [batch.counts], batch.positives
         if selection is not None:
             selected = selection.rows[selection.rows != NO_ROW].unique()
@@ -284,7 +284,14 @@ class CorrectedMultipleNegativesLoss(nn.Module):
     @property
     def _looks_up(self) -> bool:
         """Whether targets are looked up instead of encoded."""
-        return self.has_corrected and self.corrected.is_fixed
+        if not (self.has_corrected and self.corrected.is_fixed):
+            return False
+        if not self.encoder.is_frozen(self.model):
+            raise InputError(
+                "The document encoder was frozen when the loss was made, so that targets are looked up, and is not any "
+                "more: make the loss again after what is trained has changed."
+            )
+        return True
 
     def _named(self, terms: Tensor) -> dict[str, Tensor]:
         """The terms of :meth:`calculate_loss` as the trainer logs them."""

@@ -95,7 +95,8 @@ def mine_negatives(
     miner = Miner(model, corpus, cache, corrector, settings, split, batch_size)
     folder = Path(path)
     make_folder(folder)
-    _require_same(folder, {**miner.fingerprint, "format": output_format, "scores": output_scores, "seed": seed})
+    how = {"format": output_format, "scores": output_scores, "seed": seed, "parts": -(-len(miner.qrels) // _QUERIES)}
+    _require_same(folder, {**miner.fingerprint, **how})
     formats = Formats(corpus, miner.qrels, settings.num_negatives, output_scores)
     count = len(miner.qrels)
     with tqdm(total=count, desc="Mining negatives", unit=" queries", disable=not progress) as bar:
@@ -104,7 +105,8 @@ def mine_negatives(
             if not part.exists():
                 # Each part draws by itself, so that a run that goes on draws what it would have drawn.
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed * 1_000_003 + number)
+                    # Of the CPU alone: torch.manual_seed would seed the GPUs of a training that is under way.
+                    torch.default_generator.manual_seed(seed * 1_000_003 + number)
                     batches = (np.arange(n, min(n + _AT_ONCE, end)) for n in range(start, end, _AT_ONCE))
                     found = [mined for queries in batches for mined in miner.mine(queries)]
                 with whole(part) as partial:
@@ -117,11 +119,14 @@ def load_mined(path: str | os.PathLike[str]) -> Dataset:
     """What :func:`mine_negatives` has written into a folder, memory-mapped.
 
     Raises:
-        InputError: there is nothing of the kind.
+        InputError: there is nothing of the kind, or not all of it.
     """
     files = sorted(str(file) for file in Path(path).glob("mined-*.parquet") if _PARTS.fullmatch(file.name))
     if not files:
         raise InputError(f"{path} holds no mined negatives: mine_negatives(…, path) writes them.")
+    parts = json.loads((Path(path) / _MANIFEST).read_text(encoding="utf-8"))["parts"]
+    if len(files) < parts:
+        raise InputError(f"{path} holds {len(files)} of {parts} files: the same mine_negatives(…, path) goes on.")
     found = Dataset.from_parquet(files)
     assert isinstance(found, Dataset)
     return found

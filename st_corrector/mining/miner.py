@@ -9,13 +9,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import similarity_fct_name
 from torch import Tensor
 
 from ..cache.embedding_cache import EmbeddingCache
 from ..correctors import Corrector, IdentityCorrector
 from ..data.corpus import Corpus
-from ..data.encoding import DocumentEncoder, evaluating
-from ..data.model_fingerprint import weights_fingerprint
+from ..data.encoding import DocumentEncoder, evaluating, prompt_for
+from ..data.model_fingerprint import max_lengths, tokenizer_fingerprint, weights_fingerprint
+from ..data.routing import QUERY, modules_for
 from ..errors import InputError
 from ..losses.corrected_corpus import CorrectedCorpus
 from ..losses.similarity import Similarity
@@ -25,6 +27,8 @@ from ..negatives.settings import NegativeSettings
 from ..search.exact import CorrectedSearch
 from ..search.topk import NO_ROW
 from ..storage.fingerprint import differences, digest, digest_json
+
+_SOME = 64  # rows by which a cache is known
 
 
 class Mined(NamedTuple):
@@ -59,14 +63,16 @@ class Miner:
     ) -> None:
         self.model, self.corpus, self.settings, self.batch_size = model, corpus, settings, batch_size
         self.qrels = corpus.qrels(split)
-        self.similarity = Similarity(model)
         self.encoder = DocumentEncoder(model, corpus, progress=False)
         self._choosing: Callable[[], AbstractContextManager[CorrectedSearch]]
+        written = ""
         if isinstance(cache, CorrectedCorpus):
-            if corrector is not None:
-                raise InputError("loss.corrected has its own corrector: leave corrector out.")
+            self._require_training(cache, corrector)
+            self.similarity = cache.similarity
             self._choosing, stale, corrector = cache.choosing, cache.cache, cache.choosing_corrector
+            written = _digest_of(cache.search.overlay.state_dict())
         else:
+            self.similarity = Similarity(model)
             stale = cache
             self._require_fits(cache, corrector)
             corrector = corrector or IdentityCorrector(cache.dim, normalize=False)
@@ -75,14 +81,30 @@ class Miner:
         self._dim = stale.dim
         scale = self.similarity.default_scale if settings.scale is None else settings.scale
         self._selector = NegativeSelector(settings, scale)
+        asking, prompt = modules_for(model, QUERY), prompt_for(model, None, QUERY)
+        some = torch.from_numpy(np.linspace(stale.first_row, stale.end - 1, _SOME).astype(np.int64))
+        ids = list(self.qrels.queries["id"])
         self.fingerprint = {
-            "split": digest_json([split, self.qrels.queries._fingerprint]),
+            "queries": digest(digest_json([split, ids]), self.qrels.keys.tobytes()),
             "judgements": digest(self.qrels.query.tobytes(), self.qrels.row.tobytes()),
-            "model": weights_fingerprint(list(model.children())),
-            "cache": digest_json(stale.fingerprint),
-            "corrector": digest_json({name: value.sum().item() for name, value in corrector.state_dict().items()}),
+            "corpus": corpus.fingerprint,
+            "model": weights_fingerprint(asking),
+            "prompt": [prompt, tokenizer_fingerprint(model, asking, prompt, QUERY), max_lengths(asking)],
+            "similarity": similarity_fct_name(self.similarity.function),
+            "cache": digest(stale[some].numpy().tobytes(), digest_json(stale.fingerprint), written),
+            "corrector": digest(repr(corrector), _digest_of(corrector.state_dict())),
             "negatives": repr(settings),
+            "checks": [check.identity for check in settings.false_negatives.checks],
         }
+
+    def _require_training(self, corrected: CorrectedCorpus, corrector: Corrector | None) -> None:
+        if corrector is not None:
+            raise InputError("loss.corrected has its own corrector: leave corrector out.")
+        if not corrected.is_of(self.model, self.corpus):
+            raise InputError(
+                "loss.corrected is of another model or corpus than is mined with: pass the model and the corpus that "
+                "the loss was made with."
+            )
 
     def _require_fits(self, cache: EmbeddingCache, corrector: Corrector | None) -> None:
         if cache.corpus_size != len(self.corpus):
@@ -97,6 +119,15 @@ class Miner:
                 "The cache is of something else than what is mined with:\n  " + "\n  ".join(different) + "\nBuild it "
                 "with this model and corpus, or pass the corrector that maps it to this model."
             )
+        if corrector is None or corrector.frames is None:
+            return
+        sides = (
+            ("of other embeddings than the cache's", corrector.frames.stale, cache.fingerprint),
+            ("to another model", corrector.frames.fresh, self.encoder.fingerprint(self.model)),
+        )
+        for what, maps, given in sides:
+            if maps and given and (different := differences(maps, given)):
+                raise InputError(f"The corrector maps {what}:\n  " + "\n  ".join(different))
 
     @torch.no_grad()
     def mine(self, queries: np.ndarray) -> Iterator[Mined]:
@@ -110,7 +141,7 @@ class Miner:
                     batch_size=self.batch_size,
                     convert_to_tensor=True,
                     show_progress_bar=False,
-                    truncate_dim=None,
+                    truncate_dim=self._dim,
                 )
             )
         keys = torch.from_numpy(self.qrels.keys[queries]).to(encoded.device)
@@ -140,3 +171,10 @@ class Miner:
         where = torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(query.device)
         vectors: Tensor = search.corrector.to(query.device)(search.stale(where))
         return vectors @ query
+
+
+def _digest_of(tensors: dict[str, Tensor]) -> str:
+    """A digest of a state, bit by bit."""
+    named = sorted((name, value.detach().cpu().contiguous()) for name, value in tensors.items())
+    parts = ((name, value.view(-1).view(torch.uint8).numpy().tobytes()) for name, value in named)
+    return digest(*(part for pair in parts for part in pair))

@@ -99,6 +99,11 @@ class Check(ABC):
                 a false negative of any query of the split with this positive is one.
         """
 
+    @property
+    def identity(self) -> str:
+        """What tells it from other checks: what was mined with one is not taken for what another would give."""
+        return repr(self)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
@@ -173,6 +178,10 @@ class TeacherCheck(Check):
         wanted.scatter_(1, place, asked != NO_ROW)
         scores = self.teacher.scores(queries, columns.clamp(min=0), wanted).gather(1, place)
         return (scores[:, 1:] > scores[:, :1] - self.margin) & (rows != NO_ROW)
+
+    @property
+    def identity(self) -> str:
+        return f"{self.name}, {self.teacher.identity}, {self.margin}"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.teacher!r}, margin={self.margin})"

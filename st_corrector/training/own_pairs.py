@@ -54,44 +54,43 @@ def count_for(share: float, batch_size: int) -> int:
 def training_pairs(corpus: Corpus, args: CorrectorTrainingArguments | None, teacher: Teacher | None = None) -> Dataset:
     """The pairs of the split that is trained on, and as many own pairs as the run will draw, or as there are.
 
-    Where ``args.own_pairs_share`` is not set, it is set here: to :data:`SHARE` if the run goes through the split's
-    pairs more than once, there are at least as many own pairs as pairs of the split, and a teacher, if there is one,
-    knows their questions; else to 0.
+    Where ``args.own_pairs_share`` is not set, see :func:`share_for`.
     """
     split = (args and args.train_split) or "train"
     pairs = corpus.pairs(split)
-    if args is None:
+    if args is None or not (share := share_for(corpus, args, teacher)):
         return pairs
-    question = cast(Question | None, args.own_question)
     if args.own_pairs_share is None:
-        args.own_pairs_share = SHARE if _are_worth_it(corpus, args, pairs, question, split, teacher) else 0.0
-        if args.own_pairs_share:
-            logger.info(
-                "%d %% of every batch are the corpus's own pairs, as the run goes through the questions of %r more "
-                "than once: own_pairs_share=0 leaves them out.",
-                round(100 * SHARE),
-                split,
-            )
-    if not args.own_pairs_share:
-        return pairs
-    own = count_for(args.own_pairs_share, args.train_batch_size)
+        logger.info(
+            "%d %% of every batch are the corpus's own pairs, as the run goes through the questions of %r more than "
+            "once: own_pairs_share=0 leaves them out.",
+            round(100 * share),
+            split,
+        )
+    own = count_for(share, args.train_batch_size)
     steps_of_epoch = math.ceil(len(pairs) / ((args.train_batch_size - own) * args.world_size))
     steps = args.max_steps * args.gradient_accumulation_steps
     if args.max_steps <= 0:
         steps = math.ceil(args.num_train_epochs * steps_of_epoch)
     count = steps * own * args.world_size
+    question = cast(Question | None, args.own_question)
     return concatenate_datasets([pairs, corpus.own_pairs(count, question, split, seed=args.seed)])
 
 
-def _are_worth_it(
-    corpus: Corpus,
-    args: CorrectorTrainingArguments,
-    pairs: Dataset,
-    question: Question | None,
-    split: str,
-    teacher: Teacher | None,
-) -> bool:
-    """Whether own pairs help, as far as has been measured (docs/results)."""
+def share_for(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Teacher | None = None) -> float:
+    """The share of own pairs that ``args`` ask for. Where they say nothing: :data:`SHARE` if the run goes through the
+    split's pairs more than once, there are at least as many own pairs as pairs of the split, and a teacher, if there is
+    one, knows their questions; else 0.
+    """
+    if args.own_pairs_share is not None:
+        return args.own_pairs_share
+    return SHARE if _are_worth_it(corpus, args, teacher) else 0.0
+
+
+def _are_worth_it(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Teacher | None) -> bool:
+    """Whether own pairs help, as far as has been measured (``benchmarks/results/labels``)."""
+    split, question = args.train_split or "train", cast(Question | None, args.own_question)
+    pairs = corpus.pairs(split)
     batch = args.train_batch_size * args.world_size
     epochs = args.num_train_epochs
     if args.max_steps > 0:

@@ -23,6 +23,8 @@ class JoinedBatches:
     """
 
     def __init__(self, batches: BatchSampler, processes: int) -> None:
+        # Its length, too, is that of whole batches then.
+        batches.drop_last = True
         self._batches, self._processes = batches, processes
         self.batch_size: int = batches.batch_size
         self.drop_last = True

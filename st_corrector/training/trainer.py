@@ -46,7 +46,7 @@ from .arguments import CorrectorTrainingArguments
 from .callbacks import FidelityCallback, RefreshCallback
 from .checkpoint import FOLDER, fault_of, load_losses, save_losses, seal, unseal
 from .guard import Guard, NonFinitePolicy
-from .own_pairs import OwnPairsBatchSampler, own_positions, training_pairs
+from .own_pairs import SHARE, OwnPairsBatchSampler, own_positions, training_pairs
 from .recorder import Recorder
 from .several_data_sets import JoinedBatches, SplitBatches
 
@@ -226,6 +226,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
     ) -> BatchSampler | None:
         """The sampler that the arguments ask for; of a data set with own pairs, their share of every batch."""
         make, share = super().get_batch_sampler, self.args.own_pairs_share
+        if share is None and isinstance(dataset, Dataset) and len(own_positions(dataset)):
+            share = SHARE
         how = (batch_size, drop_last, valid_label_columns, generator, seed)
         if not share or not isinstance(dataset, Dataset) or not len(own_positions(dataset)):
             if share and dataset is self.train_dataset:

@@ -117,6 +117,25 @@ def test_no_rule_contradicts_the_data_and_what_is_relevant_is_left_out(static_mo
     assert value([["30", "30"], ["31"]]) == pytest.approx(value([["30"], ["31"]]))
 
 
+def test_rules_hold_for_other_negatives_where_nothing_is_chosen(static_model, corpus, cache):
+    rules = NegativeSettings(0, false_negatives=FalseNegativeFilter(max_score=-1.0))
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, negatives=rules)
+    features, labels = labelled(corpus, [*[[-1]] * 11, [70]])(static_model)
+    values = []
+    for given in (labels[:, :2], labels):
+        values.append(12 * float(loss([dict(each) for each in features], given)["task_loss"]))
+    query, positive = (static_model(dict(each))["sentence_embedding"][11] for each in features)
+    negative = static_model.encode_document(corpus.texts([70]), convert_to_tensor=True)[0]
+    logits = 20 * torch.stack([torch.cosine_similarity(query, each, dim=0) for each in (positive, negative)])
+    assert values[0] == pytest.approx(0, abs=1e-5)
+    shared = values[1] + float(logits.log_softmax(0)[0])
+    assert shared >= -1e-3, "its own query's at least"
+    alone = NegativeSettings(0, share_negatives=False, false_negatives=FalseNegativeFilter(max_score=-1.0))
+    loss = CorrectedMultipleNegativesLoss(static_model, corpus, cache, negatives=alone)
+    value = 12 * float(loss([dict(each) for each in features], labels)["task_loss"])
+    assert value == pytest.approx(-float(logits.log_softmax(0)[0]), rel=1e-3)
+
+
 def test_a_trainer_learns_from_mined_tuples_and_from_ids(corpus, tmp_path):
     model = make_static_model()
     cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
@@ -160,6 +179,8 @@ def test_bad_negatives_are_refused(static_model, corpus, cache, tmp_path):
         r"The negative at position 3 in the batch is no target of the corpus: 'word1 word2'.*Corpus.from_pairs",
         column=[*corpus.texts(range(50, 53)), "word1 word2", *corpus.texts(range(60, 68))],
     )
+    one_each = corpus.labels(["7", "8"], ["q", "r"], ["12", 34])
+    assert [row[2:] for row in one_each] == [[12], [34]], "one id is no list of characters"
     with pytest.raises(CorpusError, match=r"1 pairs have their positive among their negatives, e.g. '7' of 'q'"):
         corpus.labels(["7"], ["q"], [["8", "7"]])
     with pytest.raises(CorpusError, match="1 ids, 1 anchors and 2 lists of negatives: give one of each"):

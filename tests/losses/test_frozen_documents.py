@@ -17,6 +17,7 @@ from st_corrector import (
     CorrectionSettings,
     EmbeddingCache,
     EmbeddingTeacher,
+    InputError,
     NegativeSettings,
 )
 from st_corrector.data.encoding import DocumentEncoder
@@ -89,6 +90,16 @@ def test_no_target_goes_through_the_encoder(towers, corpus, tmp_path, monkeypatc
     features, labels = batch(towers, corpus, range(12))
     assert torch.isfinite(loss(features, labels)["task_loss"])
     assert loss.targets_encoded == loss.targets_verified == loss.corrected.targets_reencoded == 0
+
+
+def test_what_is_no_longer_frozen_is_not_looked_up_in_silence(towers, corpus, tmp_path):
+    cache = EmbeddingCache.build(towers, corpus, tmp_path / "cache", progress=False)
+    loss = CorrectedMultipleNegativesLoss(towers, corpus, cache, 4)
+    features, labels = batch(towers, corpus, range(8))
+    loss([dict(each) for each in features], labels)
+    towers[0].sub_modules["document"].requires_grad_(True)
+    with pytest.raises(InputError, match="was frozen when the loss was made"):
+        loss(features, labels)
 
 
 def test_two_processes_look_up_what_one_does(tmp_path):

@@ -254,6 +254,67 @@ def test_bad_input_is_refused_and_nothing_is_written(static_model, corpus, mined
     assert not (tmp_path / "a").exists()
 
 
+def test_what_was_mined_otherwise_is_not_taken_for_the_same(static_model, corpus, tmp_path):
+    vectors = [torch.randn(len(corpus), 24, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    teachers = [
+        Teacher.build(make_static_model(n), corpus, tmp_path / f"teacher{n}", corpus.pairs("train"), progress=False)
+        for n in (5, 6)
+    ]
+
+    def mine(folder, vectors=vectors[0], teacher=teachers[0]):
+        rules = FalseNegativeFilter(checks=(TeacherCheck(teacher),))
+        settings = NegativeSettings(3, false_negatives=rules)
+        cache = EmbeddingCache.from_tensor(vectors)
+        return mine_negatives(static_model, corpus, cache, tmp_path / folder, negatives=settings, progress=False)
+
+    first = mine("a").to_list()
+    assert mine("a").to_list() == first
+    for change, named in (({"vectors": vectors[1]}, "cache"), ({"teacher": teachers[1]}, "checks")):
+        with pytest.raises(InputError, match=f"mined otherwise:\n  {named}"):
+            mine("a", **change)
+        assert mine(f"another {named}", **change).to_list() != first
+    static_model.prompts = {"query": "word7 "}
+    with pytest.raises(InputError, match="mined otherwise:\n  prompt"):
+        mine("a")
+
+
+def test_mining_draws_without_touching_the_generators_of_a_training(mined):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    mined(negatives={"num_negatives": 4, "sampler": "gumbel"})
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_a_model_that_is_cut_and_a_corrector_of_something_else(static_model, corpus, mined, tmp_path):
+    static_model.truncate_dim = 8
+    assert mined(output_format="ids").to_list(), "in full width, as in training"
+    static_model.truncate_dim = None
+    trainer = CorrectorTrainer(make_static_model(), arguments(tmp_path, max_steps=12), corpus=corpus)
+    trainer.train()
+    corrector = trainer.trained_corrector()
+    (loss,) = trainer._corrected_losses().values()
+    mine_negatives(trainer.model, corpus, loss.corrected.cache, tmp_path / "right", corrector=corrector, progress=False)
+    rebuilt = EmbeddingCache.build(trainer.model, corpus, tmp_path / "rebuilt", progress=False)
+    with pytest.raises(InputError, match="The corrector maps of other embeddings than the cache's:\n  weights"):
+        mine_negatives(trainer.model, corpus, rebuilt, tmp_path / "wrong", corrector=corrector, progress=False)
+    with pytest.raises(InputError, match="The corrector maps to another model:\n  weights"):
+        mine_negatives(static_model, corpus, loss.corrected.cache, tmp_path / "wrong", corrector=corrector)
+    turned = Corpus.from_texts(corpus.texts(range(len(corpus)))[::-1])
+    turned.add_split("train", {"a": "word1"}, {"a": ["0"]})
+    for model, targets in ((static_model, corpus), (trainer.model, turned)):
+        with pytest.raises(InputError, match=r"loss.corrected is of another model or corpus"):
+            mine_negatives(model, targets, loss.corrected, tmp_path / "wrong")
+
+
+def test_an_interrupted_folder_is_not_taken_for_whole(mined, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_QUERIES", 50)
+    mined()
+    (tmp_path / "mined" / "mined-00002.parquet").unlink()
+    with pytest.raises(InputError, match="holds 3 of 4 files"):
+        load_mined(tmp_path / "mined")
+
+
 def test_it_is_pushed_with_a_card_and_loaded_again(mined, hub, tmp_path):
     found = mined(output_format="n-tuple")
     url = push_mined(tmp_path / "mined", "tester/negatives")

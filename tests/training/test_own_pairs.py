@@ -25,7 +25,7 @@ from st_corrector import (
 from st_corrector.data.own_questions import first_sentence
 from st_corrector.data.query_keys import is_own
 from st_corrector.negatives.filters import known_positives
-from st_corrector.training.own_pairs import OwnPairsBatchSampler, own_positions, training_pairs
+from st_corrector.training.own_pairs import OwnPairsBatchSampler, own_positions, share_for, training_pairs
 
 
 @pytest.fixture
@@ -256,9 +256,11 @@ def test_by_default_own_pairs_come_where_questions_come_again(titled, tmp_path):
 
     def share(corpus=titled, teacher=None, **settings):
         args = arguments(tmp_path, **batch, **settings)
-        data = training_pairs(corpus, args, teacher)
-        assert bool(len(own_positions(data))) == bool(args.own_pairs_share)
-        return args.own_pairs_share
+        given, data = args.own_pairs_share, training_pairs(corpus, args, teacher)
+        share = share_for(corpus, args, teacher)
+        assert bool(len(own_positions(data))) == bool(share)
+        assert args.own_pairs_share is given, "the arguments serve for other runs"
+        return share
 
     assert 60 <= pairs < 100
     assert share(max_steps=pairs // 16) == 0 and share(max_steps=2 + pairs // 16) == 0.36

@@ -41,5 +41,5 @@ def test_all_processes_take_one_data_set_in_every_step(make, processes):
 
 def test_a_data_set_that_is_too_small_for_the_processes_is_refused():
     small = DefaultBatchSampler(SequentialSampler(range(7)), 4, drop_last=False)
-    with pytest.raises(InputError, match="has 2 batches of 4 pairs, fewer than the 3 processes"):
+    with pytest.raises(InputError, match="has 1 batches of 4 pairs, fewer than the 3 processes"):
         JoinedBatches(small, 3)
