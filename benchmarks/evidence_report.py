@@ -80,6 +80,8 @@ def seconds(run: dict, runs: Runs) -> float:
 def against(regimes: dict[str, Runs], rivals: Iterable[str], ours: str) -> str:
     """What ``ours`` has over each of ``rivals``, a row for each regime."""
     rivals = [name for name in rivals if any(differences(ours, name, runs) for runs in regimes.values())]
+    if not rivals:
+        return "Nothing of this has been run yet."
     rows = [f"| | MRR@10 | {' | '.join(TITLES[name] for name in rivals)} |", "|---" * (len(rivals) + 2) + "|"]
     for regime, runs in regimes.items():
         if ours in runs:

@@ -41,7 +41,7 @@ def towers() -> SentenceTransformer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="a BEIR folder")
-    parser.add_argument("--targets", type=int, default=4_000)
+    parser.add_argument("--targets", type=int, default=2_000)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "frozen-documents.json")
     args = parser.parse_args()

@@ -226,11 +226,6 @@ def test_what_cannot_work_with_several_processes_is_refused(corpus, tmp_path, mo
     loss = CorrectedMultipleNegativesLoss(model, corpus, cache, num_negatives=4)
     arguments = CorrectorTrainingArguments(output_dir=str(tmp_path / "out"), max_steps=2, report_to="none")
     with monkeypatch.context() as patched:
-        patched.setattr(CorrectorTrainingArguments, "world_size", property(lambda self: 2))
-        data = {"first": corpus.pairs("train"), "second": corpus.pairs("train")}
-        with pytest.raises(InputError, match="each process draws its own in every step"):
-            CorrectorTrainer(model, arguments, train_dataset=data, loss=loss)
-    with monkeypatch.context() as patched:
         plugin = SimpleNamespace(activation_checkpointing=False, fsdp_version=2)
         patched.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
         with pytest.raises(InputError, match="cut the encoder's weights between processes"):
