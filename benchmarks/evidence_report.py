@@ -1,4 +1,4 @@
-"""The page that decides: what the default, own pairs and a teacher give beside what one would pick instead, from the
+"""The page that decides: what corrected negatives, own pairs and a teacher give beside what one would pick instead, from the
 JSON of `strategies.py --preset evidence`.
 
     python benchmarks/evidence_report.py
@@ -29,10 +29,10 @@ REGIMES = {LOW: "Natural Questions, two layers of MiniLM, all 99,471 passages"} 
     f"{corpus}-{encoder}": f"{title}, {how}" for encoder, how in ENCODERS.items() for corpus, title in CORPORA.items()
 }
 DEFAULT, BOTH = "mlp-pull-back", "mlp-pull-back-own-pairs-teacher"
-ADDED = {"": "default", "-own-pairs": "+ own pairs", "-teacher": "+ teacher", "-own-pairs-teacher": "+ both"}
+ADDED = {"": "corrected", "-own-pairs": "+ own pairs", "-teacher": "+ teacher", "-own-pairs-teacher": "+ both"}
 TITLES = {
-    DEFAULT: "**default**",
-    **{f"{DEFAULT}{suffix}": f"default {name}" for suffix, name in ADDED.items() if suffix},
+    DEFAULT: "**corrected**",
+    **{f"{DEFAULT}{suffix}": f"corrected {name}" for suffix, name in ADDED.items() if suffix},
     "stale-write-back": "written back, no corrector",
     "corrected-mlp": "the paper's setting",
     "stale": "stale cache",
@@ -102,7 +102,7 @@ def all_rows(runs: Runs) -> str:
 
 
 def failures(regimes: dict[str, Runs]) -> list[str]:
-    """Where the default is below something else, with a difference that its interval tells from none."""
+    """Where corrected negatives are below something else, with a difference that its interval tells from none."""
     found = []
     for regime, runs in regimes.items():
         for other in ("stale-write-back", *RIVALS):
@@ -143,7 +143,7 @@ def plots(folder: Path, regimes: dict[str, Runs]) -> list[str]:
         for at, values, is_static in points:
             axis.plot(at, statistics.mean(values), "s" if is_static else "o", color="C1" if is_static else "C0")
         axis.axhline(0, color="grey")
-        axis.set(xlabel="encodings a target, with gradient", ylabel="MRR@10, default less written back", xscale="log")
+        axis.set(xlabel="encodings a target, with gradient", ylabel="MRR@10, corrected less written back", xscale="log")
         made.append(save(figure, folder, "gain-by-coverage"))
     return made
 
@@ -158,7 +158,7 @@ def page(folder: Path) -> str:
         "gradient. Not all runs have been made yet: `make bench PRESET=evidence` goes on where it was stopped.",
         "## Does the corrector beat plain write-back?",
         against(regimes, ["stale-write-back"], DEFAULT),
-        "## Is the default below what one would pick instead?",
+        "## Are corrected negatives below what one would pick instead?",
         against(regimes, RIVALS, DEFAULT),
         "## What do own pairs and a teacher add?",
         added(regimes),
