@@ -1,5 +1,5 @@
-"""The page that decides: what corrected negatives, own pairs and a teacher give beside what one would pick instead, from the
-JSON of `strategies.py --preset evidence`.
+"""The page that decides: what corrected negatives, own pairs and a teacher give beside what one would pick instead,
+from the JSON of `strategies.py --preset evidence`.
 
     python benchmarks/evidence_report.py
 
