@@ -57,9 +57,6 @@ class RandomVectors(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         return {"dim": self.dim}
 
-    def save(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError
-
 
 def trained(corpus: Corpus, name: str, outputs: Path, **lengths: int) -> SentenceTransformer:
     """A static encoder trained on ``corpus`` by the default, made once."""

@@ -189,8 +189,9 @@ def candidates_of(
                     forbidden |= check(batch.rows[mine], columns.expand(len(target), -1), batch.keys[mine])
     if not torch.isposinf(ceiling).all():
         forbidden |= batch.queries[mine] @ fresh.T > ceiling[mine, None]
-    # What the data says of a query no rule contradicts.
-    forbidden &= ~is_in(columns, batch.explicit[mine]) | repeats_earlier(columns)
+    if batch.explicit.shape[1]:
+        # What the data says of a query no rule contradicts.
+        forbidden &= ~is_in(columns, batch.explicit[mine]) | repeats_earlier(columns)
     forbidden[torch.arange(len(target), device=target.device), target] = False
     weight = len(target) * len(batch.counts) / len(batch.rows)
     is_target = torch.nn.functional.one_hot(target, len(columns)).bool()

@@ -168,7 +168,8 @@ def check_labels(
         )
     found = [_rows_of(encoder, model, tokens, each).to(labels.device)[:, None] for each in negatives]
     explicit = torch.cat([explicit, *found], dim=1)
-    _check_explicit(encoder, labels, explicit)
+    if explicit.shape[1]:
+        _check_explicit(encoder, labels, explicit)
     return Labels(labels, keys.to(labels.device), explicit)
 
 

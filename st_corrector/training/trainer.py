@@ -226,10 +226,11 @@ class CorrectorTrainer(SentenceTransformerTrainer):
     ) -> BatchSampler | None:
         """The sampler that the arguments ask for; of a data set with own pairs, their share of every batch."""
         make, share = super().get_batch_sampler, self.args.own_pairs_share
-        if share is None and isinstance(dataset, Dataset) and len(own_positions(dataset)):
-            share = SHARE
+        has_own = isinstance(dataset, Dataset) and len(own_positions(dataset)) > 0
+        if share is None:
+            share = SHARE if has_own else 0.0
         how = (batch_size, drop_last, valid_label_columns, generator, seed)
-        if not share or not isinstance(dataset, Dataset) or not len(own_positions(dataset)):
+        if not share or not has_own:
             if share and dataset is self.train_dataset:
                 logger.warning(
                     "own_pairs_share=%s has no effect: the data set has no own pairs (or is a stream). Without a "
