@@ -30,14 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from transformers import set_seed
+from untrusted_teachers import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 from common import default_model, describe_device, static_encoder, versions  # noqa: E402
 
-from st_corrector import Corpus, CorpusRetrievalEvaluator, CorrectorTrainer, CorrectorTrainingArguments  # noqa: E402
+from st_corrector import Corpus, CorpusRetrievalEvaluator, CorrectorTrainer  # noqa: E402
 from st_corrector.losses.multiple_negatives import CorrectedMultipleNegativesLoss  # noqa: E402
 from st_corrector.negatives.filters import is_in  # noqa: E402
 from st_corrector.negatives.selector import NegativeSelector, Selection  # noqa: E402
@@ -113,22 +113,12 @@ def change(loss: CorrectedMultipleNegativesLoss, rule: str) -> None:
 def run(corpus: Corpus, rule: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     set_seed(seed)
     lengths = {name: value for name, value in COVERAGE[args.coverage].items() if name != "max_targets"}
-    training = CorrectorTrainingArguments(
-        output_dir=str(args.outputs / "pool"),
-        num_negatives=K,
-        corrector_settings='{"hidden": 128}',
+    training = arguments(
+        args.outputs,
+        seed,
         own_pairs_share=args.own_pairs_share,
         cache_path=str(args.outputs / "caches" / f"pool-{args.coverage}-{seed}"),
-        learning_rate=1e-3,
-        warmup_steps=0.1,
-        batch_sampler=BatchSamplers.NO_DUPLICATES,
-        seed=seed,
         logging_steps=10,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        example_queries=0,
         **lengths,
     )
     started = time.perf_counter()

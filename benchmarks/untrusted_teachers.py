@@ -88,24 +88,25 @@ def teacher(name: str, corpus: Corpus, args: argparse.Namespace, seed: int) -> S
     return None
 
 
-def arguments(outputs: Path, seed: int, **lengths: int) -> CorrectorTrainingArguments:
-    return CorrectorTrainingArguments(
-        output_dir=str(outputs / "untrusted-teachers"),
-        per_device_train_batch_size=64,
-        num_negatives=8,
-        corrector_settings='{"hidden": 128}',
-        learning_rate=1e-3,
-        warmup_steps=0.1,
-        batch_sampler=BatchSamplers.NO_DUPLICATES,
-        seed=seed,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        example_queries=0,
-        **{"own_pairs_share": 0.0, **lengths},
-    )
+def arguments(outputs: Path, seed: int, **others: Any) -> CorrectorTrainingArguments:
+    """Those of a static encoder's run without own pairs, as the recipe has them; ``others`` count instead."""
+    usual: dict[str, Any] = {
+        "output_dir": str(outputs / "untrusted-teachers"),
+        "per_device_train_batch_size": 64,
+        "num_negatives": 8,
+        "corrector_settings": '{"hidden": 128}',
+        "own_pairs_share": 0.0,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0.1,
+        "batch_sampler": BatchSamplers.NO_DUPLICATES,
+        "logging_steps": 50,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "example_queries": 0,
+    }
+    return CorrectorTrainingArguments(**(usual | others), seed=seed)
 
 
 def main() -> None:
