@@ -214,7 +214,7 @@ class Distillation:
         """Take over what :meth:`state` gave, if the checkpoint is of a run with this teacher; another one is judged
         again.
         """
-        if state is None or state["of"] != self.teacher.identity:
+        if state is None or state.get("of") != self.teacher.identity:
             logger.warning(
                 "The checkpoint is of a run with %s: %r is judged again.",
                 "no teacher" if state is None else "another one",
