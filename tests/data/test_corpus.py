@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import make_bert_model, make_static_model, make_texts
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from support.labels import label, rows_in
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, normalizers
 from st_corrector import Corpus, CorpusError, InputError
 from st_corrector.data.qrels import Qrels
 from st_corrector.data.tokens import TextCorpus, TokenizedCorpus
+from st_corrector.storage.arrow import write_arrow
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -87,6 +88,40 @@ def test_from_pairs_makes_distinct_positives_the_corpus():
     assert Corpus.from_pairs(train, query="q", positive="a").splits == ["train"]
     with pytest.raises(CorpusError, match="Split 'train' is a list, expected"):
         Corpus.from_pairs({"train": [("q", "a")]})
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        pytest.param(lambda targets: targets.select(range(100, 200)), id="a slice of the same length"),
+        pytest.param(lambda targets: targets.shard(2, 1, contiguous=True), id="a shard"),
+        pytest.param(lambda targets: targets.select(range(199, 99, -1)), id="reversed"),
+        pytest.param(
+            lambda targets: targets.rename_columns({"text": "t", "other": "text"}).select(range(100)), id="a column"
+        ),
+        pytest.param(
+            lambda targets: concatenate_datasets([targets.select(range(50, 100)), targets.select(range(50))]),
+            id="put together otherwise",
+        ),
+    ],
+)
+def test_parts_of_one_file_are_corpora_of_their_own(of, static_model, tmp_path):
+    """Arrow does not copy a slice: the parts' files are the same, and yet their digests and token ids are not."""
+    file = tmp_path / "targets.arrow"
+    columns = {
+        "id": [str(n) for n in range(200)],
+        "title": [None] * 200,
+        "text": make_texts(200, seed=1)[1],
+        "other": make_texts(200, seed=2)[1],
+    }
+    schema = pa.schema([(name, pa.string()) for name in columns])
+    targets = write_arrow(file, schema, [pa.table(columns, schema)])
+    first, other = (Corpus(part, cache_dir=tmp_path) for part in (targets.select(range(100)), of(targets)))
+    assert first.fingerprint == Corpus.from_texts(first.texts(range(100)), cache_dir=tmp_path / "1").fingerprint
+    assert other.fingerprint == Corpus.from_texts(other.texts(range(100)), cache_dir=tmp_path / "2").fingerprint
+    tokens = [each.tokenize(static_model, progress=False).features([7])["input_ids"] for each in (first, other)]
+    expected = [static_model.preprocess(each.texts([7]))["input_ids"] for each in (first, other)]
+    assert all(map(torch.equal, tokens, expected)) and not torch.equal(*tokens)
 
 
 def test_fingerprint_follows_the_texts_and_their_order():
