@@ -159,7 +159,7 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
                     ).float()
                     bar.update(len(rows))
                 # encode_query truncates to model.truncate_dim if set; targets are truncated to the same width.
-                best.update(_scores(compare(fresh[:, : queries.shape[1]]), queries), start)
+                best.update(self._scores(compare(fresh[:, : queries.shape[1]]), queries, start), start)
         return self._ranking(best)
 
     def _search(self, queries: Tensor, embeddings: EmbeddingCache, compare: Callable[[Tensor], Tensor]) -> RunningTopK:
@@ -170,8 +170,15 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
             )
         best = RunningTopK(len(queries), self._retrieved, queries.device)
         for row, chunk in embeddings.chunks(max(1, min(self.chunk_size, _SCORES_AT_ONCE // len(queries)))):
-            best.update(_scores(compare(chunk.float().to(queries.device)), queries), row)
+            best.update(self._scores(compare(chunk.float().to(queries.device)), queries, row), row)
         return best
+
+    def _scores(self, targets: Tensor, queries: Tensor, first_row: int) -> Tensor:
+        """``(C, d), (Q, d) → (C, Q)``, −∞ for withdrawn targets."""
+        scores, withdrawn = _products(targets, queries), self.corpus.withdrawn
+        here = slice(*np.searchsorted(withdrawn, [first_row, first_row + len(targets)]))
+        gone = torch.from_numpy(withdrawn[here] - first_row).to(scores.device)
+        return scores.index_fill_(0, gone, -torch.inf) if len(gone) else scores
 
     def _ranking(self, best: RunningTopK) -> Tensor:
         """The found rows, best first, without the query's own if requested."""
@@ -238,7 +245,7 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
 
 
 @in_float32
-def _scores(targets: Tensor, queries: Tensor) -> Tensor:
+def _products(targets: Tensor, queries: Tensor) -> Tensor:
     """``(C, d), (Q, d) → (C, Q)``, in float32 under a caller's autocast too."""
     return targets @ queries.T
 

@@ -1,18 +1,15 @@
 """The stale buffer: every target's embedding from when the cache was built.
 
-Nothing writes to it after the build (:mod:`.folder` has its files); training reads it memory-mapped.
+Nothing of it is written again after the build (:mod:`.folder` has its files); training reads it memory-mapped.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +17,17 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data.corpus import Corpus
-from ..data.encoding import DocumentEncoder, QueryEncoder
-from ..data.routing import DOCUMENT, QUERY
+from ..data.routing import DOCUMENT
 from ..errors import CacheError, NonFiniteError, StorageError
 from ..runtime.distributed import Processes
 from ..runtime.memory import require_memory
-from ..storage.arrow import default_cache_dir
-from ..storage.fingerprint import digest_json
-from ..storage.hub import push_folder
 from .arrays import Embeddings, as_tensor
-from .folder import FILES, MOST_SHARDS, CacheFolder, Description
-from .shard import DTYPES, Shard
+from .building import build, extend, repair
+from .folder import CacheFolder, Description
+from .shard import Shard
+from .sharing import download, upload
 
 logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 16_384
@@ -158,48 +152,40 @@ class EmbeddingCache:
             StorageError: the disk has no room for it, or cannot be written to.
             ProcessError: another process has failed, or does not see the same folder.
         """
-        if dtype not in DTYPES:
-            raise CacheError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-        if batch_size < 1 or shard_size < 1:
-            raise CacheError(f"batch_size and shard_size must be at least 1, got {batch_size} and {shard_size}.")
-        if len(corpus) > shard_size * MOST_SHARDS:
-            raise CacheError(f"{len(corpus):,} targets in shards of {shard_size} are too many files: raise shard_size.")
-        processes = Processes.current()
-        encoder = (QueryEncoder if task == QUERY else DocumentEncoder)(model, corpus, progress=progress)
-        folder = CacheFolder(Path(path))
-        dim = encoder.encode(model, [0]).shape[1]
-        description = Description(len(corpus), dim, dtype, shard_size, encoder.fingerprint(model))
-        # The first process handles the folder; an error in one stops all.
-        with ExitStack() as held:
-            with processes.together("Beginning the cache"):
-                if processes.rank == 0 and folder.is_finished:
-                    folder.require(description)
-                elif processes.rank == 0:
-                    held.enter_context(folder.locked())
-                    folder.begin(description)
-            with processes.together("Looking for the cache that process 0 has begun, on a file system that all share,"):
-                description = folder.description()
-                missing = [] if folder.is_finished else folder.missing(description)
-            progress = progress and processes.rank == 0
-            with tqdm(total=len(corpus), desc="Building the cache", unit=" targets", disable=not progress) as bar:
-                bar.update(len(corpus) - sum(len(description.rows_of(number)) for number in missing))
-                with processes.together("Building the cache"):
-                    for number in missing[processes.rank :: processes.size]:
-                        rows = np.asarray(description.rows_of(number))
-                        # Checked in the stored dtype: float16 overflows at 65,504.
-                        embeddings = encoder.encode(model, rows, batch_size=batch_size, bar=bar)
-                        stored = Shard.store(embeddings.cpu(), DTYPES[dtype])
-                        if len(bad := rows[stored.not_finite().numpy()]):
-                            raise NonFiniteError(
-                                f"The embeddings of {len(bad)} targets are NaN or infinite, e.g. rows "
-                                f"{bad[:3].tolist()} (ids {corpus.ids(bad[:3])}), in {dtype}: check the model's "
-                                "weights, or choose another dtype."
-                            )
-                        folder.write(description, number, stored)
-                bar.update(len(corpus) - bar.n)  # what the others have done
-            with processes.together("Finishing the cache"):
-                if processes.rank == 0 and not folder.is_finished:
-                    folder.finish(description)
+        build(model, corpus, Path(path), batch_size, dtype, shard_size, progress, task)
+        return cls.load(path)
+
+    @classmethod
+    def extend(
+        cls,
+        model: SentenceTransformer,
+        corpus: Corpus,
+        path: str | os.PathLike[str],
+        batch_size: int = 64,
+        progress: bool = True,
+        task: str = DOCUMENT,
+    ) -> EmbeddingCache:
+        """Encode what ``corpus`` has behind the targets of the finished cache in the folder ``path``, and add it there.
+
+        A corpus has grown from that cache's if it begins with the same texts: by :meth:`Corpus.extend`, or because its
+        source has been appended to. What is there is not written to. Until all is encoded the folder holds the cache
+        that it held; if it is killed, the same call continues after the last finished shard. A cache that has all of
+        the corpus is loaded. With several processes all call it.
+
+        Args:
+            model: the one that the cache was built by, as it was.
+            batch_size: targets in one forward pass.
+            progress: show a progress bar.
+            task: as for :meth:`build`.
+
+        Raises:
+            CacheError: the corpus does not begin with the cache's targets, the cache is of another model or prompt (it
+                says which), or not finished, or another process is building in its folder.
+            NonFiniteError: an embedding is NaN or infinite in the cache's dtype.
+            StorageError: the disk has no room for it, or cannot be written to.
+            ProcessError: another process has failed, or does not see the same folder.
+        """
+        extend(model, corpus, Path(path), batch_size, progress, task)
         return cls.load(path)
 
     @classmethod
@@ -213,17 +199,8 @@ class EmbeddingCache:
         Raises:
             CacheError: it is a cache of something else, or :meth:`build` refuses it.
         """
-        folder, processes = CacheFolder(Path(path)), Processes.current()
-        with processes.together("Looking for damage"):
-            found = folder.description()
-            if processes.rank == 0:
-                encoder = DocumentEncoder(model, corpus)
-                folder.require(replace(found, rows=len(corpus), fingerprint=encoder.fingerprint(model)))
-                with folder.locked():
-                    if damaged := folder.damaged():
-                        logger.warning("Encoding anew:\n  %s", "\n  ".join(damaged.values()))
-                        folder.reopen(list(damaged))
-        return cls.build(model, corpus, path, batch_size, found.dtype)
+        repair(model, corpus, Path(path), batch_size)
+        return cls.load(path)
 
     def save(self, path: str | os.PathLike[str]) -> EmbeddingCache:
         """Write it into the new folder ``path``, as :meth:`build` would have; returns it memory-mapped from there.
@@ -303,26 +280,7 @@ class EmbeddingCache:
                 holds another cache.
             OSError: the Hub cannot be reached, or has no such repository (huggingface_hub's own exceptions).
         """
-        from huggingface_hub import snapshot_download
-
-        if path is None:
-            name = f"{repo_id.replace('/', '--')}-{digest_json([repo_id, revision])[:12]}"
-            path = default_cache_dir() / "from-hub" / name
-        folder = CacheFolder(Path(path))
-        if (folder.is_finished or folder.is_begun) and not (folder.path / ".cache" / "huggingface").is_dir():
-            raise CacheError(
-                f"{path} holds a cache that was not downloaded from the Hub: choose another folder for the copy."
-            )
-        # Into a separate folder: the Hub's shared one has links, which a cache's folder must not have.
-        snapshot_download(
-            repo_id,
-            repo_type="dataset",
-            revision=revision,
-            token=token,
-            local_dir=str(path),
-            allow_patterns=list(FILES),
-        )
-        return cls.load(path, verify=verify)
+        return cls.load(download(repo_id, path, revision, token), verify=verify)
 
     def push_to_hub(
         self,
@@ -354,17 +312,7 @@ class EmbeddingCache:
                 return self.save(Path(folder) / "cache").push_to_hub(
                     repo_id, private=private, token=token, revision=revision, commit_message=commit_message
                 )
-        return push_folder(
-            self.path,
-            repo_id,
-            repo_type="dataset",
-            card=_CARD.format(repo_id=repo_id, cache=self, fingerprint=json.dumps(self.fingerprint, indent=2)),
-            commit_message=commit_message,
-            private=private,
-            token=token,
-            revision=revision,
-            instead_of=FILES,
-        )
+        return upload(self.path, repr(self), self.fingerprint, repo_id, private, token, revision, commit_message)
 
     # ------------------------------------------------------------------ reading
 
@@ -470,29 +418,6 @@ class EmbeddingCache:
         stored = (chunk if dtype == self.dtype else Shard.store(chunk.float(), dtype) for chunk in chunks)
         whole = _in_one_piece(_finite(stored, self.first_row), len(self), device)
         return EmbeddingCache([whole], self.fingerprint, self.first_row, self.corpus_size)
-
-
-_CARD = """---
-tags:
-- sentence-transformers
-- st_corrector
-- embeddings
----
-
-# An embedding cache
-
-{cache}, row by row the targets of a corpus. The embeddings depend on:
-
-```json
-{fingerprint}
-```
-
-```python
-from st_corrector import EmbeddingCache
-
-cache = EmbeddingCache.from_hub("{repo_id}")
-```
-"""
 
 
 def _in_one_piece(shards: Iterable[Shard], rows: int, device: torch.device | None = None) -> Shard:

@@ -2,9 +2,11 @@
 
     build.json       while it is being built: what it will be
     manifest.json    written last: the same, and every shard's size and digest
+    extension.json   while it is being extended: what it will be
     embeddings-000000.safetensors, embeddings-000001.safetensors, …    "embeddings", and "scales" where they are int8
 
-A folder without ``manifest.json`` is not yet a cache; nothing writes to one that has it. No file name is read from
+A folder without ``manifest.json`` is not yet a cache. Of one that has it only shards are added, and then, at once, a
+manifest that has them too: until then the cache is what it was. No file name is read from
 another file, so an untrusted folder cannot refer to anything outside.
 """
 
@@ -12,9 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +34,11 @@ from ..storage.files import make_folder, require_space, storing, whole
 from ..storage.fingerprint import differences, digest_json
 from .shard import DTYPES, Shard
 
+logger = logging.getLogger(__name__)
 SCHEMA = 2
 FILES = ("manifest.json", "embeddings-*.safetensors")
 """What a finished cache consists of, as patterns."""
-_MANIFEST, _BUILD, _LOCK = "manifest.json", "build.json", ".lock"
+_MANIFEST, _BUILD, _EXTENSION, _LOCK = "manifest.json", "build.json", "extension.json", ".lock"
 _KEY, _SCALES, _DIGEST = "embeddings", "scales", "sha256"
 # Metadata of a shard's file: its cache, number and digest. In one entry: safetensors orders several at random.
 _SHARD = "shard"
@@ -47,8 +54,10 @@ class Description:
         rows: targets ``N``.
         dim: of their embeddings, ``d``.
         dtype: one of :data:`DTYPES`.
-        shard_size: rows in one file.
+        shard_size: rows in one file, at most.
         fingerprint: what the embeddings depend on, by component.
+        earlier: what it was before it was extended, each time: ``rows``, and the fingerprint of the ``corpus``. Every
+            shard holds rows of one extension.
     """
 
     rows: int
@@ -56,23 +65,61 @@ class Description:
     dtype: str
     shard_size: int
     fingerprint: dict[str, Any]
+    earlier: tuple[dict[str, Any], ...] = ()
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The last row of each stage, plus one."""
+        return [*(each["rows"] for each in self.earlier), self.rows]
+
+    @cached_property
+    def _first_shards(self) -> list[int]:
+        """The number of the first shard of each stage, and of one more."""
+        starts = [0, *self._ends]
+        counts = (-(-(end - start) // self.shard_size) for start, end in zip(starts, self._ends, strict=False))
+        return [0, *accumulate(counts)]
 
     @property
     def shards(self) -> range:
         """The shards' numbers."""
-        return range(-(-self.rows // self.shard_size))
+        return range(self._first_shards[-1])
 
     def rows_of(self, shard: int) -> range:
         """The corpus rows of a shard."""
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.rows))
+        stage = self._stage_of(shard)
+        first = (self._ends[stage - 1] if stage else 0) + (shard - self._first_shards[stage]) * self.shard_size
+        return range(first, min(first + self.shard_size, self._ends[stage]))
 
     def bytes_of(self, shard: int) -> int:
         """Bytes of a shard's embeddings, without the file's header."""
         return len(self.rows_of(shard)) * (self.dim * DTYPES[self.dtype].itemsize + 4 * (self.dtype == "int8"))
 
     def flat(self) -> dict[str, Any]:
-        """All components on one level, for comparison."""
-        return {**{name: value for name, value in vars(self).items() if name != "fingerprint"}, **self.fingerprint}
+        """All components on one level, for comparison; not how it came about."""
+        own = {name: getattr(self, name) for name in ("rows", "dim", "dtype", "shard_size")}
+        return {**own, **self.fingerprint}
+
+    def record(self) -> dict[str, Any]:
+        """What the folder keeps of it."""
+        record = {field.name: getattr(self, field.name) for field in fields(self)}
+        return record if self.earlier else {name: value for name, value in record.items() if name != "earlier"}
+
+    def extended(self, rows: int, corpus: str) -> Description:
+        """Of the same cache with more rows, by the fingerprint of the larger corpus."""
+        before = {"rows": self.rows, "corpus": self.fingerprint.get("corpus")}
+        fingerprint = {**self.fingerprint, "corpus": corpus}
+        return replace(self, rows=rows, fingerprint=fingerprint, earlier=(*self.earlier, before))
+
+    def place(self, shard: int) -> str:
+        """Identifies the cache, as it was when the shard was written, and the shard."""
+        stage = self._stage_of(shard)
+        was = self.flat()
+        if stage < len(self.earlier):
+            was |= self.earlier[stage]
+        return digest_json([was, shard, *([self.rows_of(shard).start] if stage else [])])
+
+    def _stage_of(self, shard: int) -> int:
+        return bisect_right(self._first_shards, shard) - 1
 
 
 class CacheFolder:
@@ -95,6 +142,11 @@ class CacheFolder:
     def is_begun(self) -> bool:
         """Whether a cache is, or was, being built in it."""
         return (self.path / _BUILD).is_file()
+
+    @property
+    def is_being_extended(self) -> bool:
+        """Whether targets are, or were, being added to a finished cache."""
+        return (self.path / _EXTENSION).is_file()
 
     def description(self) -> Description:
         """The description of the cache that is finished or being built.
@@ -155,8 +207,58 @@ class CacheFolder:
         missing = self.missing(description)
         require_space(self.path, sum(map(description.bytes_of, missing)), f"What is missing of {len(missing)} shards")
         if not self.is_finished and not self.is_begun:
-            self._write_json(_BUILD, vars(description))
+            self._write_json(_BUILD, description.record())
         return description
+
+    def begin_extension(self, description: Description) -> None:
+        """Begin to extend the finished cache to what is described, or continue.
+
+        Shards that another extension has left, which was not finished, are removed.
+
+        Raises:
+            StorageError: the disk is too small, or cannot be written to.
+        """
+        if not self.is_being_extended or self.being_extended() != description:
+            self.drop_extension()
+        for leftover in self.path.glob("*.partial"):
+            leftover.unlink(missing_ok=True)
+        missing = self.missing(description)
+        require_space(self.path, sum(map(description.bytes_of, missing)), f"What is missing of {len(missing)} shards")
+        self._write_json(_EXTENSION, description.record())
+
+    def being_extended(self) -> Description:
+        """What the cache is being extended to.
+
+        Raises:
+            CacheError: it is not.
+        """
+        return self._read_description(self.path / _EXTENSION)[0]
+
+    def finish_extension(self, description: Description) -> None:
+        """The cache is what is described from here on.
+
+        Raises:
+            CacheError: a shard is missing or damaged.
+        """
+        before, recorded = self._read_json()
+        more = [self._recorded(number, description) for number in description.shards[len(before.shards) :]]
+        self._write_json(_MANIFEST, {**description.record(), "shards": [*(recorded or []), *more]})
+        (self.path / _EXTENSION).unlink(missing_ok=True)
+
+    def drop_extension(self) -> None:
+        """Remove what does not belong to the finished cache."""
+        description = self.description()
+        if self.is_being_extended and (left := self.being_extended()).rows > description.rows:
+            logger.warning(
+                "%s was being extended to %d targets, and not these: what there is of them is removed.",
+                self.path,
+                left.rows,
+            )
+        kept = {self._shard(number).name for number in description.shards}
+        for file in self.path.glob("embeddings-*.safetensors"):
+            if file.name not in kept:
+                file.unlink(missing_ok=True)
+        (self.path / _EXTENSION).unlink(missing_ok=True)
 
     def missing(self, description: Description) -> list[int]:
         """The missing shards."""
@@ -173,7 +275,7 @@ class CacheFolder:
         if shard.scales is not None:
             tensors[_SCALES] = shard.scales.contiguous()
         with whole(self._shard(number), self._advice) as path:
-            path.write_bytes(save(tensors, {_SHARD: f"{_place(description, number)} {_digest(shard)}"}))
+            path.write_bytes(save(tensors, {_SHARD: f"{description.place(number)} {_digest(shard)}"}))
 
     def finish(self, description: Description) -> None:
         """Mark the cache as complete.
@@ -181,12 +283,13 @@ class CacheFolder:
         Raises:
             CacheError: a shard is missing or damaged.
         """
-        shards = []
-        for number in description.shards:
-            _, digest = self._open(number, description)
-            shards.append({"bytes": self._shard(number).stat().st_size, _DIGEST: digest})
-        self._write_json(_MANIFEST, {**vars(description), "shards": shards})
+        shards = [self._recorded(number, description) for number in description.shards]
+        self._write_json(_MANIFEST, {**description.record(), "shards": shards})
         (self.path / _BUILD).unlink(missing_ok=True)
+
+    def _recorded(self, number: int, description: Description) -> dict[str, Any]:
+        _, digest = self._open(number, description)
+        return {"bytes": self._shard(number).stat().st_size, _DIGEST: digest}
 
     def read(self) -> tuple[Description, list[Shard]]:
         """A finished cache, memory-mapped; sizes and shapes are compared, contents are not read.
@@ -231,7 +334,7 @@ class CacheFolder:
     def reopen(self, shards: list[int]) -> None:
         """Remove ``shards`` from the cache, so that a build completes it."""
         description, _ = self._read_json()
-        self._write_json(_BUILD, vars(description))
+        self._write_json(_BUILD, description.record())
         for number in shards:
             self._shard(number).unlink(missing_ok=True)
         # Last: if killed before this, it is a finished cache that lacks shards, not one whose damaged shards look new.
@@ -276,7 +379,7 @@ class CacheFolder:
                 f"{path} holds {values.dtype} of shape {tuple(values.shape)}, expected {description.dtype} of shape "
                 f"{expected}. {_REPAIR}"
             )
-        if place != _place(description, number):
+        if place != description.place(number):
             raise CacheError(f"{path} is not the file that was written: it is of another cache. {_REPAIR}")
         return Shard(values, scales), digest
 
@@ -286,30 +389,37 @@ class CacheFolder:
 
     def _read_json(self) -> tuple[Description, list[dict[str, Any]] | None]:
         """The description, and the record of each shard if the cache is finished."""
-        path = self.path / (_MANIFEST if self.is_finished else _BUILD)
+        return self._read_description(self.path / (_MANIFEST if self.is_finished else _BUILD))
+
+    def _read_description(self, path: Path) -> tuple[Description, list[dict[str, Any]] | None]:
         if not path.is_file():
             raise CacheError(f"{self.path} holds no embedding cache: build one with EmbeddingCache.build.")
         _require_own(path)
         found = _parse(path)
-        names = {field.name for field in fields(Description)}
+        names = {field.name for field in fields(Description) if field.name != "earlier"}
         if found.get("schema") != SCHEMA or not names <= found.keys():
             raise CacheError(
                 f"{path} does not describe a cache of schema {SCHEMA}: it was written by another version of "
                 "st_corrector, or is damaged. Build the cache again in another folder."
             )
-        description = Description(**{name: found[name] for name in names})
-        counts = (description.rows, description.dim, description.shard_size)
-        shards = found.get("shards")
+        damaged = CacheError(f"{path} is damaged: it contradicts itself. Build the cache again in another folder.")
+        earlier = found.get("earlier", [])
+        counts = (found["rows"], found["dim"], found["shard_size"])
         if (
             not all(type(count) is int and count > 0 for count in counts)
-            or -(-description.rows // description.shard_size) > MOST_SHARDS
-            or description.dtype not in list(DTYPES)  # may be unhashable
-            or not isinstance(description.fingerprint, dict)
-            or not _is_shallow(description.fingerprint)
-            or (path.name == _MANIFEST and not _fit(shards, len(description.shards)))
+            or not _ascend(earlier, found["rows"])
+            or -(-found["rows"] // found["shard_size"]) + len(earlier) > MOST_SHARDS
+            or found["dtype"] not in list(DTYPES)  # may be unhashable
+            or not isinstance(found["fingerprint"], dict)
+            or not _is_shallow(found["fingerprint"])
         ):
-            raise CacheError(f"{path} is damaged: it contradicts itself. Build the cache again in another folder.")
-        return description, shards if path.name == _MANIFEST else None
+            raise damaged
+        description = Description(**{name: found[name] for name in names}, earlier=tuple(earlier))
+        if path.name != _MANIFEST:
+            return description, None
+        if not _fit(found.get("shards"), len(description.shards)):
+            raise damaged
+        return description, found["shards"]
 
 
 _REPAIR = "EmbeddingCache.repair (or `st-corrector cache repair`) encodes its targets again."
@@ -327,15 +437,24 @@ def _fit(shards: Any, count: int) -> bool:
     )
 
 
+def _ascend(earlier: Any, rows: int) -> bool:
+    """Whether what a cache was before it had ``rows`` has the right form."""
+    if not isinstance(earlier, list) or not all(
+        isinstance(each, dict)
+        and each.keys() == {"rows", "corpus"}
+        and type(each["rows"]) is int
+        and isinstance(each["corpus"], str)
+        for each in earlier
+    ):
+        return False
+    ends = [0, *(each["rows"] for each in earlier), rows]
+    return all(first < second for first, second in pairwise(ends))
+
+
 def _is_shallow(value: Any, depth: int = 16) -> bool:
     """Whether nesting is shallow enough for Python to compare and print it."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     return depth > 0 and all(_is_shallow(each, depth - 1) for each in inner)
-
-
-def _place(description: Description, number: int) -> str:
-    """Identifies a file's cache and shard."""
-    return digest_json([description.flat(), number])
 
 
 def _require_own(path: Path) -> None:

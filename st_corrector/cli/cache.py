@@ -1,4 +1,4 @@
-"""``st-corrector cache``: build, inspect, verify, repair and share an embedding cache."""
+"""``st-corrector cache``: build, extend, inspect, verify, repair and share an embedding cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .arguments import Commands, add_command, add_corpus, add_json, add_model, o
 
 def add_to(commands: Commands) -> None:
     """Add the command."""
-    cache = commands.add_parser("cache", help="build, inspect, verify, repair and share an embedding cache")
+    cache = commands.add_parser("cache", help="build, extend, inspect, verify, repair and share an embedding cache")
     actions = cache.add_subparsers(required=True, metavar="action")
     build = add_command(
         actions,
@@ -20,12 +20,13 @@ def add_to(commands: Commands) -> None:
         "encode every target into a folder; if killed, the same command continues after the last finished shard",
         _build,
     )
+    extend = add_command(actions, "extend", "encode the targets that a corpus has grown by, and add them", _extend)
     info = add_command(actions, "info", "what a cache is: targets, dtype, size, what its embeddings depend on", _info)
     verify = add_command(actions, "verify", "read all of a cache, and name what differs from what was written", _verify)
     repair = add_command(actions, "repair", "encode again what is damaged or missing in a cache", _repair)
     push = add_command(actions, "push", "upload a cache into a dataset repository on the Hub", _push)
     pull = add_command(actions, "pull", "download a cache from a dataset repository on the Hub", _pull)
-    for action in (build, info, verify, repair, push, pull):
+    for action in (build, extend, info, verify, repair, push, pull):
         action.add_argument("path", type=Path, help="the cache's folder")
     for action in (push, pull):
         action.add_argument("repository", help="its id on the Hub")
@@ -33,7 +34,8 @@ def add_to(commands: Commands) -> None:
     push.add_argument("--private", action="store_true", help="make a new repository private")
     for action in (info, verify):
         add_json(action)
-    for action, what in ((build, "the model that encodes"), (repair, "the model that the cache was built with")):
+    built_by = "the model that the cache was built with"
+    for action, what in ((build, "the model that encodes"), (extend, built_by), (repair, built_by)):
         add_model(action, what)
         add_corpus(action)
     build.add_argument(
@@ -45,6 +47,13 @@ def _build(args: argparse.Namespace) -> int:
     from ..cache.embedding_cache import EmbeddingCache
 
     print(EmbeddingCache.build(open_model(args), open_corpus(args), args.path, args.batch_size, args.dtype))
+    return 0
+
+
+def _extend(args: argparse.Namespace) -> int:
+    from ..cache.embedding_cache import EmbeddingCache
+
+    print(EmbeddingCache.extend(open_model(args), open_corpus(args), args.path, args.batch_size))
     return 0
 
 
@@ -63,6 +72,7 @@ def _info(args: argparse.Namespace) -> int:
         "shards": len(found.shards),
         "shards_missing": len(missing),
         "finished": folder.is_finished,
+        "extended": [each["rows"] for each in found.earlier],
         "fingerprint": found.fingerprint,
     }
     if args.json:
@@ -70,6 +80,8 @@ def _info(args: argparse.Namespace) -> int:
         return 0
     print(f"{found.rows:,} targets of {found.dim} dimensions in {found.dtype}, {len(found.shards):,} shards")
     print(f"{size / 1e6:,.0f} MB")
+    if found.earlier:
+        print("extended from", ", ".join(format(each["rows"], ",") for each in found.earlier), "targets")
     print("finished" if folder.is_finished else f"not finished: {len(missing):,} shards are missing")
     show(found.fingerprint)
     return 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, IterableDataset
 
 from ..errors import CorpusError
-from ..storage.arrow import half_character
+from ..storage.arrow import half_character, write_arrow
 
 BATCH = 10_000
 TARGETS = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
@@ -212,3 +215,19 @@ def _are_ids(type: pa.DataType) -> bool:
             pa.types.is_null,
         )
     )
+
+
+def write_by_content(tables: Iterable[pa.Table], folder: Path) -> Dataset:
+    """Write targets to a file named after their content, which is known only afterwards."""
+    state = hashlib.blake2b(digest_size=16)
+
+    def hashed() -> Iterator[pa.Table]:
+        for table in tables:
+            state.update(repr(table.to_pydict()).encode("utf-8"))
+            yield table
+
+    partial = folder / f"targets-{os.getpid()}-{id(state)}.arrow"
+    write_arrow(partial, TARGETS, hashed())
+    path = folder / f"targets-{state.hexdigest()}.arrow"
+    os.replace(partial, path)
+    return Dataset.from_file(str(path))

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from sentence_transformers import SentenceTransformer
 
 from ..errors import CorpusError
-from ..storage.arrow import batched_tables, default_cache_dir, half_character, read_or_write_arrow, write_arrow
+from ..storage.arrow import batched_tables, default_cache_dir, read_or_write_arrow
 from ..storage.fingerprint import digest_json
 from .beir import RetrievalData, open_folder
 from .beir_hub import open_repository
@@ -27,14 +25,16 @@ from .columns import (
     column_names,
     is_transformed,
     target_tables,
+    write_by_content,
 )
 from .duplicates import TextDigests
+from .growth import grown, moved
 from .judging import MissingTargets, Sources, judged_queries, query_record, require_missing, triples_of
 from .own_questions import Question
 from .pairs import PairReader, text_tables
 from .qrels import Qrels
 from .query_keys import query_keys
-from .text import join_title
+from .targets import Targets
 from .tokens import TextCorpus, TokenizedCorpus, tokenized
 from .training_pairs import TrainingPairs
 
@@ -51,7 +51,8 @@ class Corpus:
     :meth:`from_hub`.
 
     Args:
-        targets: columns ``id``, ``title`` (may be null) and ``text``, all strings.
+        targets: columns ``id``, ``title`` (may be null) and ``text``, all strings; and ``withdrawn``, booleans, where
+            some have been withdrawn (:meth:`extend`).
         qrels: judged queries by split name.
         prompt: precedes each target's text when it is encoded. ``None`` uses the model's own document prompt, as
             ``model.encode_document`` does; ``""`` means none.
@@ -63,54 +64,19 @@ class Corpus:
 
     def __init__(
         self,
-        targets: Dataset,
+        targets: Dataset | Targets,
         qrels: Mapping[str, Qrels] | None = None,
         prompt: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        if len(targets) == 0:
-            raise CorpusError("The corpus has no targets.")
-        if is_transformed(targets):
-            raise CorpusError(
-                "The targets have a transform, which Corpus(targets) would ignore: use Corpus.from_dataset, which "
-                "applies it."
-            )
-        types = {field.name: str(field.type) for field in targets.data.schema}
-        if [types.get("id"), types.get("text")] != ["string"] * 2 or types.get("title") not in ("string", "null"):
-            raise CorpusError(
-                f"Corpus(targets) expects the columns id, title and text, all strings, and got {types}. "
-                "Corpus.from_dataset reads other columns, and integers as ids."
-            )
-        targets = targets if targets.format["type"] is None else targets.with_format(None)
-        # The Arrow columns, read below, ignore any selection or shuffling of rows.
-        targets = targets if targets._indices is None else targets.flatten_indices()
-        self.targets = targets
+        self.cache_dir = _folder(cache_dir)
+        """The folder of the Arrow files derived from the corpus."""
+        self._targets = targets if isinstance(targets, Targets) else Targets(targets, self.cache_dir)
         self.prompt = prompt
         self.name: str | None = None
         """Its name in model cards and reports: set by constructors that know it, or by you."""
-        self._arrow = targets.with_format("arrow")
         self._qrels = dict(qrels or {})
-        self.cache_dir = _folder(cache_dir)
-        """The folder of the Arrow files derived from the corpus."""
-        self.digests = TextDigests(targets, self.cache_dir)
-        """Of the targets' texts, by which equal ones are found."""
         self._training_pairs = TrainingPairs(self)
-        columns = targets.data
-        if empty := pc.sum(_is_empty(columns.column("text"), columns.column("title"))).as_py():
-            rows = np.flatnonzero(_is_empty(columns.column("text"), columns.column("title")).to_numpy())[:3].tolist()
-            logger.warning("%d targets have neither text nor title, e.g. rows %s: all look the same.", empty, rows)
-        ids = targets.data.column("id")
-        if ids.null_count:
-            raise CorpusError(
-                f"{ids.null_count} targets have no id: give each its own, or leave the ids out altogether."
-            )
-        if pc.count_distinct(ids).as_py() != len(targets):
-            counts = pc.value_counts(ids.combine_chunks())
-            repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-            raise CorpusError(
-                f"{len(repeated)} target ids occur more than once, e.g. {repeated[:3].to_pylist()}. Rows are found "
-                "by id, so each target needs its own: drop the repeated targets or leave the ids out."
-            )
 
     # ------------------------------------------------------------------ constructors
 
@@ -137,7 +103,7 @@ class Corpus:
                 neither a string nor an integer.
         """
         tables = text_tables(texts, ids, titles)
-        return cls(_write_by_content(tables, _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
+        return cls(write_by_content(tables, _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
 
     @classmethod
     def from_dataset(
@@ -170,7 +136,7 @@ class Corpus:
         folder, tables = _folder(cache_dir), target_tables(dataset, text, id, title)
         # A transform's output may change without the data set's fingerprint, for example with a lookup table.
         if isinstance(dataset, IterableDataset) or is_transformed(dataset):
-            targets = _write_by_content(tables, folder)
+            targets = write_by_content(tables, folder)
         else:
             columns = {"text": text} | ({} if id is None else {"id": id}) | ({} if title is None else {"title": title})
             path = folder / f"targets-{digest_json([dataset._fingerprint, columns])}.arrow"
@@ -211,7 +177,7 @@ class Corpus:
                 labels or scores do not say which positives are relevant.
         """
         pairs = PairReader(splits, query, positive, as_list(negatives))
-        corpus = cls(_write_by_content(pairs.targets(), _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
+        corpus = cls(write_by_content(pairs.targets(), _folder(cache_dir)), prompt=prompt, cache_dir=cache_dir)
         for split, (queries, of_pair, row_of_pair) in pairs.judged.items():
             corpus._add_split(split, [query_record(text, text) for text in queries], of_pair, row_of_pair)
         return corpus
@@ -394,6 +360,40 @@ class Corpus:
         """Add a split of (query id, target id, grade) triples; see :func:`judged_queries`."""
         self._add_split(split, *judged_queries(triples, texts, answers, self.rows_of, missing, sources))
 
+    def extend(
+        self,
+        texts: Iterable[str],
+        ids: Sequence[str | int] | None = None,
+        titles: Sequence[str | None] | None = None,
+        *,
+        withdrawn: Iterable[str | int] = (),
+    ) -> Corpus:
+        """This corpus with more targets behind its own, whose rows stay what they are; this one stays as it is, too.
+
+        A text whose id is known and which has not changed is left out, so that tonight's whole export may be given
+        again and again. One that has changed becomes a new target, and the earlier one is withdrawn: its row stays, and
+        is never selected, mined or ranked. The splits come along. Judgements follow an id; those of a target that is
+        withdrawn for good are dropped, and so are queries that lose all of theirs.
+
+        Then :meth:`EmbeddingCache.extend` encodes what is new. ``corpus.targets.save_to_disk(path)`` keeps the result;
+        ``Corpus(datasets.load_from_disk(path))`` reads it.
+
+        Args:
+            texts, ids, titles: as for :meth:`from_texts`; without ``ids`` each target's row number is its id.
+            withdrawn: ids of targets that are no longer there.
+
+        Raises:
+            CorpusError: an id occurs twice, an id to withdraw is not in the corpus or is also among ``ids``, no target
+                would be left, or what :meth:`from_texts` raises.
+        """
+        targets, row_now = grown(self._targets, self.cache_dir, texts, ids, titles, withdrawn)
+        corpus = Corpus(targets, prompt=self.prompt, cache_dir=self.cache_dir)
+        corpus.name = self.name
+        for split, qrels in self._qrels.items():
+            records, query, row, grade = moved(qrels, row_now, split)
+            corpus._add_split(split, records, query, row, grade)
+        return corpus
+
     def hold_out(self, queries: int, split: str = "train", into: str = "dev", seed: int = 0) -> None:
         """Move ``queries`` random queries of the split into a new split. The targets stay the same.
 
@@ -434,65 +434,64 @@ class Corpus:
 
     # ------------------------------------------------------------------ rows, ids, texts
 
+    @property
+    def targets(self) -> Dataset:
+        """The targets with their columns, which ``save_to_disk`` writes and ``Corpus(load_from_disk(…))`` reads."""
+        return self._targets.dataset
+
+    @property
+    def parts(self) -> list[Targets]:
+        """The parts that the targets were put together from (:meth:`extend`), or all of them as one."""
+        return self._targets.parts or [self._targets]
+
+    @property
+    def withdrawn(self) -> np.ndarray:
+        """The rows of targets that have been withdrawn (:meth:`extend`), ascending, int64: they are never selected."""
+        return self._targets.withdrawn
+
+    @property
+    def digests(self) -> TextDigests:
+        """Of the targets' texts, by which equal ones are found."""
+        return self._targets.digests
+
     def __len__(self) -> int:
-        return len(self.targets)
+        """The number of rows, those of withdrawn targets among them."""
+        return len(self._targets)
 
     def __repr__(self) -> str:
-        splits = ", ".join(f"{name}: {len(qrels)} queries" for name, qrels in self._qrels.items())
-        return f"Corpus({len(self):,} targets{'; ' + splits if splits else ''})"
+        withdrawn = [f"{len(self.withdrawn):,} of them withdrawn"] if len(self.withdrawn) else []
+        splits = [f"{name}: {len(qrels)} queries" for name, qrels in self._qrels.items()]
+        told = "; ".join(each for each in (", ".join(withdrawn), ", ".join(splits)) if each)
+        return f"Corpus({len(self):,} targets{'; ' + told if told else ''})"
 
     def __getitem__(self, row: int) -> dict[str, str | None]:
         """``{"id", "title", "text"}`` of one row."""
-        target: dict[str, str | None] = self.targets[int(row)]
-        return target
+        return self._targets[row]
 
     def ids(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The ids of ``rows``."""
-        ids: list[str] = self._arrow[np.asarray(rows, dtype=np.int64)].column("id").to_pylist()
-        return ids
+        return self._targets.ids(rows)
 
     def rows_of(self, ids: Sequence[str | int], missing: int | None = None) -> np.ndarray:
         """The rows of ``ids``, shape ``(len(ids),)``, in one pass over the id column.
 
         Args:
             ids: strings, or integers, which stand for their digits; a single string is one id.
-            missing: the row for an unknown id; by default it is an error.
+            missing: the row for an unknown id, or that of a withdrawn target; by default it is an error.
 
         Raises:
             CorpusError: an id is not in the corpus and ``missing`` is not given, or it is neither a string nor an
                 integer.
         """
-        ids = [as_id(id, "An id") for id in as_list(ids)]
-        try:
-            wanted = pa.array(ids, pa.string())
-        except UnicodeEncodeError as error:
-            raise CorpusError(f"An id has {half_character(error.object)}: fix or drop it.") from None
-        distinct = wanted.unique()
-        row_of_distinct = np.full(len(distinct), -1, dtype=np.int64)
-        start = 0
-        for chunk in self.targets.data.column("id").chunks:
-            found = pc.index_in(chunk, value_set=distinct)
-            here = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))
-            row_of_distinct[found.drop_null().to_numpy()] = start + here
-            start += len(chunk)
-        rows: np.ndarray = row_of_distinct[pc.index_in(wanted, value_set=distinct).to_numpy(zero_copy_only=False)]
-        if (rows < 0).any():
-            if missing is None:
-                unknown = [id for id, row in zip(ids, rows, strict=True) if row < 0]
-                raise CorpusError(f"{len(unknown)} ids are not in the corpus, e.g. {unknown[:3]}.")
-            rows[rows < 0] = missing
-        return rows
+        return self._targets.rows_of(ids, missing)
 
     def texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The texts of ``rows`` as they are encoded (title joined in, without the prompt)."""
-        table = self._arrow[np.asarray(rows, dtype=np.int64)]
-        titles, texts = table.column("title").to_pylist(), table.column("text").to_pylist()
-        return [join_title(title, text) for title, text in zip(titles, texts, strict=True)]
+        return self._targets.texts(rows)
 
     def text_lengths(self) -> np.ndarray:
         """The length of every target's text in bytes, shape ``(N,)``."""
-        lengths: np.ndarray = pc.binary_length(self.targets.data.column("text")).to_numpy()
-        return lengths.astype(np.int64)
+        return self._targets.text_lengths()
 
     # ------------------------------------------------------------------ identity and duplicates
 
@@ -500,6 +499,10 @@ class Corpus:
     def fingerprint(self) -> str:
         """A digest of the joined texts in order, on which an embedding cache of this corpus depends."""
         return self.digests.fingerprint
+
+    def fingerprint_of(self, rows: int) -> str:
+        """The fingerprint of a corpus of the first ``rows`` targets, which this one may have grown from."""
+        return self.digests.fingerprint_of(rows)
 
     def text_digests(self, rows: np.ndarray) -> np.ndarray:
         """64 bits of the hash of the joined text of each of ``rows``, int64, by which a text is known in any corpus."""
@@ -616,6 +619,10 @@ class Corpus:
         """
         return self._training_pairs.relevant_to_own(key)
 
+    def with_prompt(self, prompt: str | None) -> Corpus:
+        """The same targets with another prompt, without the splits."""
+        return Corpus(self._targets, prompt=prompt, cache_dir=self.cache_dir)
+
     # ------------------------------------------------------------------ tokens
 
     def tokenize(
@@ -639,26 +646,3 @@ class Corpus:
 
 def _folder(cache_dir: str | os.PathLike[str] | None) -> Path:
     return default_cache_dir() if cache_dir is None else Path(cache_dir)
-
-
-def _is_empty(text: pa.ChunkedArray, title: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Which targets are empty."""
-    return pc.and_(
-        *(pc.equal(pc.binary_length(pc.fill_null(column.cast(pa.string()), "")), 0) for column in (text, title))
-    )
-
-
-def _write_by_content(tables: Iterable[pa.Table], folder: Path) -> Dataset:
-    """Write targets to a file named after their content, which is known only afterwards."""
-    state = hashlib.blake2b(digest_size=16)
-
-    def hashed() -> Iterator[pa.Table]:
-        for table in tables:
-            state.update(repr(table.to_pydict()).encode("utf-8"))
-            yield table
-
-    partial = folder / f"targets-{os.getpid()}-{id(state)}.arrow"
-    write_arrow(partial, TARGETS, hashed())
-    path = folder / f"targets-{state.hexdigest()}.arrow"
-    os.replace(partial, path)
-    return Dataset.from_file(str(path))

@@ -44,13 +44,16 @@ class TextDigests:
     Args:
         targets: columns ``title`` and ``text``.
         cache_dir: where the digests are stored.
+        parts: digests of the targets' parts, where they were put together.
     """
 
-    def __init__(self, targets: Dataset, cache_dir: Path) -> None:
-        self._targets, self._cache_dir = targets, cache_dir
+    def __init__(self, targets: Dataset, cache_dir: Path, parts: Sequence[TextDigests] = ()) -> None:
+        self._targets, self._cache_dir, self._parts = targets, cache_dir, parts
 
     @cached_property
     def _table(self) -> pa.Table:
+        if self._parts:
+            return pa.concat_tables(part._table for part in self._parts)
         files = [Path(file["filename"]) for file in self._targets.cache_files]
         if not files:
             return pa.concat_tables(list(self._computed()))
@@ -96,7 +99,11 @@ class TextDigests:
     @cached_property
     def fingerprint(self) -> str:
         """A digest of the joined texts in their order."""
-        return digest(self._column("joined").tobytes())
+        return self.fingerprint_of(len(self._targets))
+
+    def fingerprint_of(self, rows: int) -> str:
+        """The same of the first ``rows`` texts."""
+        return digest(self._column("joined")[:rows].tobytes())
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """The digests of the joined texts of ``rows``, as int64."""
@@ -144,6 +151,11 @@ class TextDigests:
         distinct, starts = np.unique(keys[order], return_index=True)
         parts = np.split(rows[order], starts[1:]) if len(distinct) else []
         return {key: np.unique(part) for key, part in zip(distinct.tolist(), parts, strict=True)}
+
+
+def digests_of(texts: list[str]) -> Digests:
+    """The digests of some texts as they are, by which :meth:`TextDigests.of` knows joined ones: uint64, ``(n,)``."""
+    return np.fromiter(map(_digest, texts), np.uint64, len(texts))
 
 
 def _digested(titles: list[str | None], texts: list[str]) -> dict[str, Digests]:

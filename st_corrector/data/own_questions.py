@@ -112,7 +112,7 @@ class OwnQuestions:
         """Targets in random order, and their questions: ``(n,)`` rows and as many texts.
 
         Args:
-            answered: rows that are left out, as a question of the split asks for them.
+            answered: rows that are left out, as a question of the split asks for them or they have been withdrawn.
             count: how many at most.
             seed: of the order; the first ones are the same for every ``count``.
         """

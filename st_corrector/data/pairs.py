@@ -19,9 +19,12 @@ logger = logging.getLogger(__name__)
 
 
 def text_tables(
-    texts: Iterable[str], ids: Sequence[str | int] | None, titles: Sequence[str | None] | None
+    texts: Iterable[str], ids: Sequence[str | int] | None, titles: Sequence[str | None] | None, first: int = 0
 ) -> Iterator[pa.Table]:
     """Tables of :data:`TARGETS` from texts in their order; see :meth:`Corpus.from_texts`.
+
+    Args:
+        first: the row of the first one.
 
     Raises:
         CorpusError: see there.
@@ -43,7 +46,7 @@ def text_tables(
                     raise CorpusError(f"There are more texts than {name} ({len(values)}): give one for each text.")
             of_row = {name: next(values) for name, values in others.items()}
             yield {
-                "id": str(row) if ids is None else as_id(of_row["ids"], f"The id of text {row}"),
+                "id": str(first + row) if ids is None else as_id(of_row["ids"], f"The id of text {row}"),
                 "title": of_row.get("titles"),
                 "text": text,
             }

@@ -14,13 +14,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -32,6 +33,7 @@ from .routing import DOCUMENT, modules_for
 
 if TYPE_CHECKING:
     from .corpus import Corpus
+    from .targets import Targets
 
 logger = logging.getLogger(__name__)
 
@@ -117,11 +119,12 @@ class TokenizedCorpus:
     Args:
         tokens: one ``list<int32>`` column for each of ``layout.keys``, one row per target.
         layout: how the rows become a batch.
+        withdrawn: rows that no text is found at.
     """
 
-    def __init__(self, tokens: Dataset, layout: TokenLayout) -> None:
+    def __init__(self, tokens: Dataset, layout: TokenLayout, withdrawn: Sequence[int] | np.ndarray = ()) -> None:
         self._tokens = tokens.with_format("arrow")
-        self.layout = layout
+        self.layout, self._withdrawn = layout, withdrawn
         column = tokens.data.column("input_ids")
         self.lengths: np.ndarray = pc.list_value_length(column).to_numpy()
 
@@ -147,6 +150,7 @@ class TokenizedCorpus:
             flat = self._tokens[rows].column("input_ids").combine_chunks().flatten().to_numpy(zero_copy_only=False)
             digests[rows] = _digests(flat, self.lengths[rows])
         order = np.argsort(digests, kind="stable")
+        order = order[~np.isin(order, self._withdrawn)]
         return digests[order], order
 
     def rows_of(self, features: dict[str, Any]) -> np.ndarray:
@@ -207,15 +211,18 @@ def tokenized(
     rules = [tokenizer_fingerprint(model, modules, prompt), prompt or "", max_lengths(modules), layout.keys]
     schema = pa.schema([(name, pa.list_(pa.int32())) for name in layout.keys])
 
-    def tables() -> Iterator[pa.Table]:
-        with tqdm(total=len(corpus), desc="Tokenizing targets", unit=" targets", disable=not progress) as bar:
-            for start in range(0, len(corpus), _AT_ONCE):
-                texts = corpus.texts(range(start, min(start + _AT_ONCE, len(corpus))))
+    def tables(part: Targets) -> Iterator[pa.Table]:
+        with tqdm(total=len(part), desc="Tokenizing targets", unit=" targets", disable=not progress) as bar:
+            for start in range(0, len(part), _AT_ONCE):
+                texts = part.texts(range(start, min(start + _AT_ONCE, len(part))))
                 yield _tokenize(texts, model, prompt, layout)
                 bar.update(len(texts))
 
-    path = corpus.cache_dir / f"tokens-{digest_json([corpus.fingerprint, *rules])}.arrow"
-    kept = TokenizedCorpus(read_or_write_arrow(path, schema, tables()), layout)
+    def path(part: Targets) -> Path:
+        return corpus.cache_dir / f"tokens-{digest_json([part.digests.fingerprint, *rules])}.arrow"
+
+    tokens = [read_or_write_arrow(path(part), schema, tables(part)) for part in corpus.parts]
+    kept = TokenizedCorpus(concatenate_datasets(tokens), layout, corpus.withdrawn)
     for rows in _some_batches(kept.lengths):
         if not are_equal(kept.features(rows), anew.features(rows)):
             logger.warning(

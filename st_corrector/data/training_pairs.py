@@ -13,7 +13,7 @@ from datasets import Dataset
 from ..errors import CorpusError
 from ..storage.arrow import read_or_write_arrow
 from ..storage.fingerprint import digest, digest_json
-from .columns import BATCH
+from .columns import BATCH, TARGETS
 from .own_questions import OwnQuestions, Question
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class TrainingPairs:
 
     def own(self, count: int | None, question: Question | None, split: str, seed: int) -> Dataset:
         """Targets that no question of ``split`` asks for, each with a question of its own."""
-        answered = self._corpus.qrels(split).row
+        answered = np.union1d(self._corpus.qrels(split).row, self._corpus.withdrawn)
         questions = self._ask(question)
         rows, texts = questions.draw(answered, count, seed)
 
@@ -91,5 +91,6 @@ class TrainingPairs:
         if question is None:
             lengths = pc.binary_length(corpus.targets.data.column("title").cast(pa.string()))
             question = "title" if pc.any(pc.greater(lengths, 0)).as_py() else "first_sentence"
-        asked = OwnQuestions(corpus.targets, question, corpus.digests, corpus.cache_dir)
+        targets = corpus.targets.select_columns(TARGETS.names)
+        asked = OwnQuestions(targets, question, corpus.digests, corpus.cache_dir)
         return self._asked.setdefault(asked.identity, asked)

@@ -159,6 +159,12 @@ def check_labels(
             f"Label {int(labels[position])} (position {position} in the batch) is no row of the corpus, whose rows "
             f"are 0 … {len(encoder.corpus) - 1}. Labels are the positives' corpus rows: see corpus.rows_of(ids)."
         )
+    withdrawn = torch.from_numpy(encoder.corpus.withdrawn).to(labels.device)
+    if (gone := torch.isin(labels, withdrawn)).any():
+        raise InputError(
+            f"{int(gone.sum())} positives of the batch have been withdrawn from the corpus, e.g. row "
+            f"{int(labels[gone][0])}: take pairs of the corpus as it is now, corpus.pairs(split)."
+        )
     tokens = encoder.tokens
     if isinstance(tokens, TokenizedCorpus) and "input_ids" in positives:
         _check_positive_texts(encoder, model, tokens, positives, labels)
@@ -170,6 +176,7 @@ def check_labels(
     explicit = torch.cat([explicit, *found], dim=1)
     if explicit.shape[1]:
         _check_explicit(encoder, labels, explicit)
+        explicit = explicit.masked_fill(torch.isin(explicit, withdrawn), NO_ROW)
     return Labels(labels, keys.to(labels.device), explicit)
 
 

@@ -149,7 +149,11 @@ class CorrectedCorpus:
     def exact_search(self) -> CorrectedSearch:
         """An exact search by which negatives would be chosen now, which leaves the search of the training as it is."""
         search = CorrectedSearch(
-            self.cache, self.choosing_corrector, normalize=self.similarity.normalizes, processes=self.processes
+            self.cache,
+            self.choosing_corrector,
+            normalize=self.similarity.normalizes,
+            processes=self.processes,
+            withdrawn=self.encoder.corpus.withdrawn,
         )
         search.overlay = self.search.overlay
         return search
@@ -289,9 +293,12 @@ class CorrectedCorpus:
 
     def _make_search(self, cache: EmbeddingCache, corrector: Corrector) -> CorrectedSearch:
         normalize, shortlist = self.similarity.normalizes, self.settings.shortlist
+        withdrawn, processes = self.encoder.corpus.withdrawn, self.processes
         if shortlist is None:
-            return CorrectedSearch(cache, corrector, normalize=normalize, processes=self.processes)
-        return ShortlistSearch(cache, corrector, shortlist, normalize=normalize, processes=self.processes)
+            return CorrectedSearch(cache, corrector, normalize=normalize, processes=processes, withdrawn=withdrawn)
+        return ShortlistSearch(
+            cache, corrector, shortlist, normalize=normalize, processes=processes, withdrawn=withdrawn
+        )
 
     @torch.no_grad()
     def _is_fresh(self, cache: EmbeddingCache) -> bool:

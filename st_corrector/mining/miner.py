@@ -76,7 +76,7 @@ class Miner:
             stale = cache
             self._require_fits(cache, corrector)
             corrector = corrector or IdentityCorrector(cache.dim, normalize=False)
-            search = CorrectedSearch(cache, corrector, normalize=self.similarity.normalizes)
+            search = CorrectedSearch(cache, corrector, normalize=self.similarity.normalizes, withdrawn=corpus.withdrawn)
             self._choosing = lambda: nullcontext(search)
         self._dim = stale.dim
         scale = self.similarity.default_scale if settings.scale is None else settings.scale

@@ -7,10 +7,11 @@ its corrected embeddings and ``B·C`` for their scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -68,6 +69,7 @@ class CorrectedSearch:
         chunk_size: rows corrected and scored at once; the default suits the device.
         processes: the processes that search together, each one part of the cache. All must call every method in step
             with the same arguments. All get the same result: that of one process with the whole cache.
+        withdrawn: corpus rows that no query finds, of any part of the cache, ascending.
 
     Raises:
         InputError: the corrector is for another dimension.
@@ -81,6 +83,7 @@ class CorrectedSearch:
         normalize: bool = True,
         chunk_size: int | None = None,
         processes: Processes | None = None,
+        withdrawn: Sequence[int] | np.ndarray = (),
     ) -> None:
         if corrector.dim != cache.dim:
             raise InputError(f"The corrector is for dimension {corrector.dim}, the cache has {cache.dim}.")
@@ -91,6 +94,7 @@ class CorrectedSearch:
         self.processes = processes or Processes()
         self.overlay = Overlay(len(cache), cache.dim, cache.first_row)
         """Rows written back; they are searched instead of the cache's. See :meth:`write_back`."""
+        self._withdrawn = torch.from_numpy(np.asarray(withdrawn, dtype=np.int64))
         # Each row's factor to unit length, computed in the first whole pass; None if it is 1, as in most caches.
         self._factors: Tensor | None = None
         self._passed = False
@@ -246,6 +250,8 @@ class CorrectedSearch:
                 self._update_fused(best, scorer, first_row, chunk, excluded)
         for scores in () if fused else self._scored(scorer, chunks, chunk_size):
             first_row, keys = scores.first_row, scores.keys
+            if len(self._withdrawn):
+                scores.mask_rows(self._withdrawn_between(first_row, first_row + len(keys)))
             if excluded is not None:
                 scores.mask(*excluded.between(first_row, first_row + len(keys)))
             if limit is not None:
@@ -379,6 +385,12 @@ class CorrectedSearch:
         written, slots = self.overlay.between(first_row, end, chunk.values.device)
         left_out = torch.zeros(len(chunk.values), dtype=torch.bool, device=written.device)
         left_out[written] = True
+        if len(self._withdrawn):
+            withdrawn = self._withdrawn_between(first_row, end)
+            # Those that were written back before they were withdrawn are not looked at either.
+            kept = ~torch.isin(written, withdrawn)
+            written, slots = written[kept], slots[kept]
+            left_out[withdrawn] = True
         pairs = None if excluded is None else excluded.between(first_row, end)
         scores = BlockScores(*scorer.operands(chunk.values, factors), left_out, pairs)
         best.update_blocks(scores.maxima, scores.of, first_row)
@@ -392,6 +404,11 @@ class CorrectedSearch:
                 place, query = slot[pairs[0]], pairs[1]
                 keys[place[place >= 0], query[place >= 0]] = -math.inf
             best.take(keys, places + first_row)
+
+    def _withdrawn_between(self, first_row: int, end: int) -> Tensor:
+        """Offsets of the withdrawn rows among ``first_row … end − 1``, ``(n,)``."""
+        here = slice(*np.searchsorted(self._withdrawn.numpy(), [first_row, end]))
+        return self._withdrawn[here].to(self.overlay.rows.device) - first_row
 
     def _factors_of(self, chunk: Shard, first_row: int) -> Tensor | None:
         """Factors of a chunk's rows before correction, ``(C,)``; None for 1."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,7 +76,7 @@ class ShortlistSearch(CorrectedSearch):
     """Searches a shortlist instead of the whole corrected corpus; rows written back are always scored, exactly.
 
     Args:
-        cache, corrector, normalize, chunk_size, processes: see :class:`CorrectedSearch`.
+        cache, corrector, normalize, chunk_size, processes, withdrawn: see :class:`CorrectedSearch`.
         shortlist: how candidates are found.
 
     Raises:
@@ -91,8 +92,11 @@ class ShortlistSearch(CorrectedSearch):
         normalize: bool = True,
         chunk_size: int | None = None,
         processes: Processes | None = None,
+        withdrawn: Sequence[int] | np.ndarray = (),
     ) -> None:
-        super().__init__(cache, corrector, normalize=normalize, chunk_size=chunk_size, processes=processes)
+        super().__init__(
+            cache, corrector, normalize=normalize, chunk_size=chunk_size, processes=processes, withdrawn=withdrawn
+        )
         self.shortlist = shortlist
         self.recall: float | None = None
         """The last measured recall: the share of an exact search's ``k`` targets that was selected."""
@@ -178,6 +182,9 @@ class ShortlistSearch(CorrectedSearch):
             keys = scorer.of(overlay.vectors[start : start + _WRITTEN_AT_ONCE])
             scores = ChunkScores(keys, keys.new_empty(len(keys) // BLOCK, len(queries)))
             scores.add(len(keys))
+            if len(self._withdrawn):
+                rows = overlay.rows[start : start + len(keys)]
+                scores.mask_rows(torch.isin(rows, self._withdrawn.to(rows.device)).nonzero().flatten())
             if excluded is not None:
                 scores.mask(*excluded.between(start, start + len(keys)))
             too_similar += scores.mask_above(limit - scorer.offset)
@@ -199,14 +206,14 @@ class ShortlistSearch(CorrectedSearch):
     def _make_source(self, cache: EmbeddingCache, normalize: bool) -> _Scan | _Indexed:
         index = self.shortlist.index
         if index == "exact":
-            return _Scan(cache, normalize, self.chunk_size, self.overlay)
+            return _Scan(cache, normalize, self.chunk_size, self.overlay, self._withdrawn)
         if isinstance(index, str):
             index = FaissIndex.build(cache, index, normalize=normalize, parameters=self.shortlist.parameters)
         if len(index) != len(cache) or index.normalize != normalize:
             raise InputError(
                 f"{index!r} with normalize={index.normalize} is not an index of {cache!r} with normalize={normalize}."
             )
-        return _Indexed(index, self.overlay, cache.first_row)
+        return _Indexed(index, self.overlay, cache.first_row, self._withdrawn)
 
     def _corrected_copy(self, device: torch.device) -> EmbeddingCache:
         """The whole cache, corrected by the current corrector, in bfloat16."""
@@ -238,10 +245,11 @@ class ShortlistSearch(CorrectedSearch):
 class _Scan(CorrectedSearch):
     """Candidates by an exact search of the unchanged vectors, without written-back rows."""
 
-    def __init__(self, cache: EmbeddingCache, normalize: bool, chunk_size: int | None, overlay: Overlay) -> None:
-        super().__init__(
-            cache, IdentityCorrector(cache.dim, normalize=False), normalize=normalize, chunk_size=chunk_size
-        )
+    def __init__(
+        self, cache: EmbeddingCache, normalize: bool, chunk_size: int | None, overlay: Overlay, withdrawn: Tensor
+    ) -> None:
+        unchanged = IdentityCorrector(cache.dim, normalize=False)
+        super().__init__(cache, unchanged, normalize=normalize, chunk_size=chunk_size, withdrawn=withdrawn.numpy())
         self.overlay = overlay
 
     def candidates(self, queries: Tensor, count: int) -> Tensor:
@@ -260,16 +268,25 @@ class _Scan(CorrectedSearch):
 class _Indexed:
     """Candidates from a FAISS index, without written-back rows."""
 
-    def __init__(self, index: FaissIndex, overlay: Overlay, first_row: int) -> None:
+    def __init__(self, index: FaissIndex, overlay: Overlay, first_row: int, withdrawn: Tensor) -> None:
         self._index, self._overlay, self._first_row = index, overlay, first_row
-        self._skip = np.zeros(-(-len(index) // 8), dtype=np.uint8)
+        here = withdrawn.numpy()
+        self._withdrawn = here[(here >= first_row) & (here < first_row + len(index))]
+        self._skip_only_withdrawn()
+
+    def _skip_only_withdrawn(self) -> None:
+        self._skip = np.zeros(-(-len(self._index) // 8), dtype=np.uint8)
+        self._skip_also(self._withdrawn)
         self._skipped = 0
+
+    def _skip_also(self, rows: np.ndarray) -> None:
+        rows = rows - self._first_row
+        np.bitwise_or.at(self._skip, rows // 8, np.left_shift(1, rows % 8).astype(np.uint8))
 
     def candidates(self, queries: Tensor, count: int) -> Tensor:
         if len(self._overlay) < self._skipped:  # it has been loaded again
-            self._skip[:], self._skipped = 0, 0
-        rows = self._overlay.rows[self._skipped :].cpu().numpy() - self._first_row
-        np.bitwise_or.at(self._skip, rows // 8, np.left_shift(1, rows % 8).astype(np.uint8))
+            self._skip_only_withdrawn()
+        self._skip_also(self._overlay.rows[self._skipped :].cpu().numpy())
         self._skipped = len(self._overlay)
-        found = self._index.search(queries, count, self._skip if self._skipped else None)
+        found = self._index.search(queries, count, self._skip if self._skip.any() else None)
         return torch.where(found == NO_ROW, found, found + self._first_row)

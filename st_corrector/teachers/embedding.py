@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..cache.arrays import Embeddings
 from ..cache.embedding_cache import EmbeddingCache
+from ..cache.folder import CacheFolder
 from ..correctors import IdentityCorrector
 from ..data.corpus import Corpus
 from ..data.query_keys import is_own
@@ -45,6 +46,7 @@ class EmbeddingTeacher(Teacher):
         keys: the queries' keys, in their order (:func:`~st_corrector.data.query_keys.query_keys`,
             ``corpus.qrels(split).keys``).
         similarity: how the embedder's vectors are compared, ``"cosine"`` or ``"dot"``.
+        withdrawn: rows of targets that are no longer there (``corpus.withdrawn``).
 
     Raises:
         InputError: the shapes do not fit, or ``similarity`` is something else.
@@ -56,6 +58,7 @@ class EmbeddingTeacher(Teacher):
         queries: EmbeddingCache | Embeddings,
         keys: Sequence[int] | np.ndarray,
         similarity: str = "cosine",
+        withdrawn: Sequence[int] | np.ndarray = (),
     ) -> None:
         self.targets, self.queries = (
             each if isinstance(each, EmbeddingCache) else EmbeddingCache.from_tensor(each)
@@ -66,7 +69,7 @@ class EmbeddingTeacher(Teacher):
                 f"Targets are {self.targets.dim} wide, the {len(self.queries)} queries {self.queries.dim}, with "
                 f"{len(keys)} keys: both must be of one embedder, and each query needs its key."
             )
-        self.similarity = _require_similarity(similarity)
+        self.similarity, self.withdrawn = _require_similarity(similarity), withdrawn
         keys = np.asarray(keys, dtype=np.int64)
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
@@ -87,8 +90,8 @@ class EmbeddingTeacher(Teacher):
     ) -> EmbeddingTeacher:
         """Embed all targets, and the queries of some training data, with ``model``, into the folder ``path``.
 
-        What is there already is loaded, and what was interrupted goes on (:meth:`EmbeddingCache.build`). With several
-        processes all call it.
+        What is there already is loaded, what was interrupted goes on (:meth:`EmbeddingCache.build`), and of a corpus
+        that has grown only what is new is embedded (:meth:`EmbeddingCache.extend`). With several processes all call it.
 
         Args:
             model: any SentenceTransformer, with its own dimension, pooling and prompts, a ``Router`` as well.
@@ -111,8 +114,11 @@ class EmbeddingTeacher(Teacher):
         texts, keys = queries_of(pairs)
         folder = Path(path)
         settings: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "progress": progress}
-        of_targets = Corpus(corpus.targets, prompt=document_prompt, cache_dir=corpus.cache_dir)
-        targets = EmbeddingCache.build(model, of_targets, folder / "targets", **settings)
+        of_targets = corpus.with_prompt(document_prompt)
+        if CacheFolder(folder / "targets").is_finished and len(EmbeddingCache.load(folder / "targets")) < len(corpus):
+            targets = EmbeddingCache.extend(model, of_targets, folder / "targets", batch_size, progress)
+        else:
+            targets = EmbeddingCache.build(model, of_targets, folder / "targets", **settings)
         parts = []
         # Own questions apart: other ones are drawn in other runs, while those of a split stay.
         for some in filter(len, np.split(np.arange(len(keys)), [np.count_nonzero(~is_own(keys))])):
@@ -120,7 +126,7 @@ class EmbeddingTeacher(Teacher):
             # By the texts: a key is that of all texts that differ in case or white space alone.
             path_of_part = folder / f"queries-{digest_json([texts[n] for n in some])[:12]}"
             parts.append(EmbeddingCache.build(model, of_queries, path_of_part, task="query", **settings))
-        return cls(targets, EmbeddingCache.joined(parts), keys, similarity)
+        return cls(targets, EmbeddingCache.joined(parts), keys, similarity, corpus.withdrawn)
 
     @property
     def identity(self) -> str:
@@ -154,7 +160,8 @@ class EmbeddingTeacher(Teacher):
         _, places = self._places(queries)
         ours = self._comparable(self.queries[torch.from_numpy(places)].to(queries.device))
         unchanged = IdentityCorrector(self.targets.dim, normalize=False)
-        search = CorrectedSearch(self.targets, unchanged, normalize=self.similarity == "cosine")
+        is_cosine = self.similarity == "cosine"
+        search = CorrectedSearch(self.targets, unchanged, normalize=is_cosine, withdrawn=self.withdrawn)
         return search.search(ours, k, exclude).scores
 
     def _comparable(self, vectors: Tensor) -> Tensor:

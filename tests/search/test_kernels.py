@@ -86,6 +86,25 @@ for make, chunks in ((query_side, 1), (mlp, 3)):
             assert (with_kernel.rows == plain.rows).float().mean() > 0.99
 fused = 0
 
+# Rows that have been withdrawn, some of them after they were written back.
+withdrawn = torch.randperm(2_000)[:200].sort().values
+for make, dtype in itertools.product((query_side, mlp), (torch.float32, torch.int8)):
+    searches = [
+        CorrectedSearch(
+            EmbeddingCache.from_blocks([vectors], dtype), trained(make(24), 24), chunk_size=900, withdrawn=gone
+        )
+        for gone in (withdrawn.numpy(), withdrawn.numpy(), ())
+    ]
+    searches[1].use_kernel = False
+    for search in searches:
+        search.overlay.write(torch.arange(0, 2_000, 7), others[:286])
+    queries = torch.randn(7, 24)
+    with_kernel, plain, all_rows = (search.search(queries, 40) for search in searches)
+    torch.testing.assert_close(with_kernel.scores, plain.scores, atol=1e-4, rtol=1e-4)
+    assert (with_kernel.rows == plain.rows).float().mean() > 0.99
+    assert not torch.isin(with_kernel.rows, withdrawn).any() and torch.isin(all_rows.rows, withdrawn).any()
+fused = 0
+
 # A shortlist offers no row that has been written back: its own scores of these are −∞, fused or not.
 searches = []
 for usable in (False, True):

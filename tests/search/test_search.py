@@ -3,6 +3,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,12 +91,14 @@ def test_every_search_equals_the_naive_one(data):
     size = draw(st.integers(1, rows))
     cache = EmbeddingCache.from_blocks(vectors.split(size), dtype)
     corrector = trained_once(draw(st.sampled_from(sorted(CORRECTORS))), dim)
-    search = CorrectedSearch(cache, corrector, normalize=draw(st.booleans()), chunk_size=chunk)
+    withdrawn = np.flatnonzero(torch.rand(rows, generator=generator) < draw(st.sampled_from([0.0, 0.02, 0.9])))
+    search = CorrectedSearch(cache, corrector, normalize=draw(st.booleans()), chunk_size=chunk, withdrawn=withdrawn)
     queries = torch.randn(batch, dim, generator=generator)
     if draw(st.booleans()):
         written = torch.randperm(rows, generator=generator)[: draw(st.integers(1, rows))]
         search.overlay.write(written, torch.randn(len(written), dim, generator=generator))
     expected = (queries @ corrector(search.stale(torch.arange(rows))).T).double()
+    expected[:, withdrawn] = -math.inf
     ceiling, exclude = None, None
     if draw(st.booleans()):
         # Between two scores: which of these rounding takes to its other side is not what is tested here.
@@ -229,6 +232,21 @@ def test_uniform_draws_do_not_look_at_scores():
     assert counts[7] == 0
     p = 3 / 19
     assert ((counts / 20_000)[torch.arange(20) != 7] - p).abs().max() < 4.5 * (p * (1 - p) / 20_000) ** 0.5
+
+
+@pytest.mark.parametrize("sampler", ["top_k", "gumbel", "uniform"])
+def test_what_has_been_withdrawn_is_drawn_by_no_sampler(sampler):
+    """Rows of every place in the chunks, of one that was written back before among them."""
+    torch.manual_seed(0)
+    withdrawn = np.array([0, 3, 63, 64, 65, 127, 198, 199])
+    search = CorrectedSearch(
+        EmbeddingCache.from_tensor(torch.randn(200, 4)), IdentityCorrector(4), chunk_size=70, withdrawn=withdrawn
+    )
+    queries = F.normalize(torch.randn(5, 4), dim=-1)
+    search.overlay.write(torch.tensor([64, 100]), queries[:2])  # nothing scores higher
+    _, rows, _ = search.search(queries, 200, sampler=sampler, seed=1)
+    kept = np.setdiff1d(np.arange(200), withdrawn).tolist()
+    assert [sorted(row[row >= 0].tolist()) for row in rows] == [kept] * 5
 
 
 @pytest.mark.parametrize("normalize", [True, False])

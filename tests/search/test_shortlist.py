@@ -63,12 +63,13 @@ def mlp():
     ],
 )
 @pytest.mark.parametrize("with_ceiling", [False, True])
+@pytest.mark.parametrize("withdrawn", [[], range(0, ROWS, 3)], ids=["", "withdrawn"])
 def test_where_the_shortlist_is_long_enough_it_finds_what_an_exact_search_finds(
-    cache, exclude, corrector, shortlist, with_ceiling
+    cache, exclude, corrector, shortlist, with_ceiling, withdrawn
 ):
     corrector = corrector()
-    exact = CorrectedSearch(cache, corrector)
-    approximate = ShortlistSearch(cache, corrector, shortlist)
+    exact = CorrectedSearch(cache, corrector, withdrawn=withdrawn)
+    approximate = ShortlistSearch(cache, corrector, shortlist, withdrawn=withdrawn)
     written = torch.randperm(ROWS, generator=torch.Generator().manual_seed(3))[:200]
     for search in (exact, approximate):
         search.overlay.write(written, 2 * queries(200, seed=4))
@@ -79,6 +80,7 @@ def test_where_the_shortlist_is_long_enough_it_finds_what_an_exact_search_finds(
     expected, found = (search.search(queries(), 10, exclude, ceiling=ceiling) for search in (exact, approximate))
     torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=1e-4)
     assert (found.rows == expected.rows).float().mean() > 0.98
+    assert not torch.isin(found.rows, torch.tensor(withdrawn)).any()
     if with_ceiling:
         assert torch.equal(found.too_similar, expected.too_similar) and (found.too_similar >= 4).all()
     assert approximate.recall is not None and approximate.recall > 0.98
