@@ -71,6 +71,7 @@ CASES: dict[str, dict] = {
         **{"share_negatives": False, "in_batch_negatives": False, "teacher_weight": 1.0, "teacher_scale": 20.0},
     },
     "negatives of one's own": {"num_negatives": 3},
+    "a corpus that has grown": {},
     "several data sets": {"multi_dataset_batch_sampler": "round_robin"},
     "own pairs, taught": {"own_pairs_share": 0.25, "teacher_weight": 1.0, "teacher_scale": 12.0},
 }
@@ -124,6 +125,12 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
     corpus = Corpus.from_texts([*texts, *texts[:20]], titles=[*titles, *titles[:20]])
     ids = [str(n) for n in range(100 if "own_pairs_share" in CASES[case] else len(texts))]
     corpus.add_split("train", dict(zip(ids, queries, strict=False)), {id: [id] for id in ids})
+    model, loss = encoder(folder, case), None
+    if case == "a corpus that has grown":
+        EmbeddingCache.build(model, corpus, folder / "cache", shard_size=50, progress=False)
+        changed = ["passage " + texts[n] for n in range(0, 40, 3)]
+        corpus = corpus.extend(changed, range(0, 40, 3), withdrawn=range(100, 200, 3))
+        EmbeddingCache.extend(model, corpus, folder / "cache", progress=False)
     transformer = case in TRANSFORMERS
     training = CorrectorTrainingArguments(
         output_dir=str(folder / "out"),
@@ -146,7 +153,6 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
         ddp_find_unused_parameters=True,
         seed=3,
     )
-    model, loss = encoder(folder, case), None
     if case in ("shortlist", "Matryoshka"):
         cache = EmbeddingCache.build(model, corpus, folder / "cache", progress=False)
         correction = {
