@@ -2,10 +2,11 @@
 
 Tokenizing is the slowest part of a training step after the encoder itself, and negatives chosen from the corpus would
 be tokenized repeatedly. Here the model's own ``preprocess`` runs once over the corpus; its padding is removed, the ids
-go into an Arrow file, and a step only gathers rows and pads them again. A probe of ``preprocess`` shows the keys, the
-padding side and the padding values, so the features are the library's for any tokenizer; on some of the corpus's texts
-they are compared with the library's. If they would differ (token weights, one number per text, the flattened inputs of
-FlashAttention), the texts are tokenized again at each step (:class:`TextCorpus`).
+go into an Arrow file, and a step only gathers rows and pads them again, or puts them one after the other where the
+model reads them so (FlashAttention). A probe of ``preprocess`` shows the keys, the padding side and the padding values,
+so the features are the library's for any tokenizer; on some of the corpus's texts they are compared with the library's.
+If they would differ (token weights, one number per text), the texts are tokenized again at each step
+(:class:`TextCorpus`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_BOUNDS = "cu_seq_lens_q"  # where each text ends, in flattened features
 _AT_ONCE = 1_000  # texts that are tokenized in one call
 # Two texts of clearly different length under any tokenizer: their batch shows the padding.
 _PROBE = ["a", "A much longer text, which takes many more tokens than the first one in any vocabulary."]
@@ -53,6 +55,8 @@ class TokenLayout:
         pad_left: whether short rows are padded on the left.
         mask_dtype: of ``attention_mask``.
         constants: keys that are the same for every batch (``modality``, ``task``, ``prompt_length``).
+        flattener: the module that puts texts one after the other, without padding, for FlashAttention; None for padded
+            texts.
     """
 
     keys: tuple[str, ...]
@@ -60,11 +64,17 @@ class TokenLayout:
     pad_left: bool
     mask_dtype: torch.dtype
     constants: dict[str, Any]
+    flattener: Any = None
 
     @classmethod
     def probe(cls, model: SentenceTransformer, prompt: str | None) -> TokenLayout | None:
         """The layout of ``model.preprocess``, or None if its features cannot be split into rows."""
         features = model.preprocess(list(_PROBE), prompt=prompt, task="document")
+        if _BOUNDS in features:
+            module = modules_for(model, DOCUMENT)[0]
+            others = {key: value for key, value in features.items() if key not in _flattened(module, [[0], [0]])}
+            layout = cls(("input_ids",), None, False, torch.int64, others, module)
+            return None if any(isinstance(value, Tensor) for value in others.values()) else layout
         constants = {key: value for key, value in features.items() if not isinstance(value, Tensor)}
         if not all(isinstance(value, (str, int, float, type(None))) for value in constants.values()):
             return None
@@ -86,6 +96,8 @@ class TokenLayout:
 
     def split(self, features: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Remove the padding: ``(flat ids by key, lengths)`` of one preprocessed batch."""
+        if self.flattener is not None:
+            return {"input_ids": features["input_ids"][0].numpy()}, np.diff(features[_BOUNDS].numpy())
         if self.padding is None:
             ids = features["input_ids"].numpy()
             ends = np.append(features["offsets"].numpy()[1:], len(ids))
@@ -95,6 +107,9 @@ class TokenLayout:
 
     def join(self, flat: dict[str, np.ndarray], lengths: np.ndarray) -> dict[str, Any]:
         """The inverse of :meth:`split`: model-ready features of ``len(lengths)`` rows."""
+        if self.flattener is not None:
+            texts = np.split(flat["input_ids"], np.cumsum(lengths)[:-1])
+            return {**_flattened(self.flattener, [ids.tolist() for ids in texts]), **self.constants}
         if self.padding is None:
             ids = torch.from_numpy(flat["input_ids"].astype(np.int64))
             offsets = torch.from_numpy(np.cumsum(lengths) - lengths)
@@ -109,6 +124,17 @@ class TokenLayout:
             features[key] = torch.from_numpy(padded)
         features["attention_mask"] = torch.from_numpy(mask).to(self.mask_dtype)
         return {**features, **self.constants}
+
+
+def _flattened(module: Any, texts: list[list[int]]) -> dict[str, Any]:
+    """The features of token ids one after the other, as ``Transformer.preprocess`` of sentence-transformers makes them
+    by the collator that it chose.
+    """
+    features: dict[str, Any] = module.data_collator([{"input_ids": ids} for ids in texts])
+    features.pop("labels", None)
+    if offset := getattr(module, "_flatten_position_offset", 0):
+        features["position_ids"] = features["position_ids"] + offset
+    return features
 
 
 class TokenizedCorpus:

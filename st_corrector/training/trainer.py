@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset, IterableDataset, Value
+from datasets import Dataset, IterableDataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-from sentence_transformers.base.data_collator import DEFAULT_LABEL_COLUMNS
 from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from torch import Tensor, nn
@@ -30,7 +28,8 @@ from ..cache.embedding_cache import EmbeddingCache
 from ..correctors import Corrector, Frames, IdentityCorrector
 from ..correctors.saving import FOLDER as CORRECTOR_FOLDER
 from ..data.corpus import Corpus
-from ..data.encoding import ONE_PROCESS_FOR_SEVERAL_GPUS, DocumentEncoder
+from ..data.encoding import ONE_PROCESS_FOR_SEVERAL_GPUS, DocumentEncoder, prompt_for
+from ..data.routing import QUERY
 from ..errors import CheckpointError, InputError, NonFiniteError, ProcessError, StorageError
 from ..losses.cached_multiple_negatives import CachedCorrectedMultipleNegativesLoss
 from ..losses.checks import LAYERS
@@ -45,6 +44,7 @@ from ..teachers import Teacher
 from .arguments import CorrectorTrainingArguments
 from .callbacks import FidelityCallback, RefreshCallback
 from .checkpoint import FOLDER, fault_of, load_losses, save_losses, seal, unseal
+from .columns import prompts_by_column, require_columns
 from .guard import Guard, NonFinitePolicy
 from .own_pairs import SHARE, OwnPairsBatchSampler, own_positions, training_pairs
 from .recorder import Recorder
@@ -64,6 +64,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
     - SIGTERM is answered with a checkpoint, unless ``save_strategy="no"``, and what is NaN or infinite ends the run
       before it has touched the weights, or costs one step: :class:`~st_corrector.training.guard.Guard`;
     - before the first step it prints what choosing negatives will take in memory, and refuses what does not fit;
+    - what the model puts before queries and documents (``model.prompts``) is put before the columns of the data set,
+      unless the arguments have ``prompts``;
     - with ``corpus`` it makes the loss, the cache and the data set itself, as its arguments say.
 
     The plain trainer trains the same.
@@ -122,10 +124,12 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         ):
             raise InputError(LAYERS)
         losses = self._corrected_losses()
+        if losses and self.args.prompts is None and getattr(self.data_collator, "prompts", "") is None:
+            self.data_collator.prompts = self._prompts(losses)
         for data in (self.train_dataset, self.eval_dataset):
             for name, each in data.items() if isinstance(data, dict) else [("", data)]:
                 if _is_corrected(self.loss.get(name) if isinstance(self.loss, dict) else self.loss):
-                    _require_columns(each)
+                    require_columns(each)
         if losses and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise InputError(
                 "FSDP and DeepSpeed's ZeRO-3 cut the encoder's weights between processes, which then have to call it "
@@ -145,6 +149,21 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         self.add_callback(self.guard)
         self._of_run: list[TrainerCallback] = []
         self._begin_run(self.model)
+
+    def _prompts(self, losses: dict[str, CorrectedMultipleNegativesLoss]) -> dict[str, Any]:
+        """The model's prompts by column; where each data set has a loss of its own, by data set and column."""
+        data = [each if isinstance(each, dict) else {"": each} for each in (self.train_dataset, self.eval_dataset)]
+        named = [(name, some) for each in data for name, some in each.items() if some is not None]
+        query = prompt_for(self.model, None, QUERY)
+        of_losses = {
+            name: prompts_by_column(
+                query,
+                loss.encoder.prompt,
+                [some for of, some in named if of == name or not isinstance(self.loss, dict)],
+            )
+            for name, loss in losses.items()
+        }
+        return of_losses if isinstance(self.loss, dict) else next(iter(of_losses.values()))
 
     def _begin_run(self, model: SentenceTransformer) -> None:
         """Make what belongs to one run: its record, and what measures or refreshes its losses."""
@@ -463,43 +482,6 @@ class CorrectorTrainer(SentenceTransformerTrainer):
                     number = sum(each.partition("#")[0] == name for each in found)
                     found[f"{name}#{number}" if number else name] = module
         return found
-
-
-def _require_columns(data: Any) -> None:
-    """Refuse columns here at which the data collator would fail, with a message of its own that names none."""
-    features = dict(getattr(data, "features", None) or {})
-    label = next((name for name in DEFAULT_LABEL_COLUMNS if name in features), None)
-    for name, feature in features.items():
-        dtype = feature.dtype if isinstance(feature, Value) else str(feature)
-        if name != label:
-            if dtype not in ("string", "large_string", "null") and name != "dataset_name":
-                raise InputError(
-                    f"The column {name!r} holds {dtype}, and every column but the label is read as text: "
-                    f"dataset.remove_columns({name!r})."
-                )
-        elif not _are_labels(name, feature, data):
-            raise InputError(
-                f"The column {name!r} holds {dtype}, expected integers, the corpus rows of the positives, or lists of "
-                "one length, [row, key of the query, rows of negatives …]: "
-                f"dataset.add_column({name!r}, corpus.labels(ids, queries)), after removing what is there, makes them "
-                "of ids."
-            )
-        elif isinstance(data, Dataset) and (nulls := data.data.column(name).null_count):
-            raise InputError(
-                f"The column {name!r} has {nulls} nulls, expected the corpus row of every positive: "
-                f"dataset.filter(lambda row: row[{name!r}] is not None) leaves these pairs out."
-            )
-
-
-def _are_labels(name: str, feature: Any, data: Any) -> bool:
-    """Whether a column holds integers, or lists of two or more, as many in each row."""
-    of_lists = getattr(feature, "feature", None)
-    if not str(getattr(of_lists or feature, "dtype", "")).startswith(("int", "uint")):
-        return False
-    if of_lists is None or not isinstance(data, Dataset):
-        return True
-    lengths = pc.min_max(pc.list_value_length(data.data.column(name))).as_py()
-    return not len(data) or (lengths["min"] == lengths["max"] and lengths["min"] >= 2)
 
 
 def _each(losses: Any) -> Iterable[Any]:

@@ -6,6 +6,7 @@ All share one vocabulary. None drops anything out, so that what a model says of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,12 @@ from sentence_transformers.sentence_transformer.modules.tokenizer import Whitesp
 from tokenizers import processors
 from torch import nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModel,
     BertConfig,
+    DataCollatorWithFlattening,
+    Gemma3TextConfig,
     ModernBertConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -64,6 +69,13 @@ def transformer(folder: Path, kind: str = "bert", padding_side: str = "right", *
         "modernbert": lambda: ModernBertConfig(**size, **longest, pad_token_id=0, cls_token_id=2, sep_token_id=3),
         # Its end-of-text token is another than the tokenizer's, as Qwen3-Embedding has it: trainers align the two.
         "qwen3": lambda: Qwen3Config(**size, **longest, num_key_value_heads=1, head_dim=16, eos_token_id=2),
+        # As EmbeddingGemma: every token sees all others, some layers only those near it.
+        "gemma3": lambda: Gemma3TextConfig(
+            **size,
+            **longest,
+            **{"num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3},
+            **{"use_bidirectional_attention": True, "sliding_window": 8, "query_pre_attn_scalar": 16},
+        ),
         "t5": lambda: T5Config(
             vocab_size=len(fast),
             d_model=WIDTH,
@@ -97,6 +109,48 @@ def dense(seed: int, width: int = WIDTH, out: int | None = None) -> Dense:
     return Dense(width, out or width, init_weight=weight, init_bias=torch.zeros(out or width))
 
 
+def varlen(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention within each of the texts that lie one after the other, as FlashAttention's varlen functions have it:
+    ``(1, heads, tokens, d) → (1, tokens, heads, d)``.
+    """
+    assert attention_mask is None and cu_seq_lens_q is not None and len(query) == 1
+    ends = cu_seq_lens_q.tolist()
+    of_texts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(each[:, :, start:end] for each in (query, key, value)),
+            is_causal=bool(getattr(module, "is_causal", False)),
+            scale=scaling,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+        for start, end in pairwise(ends)
+    ]
+    return torch.cat(of_texts, dim=2).transpose(1, 2), None
+
+
+def flattening(module: Transformer) -> Transformer:
+    """The same, reading texts one after the other without padding, as on a GPU with FlashAttention."""
+    AttentionInterface.register("varlen", varlen)
+    AttentionMaskInterface.register("varlen", lambda *args, **kwargs: None)
+    module.model.config._attn_implementation = "varlen"
+    module.data_collator = DataCollatorWithFlattening(
+        return_seq_idx=True, return_flash_attn_kwargs=True, return_position_ids=True
+    )
+    if module.model_forward_params is not None:
+        module.model_forward_params |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+    module._flatten_position_offset = module._infer_flatten_position_offset()
+    module.can_flatten_inputs = True
+    return module
+
+
 def heads(**options: Any) -> Router:
     """One dense layer for queries, another for documents."""
     return Router({"query": [dense(1)], "document": [dense(2)]}, **options)
@@ -112,6 +166,19 @@ def _decoder(folder: Path) -> SentenceTransformer:
         Pooling(WIDTH, "lasttoken"),
         Normalize(),
         prompts={"query": "query : ", "document": "passage : "},
+    )
+
+
+def _gemma(folder: Path) -> SentenceTransformer:
+    """Mean pooling, two dense layers without activation, and long prompts, as EmbeddingGemma has them."""
+    prompts = {"query": "query : passage : ", "document": "passage : query : "}
+    return of(
+        transformer(folder, "gemma3"),
+        Pooling(WIDTH),
+        dense(0, WIDTH, 48),
+        dense(1, 48, WIDTH),
+        Normalize(),
+        prompts=prompts,
     )
 
 
@@ -222,6 +289,23 @@ ENCODERS: dict[str, Encoder] = {
     "ModernBERT": Encoder(lambda folder: of(transformer(folder, "modernbert"), Pooling(WIDTH), Normalize())),
     "T5's encoder": Encoder(lambda folder: of(transformer(folder, "t5"), Pooling(WIDTH), Normalize())),
     "a decoder, last token": Encoder(_decoder),
+    "Gemma": Encoder(_gemma),
+    "a decoder, flattened": Encoder(
+        lambda folder: of(
+            flattening(transformer(folder, "qwen3", "left")),
+            Pooling(WIDTH, "lasttoken"),
+            Normalize(),
+            prompts={"query": "query : ", "document": "passage : "},
+        ),
+        is_saved=False,
+    ),
+    **{
+        f"{name}, flattened": Encoder(
+            lambda folder, kind=kind: of(flattening(transformer(folder, kind)), Pooling(WIDTH), Normalize()),
+            is_saved=False,
+        )
+        for name, kind in (("RoBERTa", "roberta"), ("ModernBERT", "modernbert"))
+    },
     "prompts left out of pooling": Encoder(_prompts_left_out),
     "two dense layers": Encoder(lambda folder: _bert(folder, dense(0, WIDTH, 48), dense(1, 48, WIDTH), Normalize())),
     "two towers": Encoder(lambda folder: router_of(make_static_model(0), make_static_model(1)), is_static=True),

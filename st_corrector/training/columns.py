@@ -1,0 +1,78 @@
+"""What the columns of a data set hold: which are read as texts, with which prompt, and what a label must be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset, Value
+from sentence_transformers.base.data_collator import DEFAULT_LABEL_COLUMNS
+
+from ..errors import InputError
+
+logger = logging.getLogger(__name__)
+_NO_TEXTS = {*DEFAULT_LABEL_COLUMNS, "dataset_name"}
+
+
+def prompts_by_column(query: str, document: str, data: Iterable[Any]) -> dict[str, str]:
+    """The prompt of each column of texts: of the first that of queries, of the others that of targets. Without them a
+    model that has instructions would be trained without, and used with them.
+
+    Args:
+        query: what ``model.encode_query`` puts before a query.
+        document: what a corrected loss puts before a target.
+        data: data sets that it trains or is evaluated on.
+    """
+    columns: dict[str, str] = {}
+    for some in data if query or document else ():
+        for place, name in enumerate(name for name in some.column_names if name not in _NO_TEXTS):
+            prompt = document if place else query
+            if columns.setdefault(name, prompt) != prompt:
+                logger.warning(
+                    "Column %r holds queries in one data set and targets in another, so that no prompt is put before "
+                    "any: prompts={data set: {column: prompt}} in the arguments says which.",
+                    name,
+                )
+                return {}
+    if columns:
+        logger.info("The model's prompts are put before these columns: %s. prompts={…} says otherwise.", columns)
+    return columns
+
+
+def require_columns(data: Any) -> None:
+    """Refuse columns here at which the data collator would fail, with a message of its own that names none."""
+    features = dict(getattr(data, "features", None) or {})
+    label = next((name for name in DEFAULT_LABEL_COLUMNS if name in features), None)
+    for name, feature in features.items():
+        dtype = feature.dtype if isinstance(feature, Value) else str(feature)
+        if name != label:
+            if dtype not in ("string", "large_string", "null") and name != "dataset_name":
+                raise InputError(
+                    f"The column {name!r} holds {dtype}, and every column but the label is read as text: "
+                    f"dataset.remove_columns({name!r})."
+                )
+        elif not _are_labels(name, feature, data):
+            raise InputError(
+                f"The column {name!r} holds {dtype}, expected integers, the corpus rows of the positives, or lists of "
+                "one length, [row, key of the query, rows of negatives …]: "
+                f"dataset.add_column({name!r}, corpus.labels(ids, queries)), after removing what is there, makes them "
+                "of ids."
+            )
+        elif isinstance(data, Dataset) and (nulls := data.data.column(name).null_count):
+            raise InputError(
+                f"The column {name!r} has {nulls} nulls, expected the corpus row of every positive: "
+                f"dataset.filter(lambda row: row[{name!r}] is not None) leaves these pairs out."
+            )
+
+
+def _are_labels(name: str, feature: Any, data: Any) -> bool:
+    """Whether a column holds integers, or lists of two or more, as many in each row."""
+    of_lists = getattr(feature, "feature", None)
+    if not str(getattr(of_lists or feature, "dtype", "")).startswith(("int", "uint")):
+        return False
+    if of_lists is None or not isinstance(data, Dataset):
+        return True
+    lengths = pc.min_max(pc.list_value_length(data.data.column(name))).as_py()
+    return not len(data) or (lengths["min"] == lengths["max"] and lengths["min"] >= 2)

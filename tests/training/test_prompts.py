@@ -1,0 +1,121 @@
+"""A model's instructions are trained as they are used: before queries and documents, whoever forgets to say so."""
+
+import pytest
+import torch
+from conftest import make_static_model, make_texts
+from datasets import Dataset, DatasetDict
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from support.runs import arguments
+from support.states import same, weights
+
+from st_corrector import Corpus, CorrectedMultipleNegativesLoss, CorrectorTrainer, EmbeddingCache, InputError
+
+PROMPTS = {"query": "query : ", "document": "passage : "}
+
+
+def prompted(seed=0):
+    model = make_static_model(seed)
+    model.prompts = dict(PROMPTS)
+    return model
+
+
+def trained(folder, corpus, model=None, data=None, **settings):
+    torch.manual_seed(0)
+    model = model or prompted()
+    trainer = CorrectorTrainer(
+        model, arguments(folder, save_strategy="no", **settings), corpus=corpus, train_dataset=data
+    )
+    before = weights(model)
+    trainer.train()
+    assert not same(before, weights(model))
+    return weights(model), trainer.data_collator.prompts
+
+
+def test_the_models_prompts_are_put_before_the_columns(corpus, tmp_path):
+    by_default, found = trained(tmp_path / "default", corpus)
+    said, _ = trained(tmp_path / "said", corpus, prompts={"anchor": PROMPTS["query"], "positive": PROMPTS["document"]})
+    assert found == {"anchor": "query : ", "positive": "passage : "} and same(by_default, said)
+    without, found = trained(tmp_path / "without", corpus, make_static_model())
+    assert found == {} and not same(by_default, without)
+
+
+def test_what_the_arguments_say_holds(corpus, tmp_path):
+    _, found = trained(tmp_path / "queries", corpus, prompts={"anchor": "other : ", "positive": PROMPTS["document"]})
+    assert found["anchor"] == "other : "
+    with pytest.raises(InputError, match="is not the text of corpus row"):
+        trained(tmp_path / "none", corpus, prompts={})
+
+
+@pytest.mark.parametrize("prompts", [{"query": "query : "}, {"passage": "passage : "}, {"document": ""}, {}])
+def test_models_with_one_prompt_or_none(corpus, tmp_path, prompts):
+    model = make_static_model()
+    model.prompts = prompts
+    _, found = trained(tmp_path / "out", corpus, model)
+    expected = {"anchor": prompts.get("query", ""), "positive": prompts.get("passage", "")}
+    assert found == (expected if any(expected.values()) else {})
+
+
+def test_a_corpus_with_a_prompt_of_its_own(tmp_path):
+    queries, texts = make_texts(60)
+    corpus = Corpus.from_texts(texts, prompt="word1 : ")
+    corpus.add_split("train", {str(n): query for n, query in enumerate(queries)}, {str(n): str(n) for n in range(60)})
+    _, found = trained(tmp_path / "out", corpus)
+    assert found == {"anchor": "query : ", "positive": "word1 : "}
+
+
+def columns(corpus, names, negatives=False):
+    pairs = corpus.pairs("train")
+    texts = {names[0]: pairs["anchor"][:], names[1]: pairs["positive"][:]}
+    if negatives:
+        texts["negative"] = corpus.texts([(row + 7) % len(corpus) for row, _ in pairs["label"]])
+    return Dataset.from_dict({**texts, "label": pairs["label"][:]})
+
+
+def test_columns_of_any_name_and_several_data_sets(corpus, tmp_path):
+    data = columns(corpus, ("question", "answer"), negatives=True)
+    _, found = trained(tmp_path / "named", corpus, data=data)
+    assert found == {"question": "query : ", "answer": "passage : ", "negative": "passage : "}
+    both = DatasetDict({"a": columns(corpus, ("question", "answer")), "b": columns(corpus, ("anchor", "answer"))})
+    _, found = trained(tmp_path / "two", corpus, data=both)
+    assert found == {"question": "query : ", "answer": "passage : ", "anchor": "query : "}
+
+
+def test_a_stream(corpus, tmp_path):
+    stream = corpus.pairs("train").to_iterable_dataset()
+    _, found = trained(tmp_path / "out", corpus, data=stream, accelerator_config={"dispatch_batches": False})
+    assert found == {"anchor": "query : ", "positive": "passage : "}
+
+
+def test_a_column_that_is_both_has_no_prompt_and_a_warning(corpus, tmp_path, caplog):
+    both = DatasetDict({"a": columns(corpus, ("one", "two")), "b": columns(corpus, ("two", "one"))})
+    trainer = CorrectorTrainer(prompted(), arguments(tmp_path), corpus=corpus, train_dataset=both)
+    assert trainer.data_collator.prompts == {} and "Column 'two' holds queries in one data set" in caplog.text
+
+
+def test_each_data_set_with_a_loss_of_its_own_has_its_prompts(corpus, tmp_path):
+    model = prompted()
+    other = Corpus.from_texts(corpus.texts(range(len(corpus))), prompt="word1 : ")
+    losses = {
+        name: CorrectedMultipleNegativesLoss(
+            model, each, EmbeddingCache.build(model, each, tmp_path / name, progress=False), 2
+        )
+        for name, each in (("a", corpus), ("b", other))
+    }
+    data = DatasetDict({"a": columns(corpus, ("one", "two")), "b": columns(corpus, ("two", "one"))})
+    trainer = CorrectorTrainer(model, arguments(tmp_path / "out", save_strategy="no"), train_dataset=data, loss=losses)
+    assert trainer.data_collator.prompts == {
+        "a": {"one": "query : ", "two": "passage : "},
+        "b": {"two": "query : ", "one": "word1 : "},
+    }
+    trainer.train()
+    assert all(loss.corrected.steps for loss in losses.values())
+
+
+def test_the_plain_trainer_is_told_by_the_first_batch(corpus, tmp_path):
+    model = prompted()
+    cache = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)
+    loss = CorrectedMultipleNegativesLoss(model, corpus, cache, 2)
+    plain = SentenceTransformerTrainingArguments(str(tmp_path / "out"), max_steps=1, report_to="none")
+    trainer = SentenceTransformerTrainer(model, plain, train_dataset=corpus.pairs("train"), loss=loss)
+    with pytest.raises(InputError, match=r"args\.prompts="):
+        trainer.train()
