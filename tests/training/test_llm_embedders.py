@@ -125,7 +125,8 @@ def of_own_data(name, corpus, folder, mini_batch_size, shift=0):
     negatives = corpus.texts([(row + 40) % len(corpus) for row, _ in pairs["label"]])
     own = {"anchor": pairs["anchor"][:], "positive": positives, "negative": negatives, "label": pairs["label"][:]}
     how = {"save_strategy": "no", "max_steps": 3, "mini_batch_size": mini_batch_size, "logging_steps": 1}
-    how |= {"learning_rate": 1e-3, "optim": "sgd", "cache_path": str(folder / name / "cache")}
+    how["num_negatives"] = 0  # two rows may score the same but for rounding
+    how |= {"learning_rate": 0.02, "optim": "sgd", "cache_path": str(folder / name / "cache")}
     settings = arguments(folder / name / "out", **how)
     return CorrectorTrainer(ENCODERS[name].make(folder), settings, corpus=corpus, train_dataset=Dataset.from_dict(own))
 
