@@ -68,7 +68,10 @@ class RecipeArguments(DataArguments):
     lora_alpha: int = field(default=32, metadata={"help": "The adapter's scale is lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
     lora_target_modules: str | None = field(
-        default=None, metadata={"help": "Names of the layers that get one, with commas; by default the model's usual."}
+        default=None,
+        metadata={
+            "help": "Names of the layers that get one, with commas, or all-linear; by default the model's usual."
+        },
     )
     num_layers: int | None = field(
         default=None, metadata={"help": "Keep only the first layers of a BERT: a smaller model, with more to learn."}
@@ -105,7 +108,9 @@ def load_model(args: RecipeArguments, seed: int) -> SentenceTransformer:
     if args.encoder == "static":
         model = static_encoder(name, seed, args.model_revision)
     else:
-        model = SentenceTransformer(name, revision=args.model_revision)
+        # As published they may be in bfloat16, in which most updates of what is trained are rounded away.
+        how = {} if args.lora_r else {"model_kwargs": {"dtype": "float32"}}
+        model = SentenceTransformer(name, revision=args.model_revision, **how)
     if args.num_layers:
         transformer = model.transformers_model
         transformer.encoder.layer = transformer.encoder.layer[: args.num_layers]
@@ -125,10 +130,17 @@ def load_model(args: RecipeArguments, seed: int) -> SentenceTransformer:
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
-            target_modules=args.lora_target_modules.split(",") if args.lora_target_modules else None,
+            target_modules=_layers(args.lora_target_modules),
         )
         model.add_adapter(adapter)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     return model
+
+
+def _layers(named: str | None) -> str | list[str] | None:
+    return named.split(",") if named and named != "all-linear" else named
 
 
 def load_teacher(args: RecipeArguments) -> SentenceTransformer | None:

@@ -38,6 +38,7 @@ from conftest import ROOT, make_bert_model, make_texts
 from packaging.requirements import Requirement
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
+from support.encoders import ENCODERS
 
 import st_corrector
 
@@ -50,9 +51,9 @@ DOCS = ROOT / "docs"
 FIGURES = DOCS / "figures"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 FOR_THE_EYE = ("text", "bibtex", "mermaid")
-RUN = (("cache", "build"), ("cache", "info"), ("cache", "verify"), ("cache", "repair"))
+RUN = (("cache", "build"), ("cache", "info"), ("cache", "verify"), ("cache", "repair"), ("cache", "extend"))
 """Commands of ``st-corrector`` that need nothing but what the page has made."""
-STAND_IN = "sentence-transformers/all-MiniLM-L6-v2"
+STAND_IN, DECODER = "sentence-transformers/all-MiniLM-L6-v2", "Qwen/Qwen3-Embedding-0.6B"
 _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}) *(?P<language>[^\s`]*) *(?P<rest>[^`]*)$")
 _INCLUDED = re.compile(r'^ *--8<-- "(?P<path>[^":]+)(?::(?P<section>[-\w]+))?"$', re.MULTILINE)
 
@@ -275,10 +276,11 @@ def shelf(tmp_path_factory) -> Path:
         data / "questions.jsonl",
         [{"qid": f"q{n}", "question": query, "pid": f"p{n}"} for n, (query, _) in numbered],
     )
-    stored = shelf / "hub" / f"models--{STAND_IN.replace('/', '--')}"
-    (stored / "refs").mkdir(parents=True)
-    (stored / "refs" / "main").write_text("0" * 40)
-    make_stand_in(shelf).save(str(stored / "snapshots" / ("0" * 40)))
+    for name, model in {STAND_IN: make_stand_in(shelf), DECODER: ENCODERS["a decoder, last token"].make(shelf)}.items():
+        stored = shelf / "hub" / f"models--{name.replace('/', '--')}"
+        (stored / "refs").mkdir(parents=True)
+        (stored / "refs" / "main").write_text("0" * 40)
+        model.save(str(stored / "snapshots" / ("0" * 40)))
     return shelf
 
 

@@ -1,17 +1,32 @@
-"""Search and correction in float32, whatever the encoder's precision in the training loop."""
+"""In which precision what is computed: search and correction in float32, whatever the training loop has."""
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+logger = logging.getLogger(__name__)
 Given = ParamSpec("Given")
 Returned = TypeVar("Returned")
+
+
+def warn_of_rounded_weights(model: nn.Module) -> None:
+    """Say of weights that are trained in 16 bits that most of what they would learn is rounded away."""
+    trained = {each.dtype for each in model.parameters() if each.requires_grad}
+    for dtype in sorted(trained & {torch.bfloat16, torch.float16}, key=str):
+        logger.warning(
+            "Weights in %s are trained, in which an update smaller than 1/%d of a weight is lost: load the model in "
+            "float32 (model_kwargs={'dtype': 'float32'}) and set bf16=True. Adapters alone can be made float32: "
+            "for each in model.parameters(): each.data = each.data.float() if each.requires_grad else each.data",
+            dtype,
+            round(1 / torch.finfo(dtype).eps * 2),
+        )
 
 
 def in_float32(method: Callable[Given, Returned]) -> Callable[Given, Returned]:

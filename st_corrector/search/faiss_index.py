@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ from ..cache.embedding_cache import EmbeddingCache
 from ..errors import CacheError, InputError, StorageError
 from ..storage.files import make_folder, whole
 from ..storage.fingerprint import differences
+from .topk import NO_ROW
+
+logger = logging.getLogger(__name__)
 
 _INDEX, _DESCRIPTION = "index.faiss", "index.json"
 _ROWS_AT_ONCE = 65_536
+_MOST_ON_GPU = 2_048  # results of one query that FAISS gives on a GPU
 _TRAINED_ON = 262_144  # maximum rows: FAISS itself asks for 39 to 256 per centroid
 
 
@@ -34,6 +39,8 @@ class FaissIndex:
 
     def __init__(self, index: Any, factory: str, normalize: bool, parameters: str = "") -> None:
         self._index, self.factory, self.normalize, self.parameters = index, factory, normalize, parameters
+        self._copies: dict[int, Any] = {}  # on GPUs; None where there can be none
+        self._resources: list[Any] = []  # which must outlive them
         if parameters:
             try:
                 faiss_module().ParameterSpace().set_index_parameters(index, parameters)
@@ -149,7 +156,17 @@ class FaissIndex:
             queries: ``(B, d)``.
             k: how many rows.
             skip: excluded rows, as a bitmap: bit ``row % 8`` of byte ``row // 8``.
+
+        Queries on a GPU search a copy of the index there, where FAISS was built for GPUs and has this kind for them
+        (``Flat`` and ``IVF…``; not ``HNSW``).
         """
+        gpu = _gpu_of(queries.device)
+        on_gpu = None if gpu is None else self._copy_on(gpu)
+        if on_gpu is None:
+            return self._search_here(queries, k, skip)
+        return self._search_copy(on_gpu, queries, k, skip)
+
+    def _search_here(self, queries: Tensor, k: int, skip: np.ndarray | None) -> Tensor:
         faiss = faiss_module()
         faiss.omp_set_num_threads(torch.get_num_threads())
         parameters = None
@@ -159,6 +176,44 @@ class FaissIndex:
             parameters = _search_parameters(self._index, selector)
         found = self._index.search(queries.float().cpu().numpy(), k, params=parameters)[1]
         return torch.from_numpy(found).to(queries.device)
+
+    def _copy_on(self, gpu: int) -> Any:
+        """A copy of the index on a GPU, made once; None where there can be none."""
+        if gpu not in self._copies:
+            faiss = faiss_module()
+            try:
+                self._resources.append(faiss.StandardGpuResources())
+                copy = faiss.index_cpu_to_gpu(self._resources[-1], gpu, self._index)
+                if self.parameters:
+                    faiss.GpuParameterSpace().set_index_parameters(copy, self.parameters)
+            except RuntimeError as error:
+                logger.warning("%r is searched on the CPU: FAISS cannot copy it to GPU %d (%s).", self, gpu, error)
+                copy = None
+            self._copies[gpu] = copy
+        return self._copies[gpu]
+
+    def _search_copy(self, copy: Any, queries: Tensor, k: int, skip: np.ndarray | None) -> Tensor:
+        """Search a copy on a GPU, where FAISS excludes no rows: more are found, and these left out. Queries that lack
+        some are searched here.
+        """
+        vectors, most = queries.float().cpu().numpy(), min(len(self), _MOST_ON_GPU)
+        wanted = k if skip is None else 2 * k
+        while True:
+            wanted = min(wanted, most)
+            found = copy.search(vectors, wanted)[1] if wanted else np.empty((len(vectors), 0), dtype=np.int64)
+            gone = found == NO_ROW
+            if skip is not None:
+                gone |= (skip[found // 8] >> (found % 8).astype(np.uint8) & 1).astype(bool)
+            lacking = (~gone).sum(1) < k
+            if not lacking.any() or wanted == most:
+                break
+            wanted *= 2
+        order = gone.argsort(axis=1, kind="stable")[:, :k]
+        rows = np.where(np.take_along_axis(gone, order, 1), NO_ROW, np.take_along_axis(found, order, 1))
+        rows = np.pad(rows, ((0, 0), (0, k - rows.shape[1])), constant_values=NO_ROW)
+        if lacking.any() and wanted < len(self):
+            rows[lacking] = self._search_here(queries[torch.from_numpy(lacking)], k, skip).cpu().numpy()
+        return torch.from_numpy(rows).to(queries.device)
 
     def _save(self, folder: Path, cache: EmbeddingCache) -> None:
         make_folder(folder)
@@ -201,6 +256,13 @@ def _search_parameters(index: Any, selector: Any) -> Any:
     return faiss.SearchParameters(sel=selector)
 
 
+def _gpu_of(device: torch.device) -> int | None:
+    """The number of the GPU that FAISS may search for queries there; None for none."""
+    if device.type != "cuda" or not getattr(faiss_module(), "get_num_gpus", lambda: 0)():
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def faiss_module() -> Any:
     """FAISS.
 
@@ -211,6 +273,6 @@ def faiss_module() -> Any:
         import faiss
     except ImportError as error:
         raise InputError(
-            "An index needs FAISS: pip install 'st-corrector[faiss-cpu]' (or faiss-gpu for a CUDA build)."
+            "An index needs FAISS: pip install 'st-corrector[faiss-cpu]', or a build for GPUs, such as faiss-gpu-cu12."
         ) from error
     return faiss

@@ -38,6 +38,7 @@ from ..negatives.filters import Check
 from ..reporting.model_card import CorrectorModelCardData
 from ..runtime.distributed import Processes
 from ..runtime.memory import describe_memory, require_memory
+from ..runtime.precision import warn_of_rounded_weights
 from ..storage.files import storing
 from ..storage.fingerprint import digest_json
 from ..teachers import Teacher
@@ -144,6 +145,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
                 "and what it has counted: pass loss=lambda model: CorrectedMultipleNegativesLoss(model, …), or "
                 "corpus=… alone."
             )
+        if losses:
+            warn_of_rounded_weights(self.model)
         self.guard = Guard(cast(NonFinitePolicy, self.args.non_finite), Processes.current())
         """What has been skipped, and whether the run was told to stop."""
         self.add_callback(self.guard)

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,9 @@ from st_corrector import (
     Shortlist,
     ShortlistSearch,
 )
+from st_corrector.search import faiss_index
 
-pytest.importorskip("faiss", reason="FAISS is optional: pip install 'st-corrector[faiss-cpu]'")
+faiss = pytest.importorskip("faiss", reason="FAISS is optional: pip install 'st-corrector[faiss-cpu]'")
 DIM, ROWS = 16, 3_000
 
 
@@ -160,6 +162,68 @@ def test_indices_are_kept_and_told_apart(cache, tmp_path):
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
     with pytest.raises(CacheError, match="not empty and holds no index"):
         FaissIndex.build(cache, "Flat", tmp_path / "photos")
+
+
+class OnGpu:
+    """Stands for a copy of an index on a GPU, as FAISS has it: it excludes no rows, and gives at most 2,048."""
+
+    def __init__(self, index):
+        self.index, self.asked = index, []
+
+    def search(self, vectors, k):
+        assert 1 <= k <= 2_048, "Error: 'k <= getMaxKSelection()' failed"
+        self.asked.append(k)
+        return self.index.search(vectors, k)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A FAISS that was built for GPUs, as far as that can be had without one; its copies, as they are made."""
+    copies = []
+
+    def copy(resources, number, index):
+        if type(faiss.downcast_index(index)).__name__.startswith("IndexHNSW"):
+            raise RuntimeError("This index type is not implemented on GPU.")
+        copies.append(OnGpu(index))
+        return copies[-1]
+
+    monkeypatch.setattr(faiss_index, "_gpu_of", lambda device: 0)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "GpuParameterSpace", lambda: faiss.ParameterSpace(), raising=False)
+    monkeypatch.setattr(faiss.ParameterSpace, "set_index_parameters", lambda self, index, given: None)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", copy, raising=False)
+    return copies
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat"])
+@pytest.mark.parametrize("skipped", [0, 1, 700, ROWS - 5, ROWS])
+@pytest.mark.parametrize("k", [1, 10, ROWS])
+def test_a_copy_on_a_gpu_finds_what_the_index_finds(cache, factory, skipped, k, gpu):
+    """Also where so many rows are excluded that it must be asked for more, or for more than it can give."""
+    index = FaissIndex.build(cache, factory)
+    order = np.random.default_rng(0).permutation(ROWS)[:skipped]
+    skip = np.packbits(np.isin(np.arange(ROWS), order), bitorder="little") if skipped else None
+    found = index.search(queries(), k, skip)
+    expected = index._search_here(queries(), k, skip)
+    assert torch.equal(found, expected) and found.shape == (12, k)
+    assert not np.isin(found.numpy(), order).any()
+    assert gpu[0].asked and max(gpu[0].asked) <= min(ROWS, 2_048) and len(gpu) == 1
+    if skipped in (0, 1) and k < ROWS:
+        assert len(gpu[0].asked) == 1, "once, unless many are excluded"
+
+
+def test_an_index_that_no_gpu_has_is_searched_here(cache, gpu, caplog):
+    index = FaissIndex.build(cache, "HNSW32")
+    for _ in range(2):
+        assert torch.equal(index.search(queries(), 5), index._search_here(queries(), 5, None))
+    assert not gpu and caplog.text.count("is searched on the CPU: FAISS cannot copy it to GPU 0") == 1
+
+
+def test_no_gpu_is_asked_for_queries_on_the_cpu(cache, monkeypatch):
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    assert faiss_index._gpu_of(torch.device("cpu")) is None and faiss_index._gpu_of(torch.device("cuda:1")) == 1
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    assert faiss_index._gpu_of(torch.device("cuda:1")) is None
 
 
 def test_bad_shortlists_are_refused(cache):

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ CASES: dict[str, dict] = {
     "negatives of one's own": {"num_negatives": 3},
     "a corpus that has grown": {},
     "several data sets": {"multi_dataset_batch_sampler": "round_robin"},
+    "several corpora": {"multi_dataset_batch_sampler": "round_robin"},
     "own pairs, taught": {"own_pairs_share": 0.25, "teacher_weight": 1.0, "teacher_scale": 12.0},
 }
 TRANSFORMERS = (
@@ -188,6 +190,17 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
     if case == "several data sets":
         pairs = corpus.pairs("train")
         watched["train_dataset"] = {"a": pairs.select(range(120)), "b": pairs.select(range(120, 203))}
+    if case == "several corpora":
+        other = Corpus.from_texts(texts[::-1])
+        other.add_split("train", dict(zip(ids, queries, strict=False)), {id: [str(202 - int(id))] for id in ids})
+        corpora = {"a": corpus, "b": other}
+        watched["train_dataset"] = {name: each.pairs("train") for name, each in corpora.items()}
+        loss = {
+            name: CorrectedMultipleNegativesLoss(
+                model, each, EmbeddingCache.build(model, each, folder / f"cache-{name}", progress=False), 5, "mlp"
+            )
+            for name, each in corpora.items()
+        }
     return CorrectorTrainer(model, training, corpus=corpus, loss=loss, **watched)
 
 
@@ -242,16 +255,16 @@ def encoder(folder: Path, case: str) -> SentenceTransformer:
 
 def run(folder: Path, case: str, args: argparse.Namespace) -> None:
     trainer = build(folder, case, args)
-    (loss,) = trainer._corrected_losses().values()
+    loss, *others = trainer._corrected_losses().values()
     selected = []
-    select = loss.select
 
-    def recording(*inputs, **settings):
+    def recording(select, *inputs, **settings):
         selection = select(*inputs, **settings)
         selected.append(selection.rows)
         return selection
 
-    loss.select = recording
+    for each in (loss, *others):
+        each.select = partial(recording, each.select)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     began = BeganAt()
     trainer.add_callback(began)
@@ -269,7 +282,11 @@ def run(folder: Path, case: str, args: argparse.Namespace) -> None:
         ],
         "before": before,
         "model": trainer.model.state_dict(),
-        "corrector": search.corrector.state_dict() if search else {},
+        "corrector": {
+            f"{number}.{name}": value
+            for number, each in enumerate((loss, *others) if search else ())
+            for name, value in each.corrected.corrector.state_dict().items()
+        },
         "overlay": search.overlay.state_dict() if search else {},
         "steps": search.steps if search else 0,
         "rows": (search.cache.first_row, search.cache.end) if search else (0, 0),

@@ -20,7 +20,7 @@ KINDS = ("a decoder, last token", "Gemma", "ModernBERT", "T5's encoder")
 FLATTENED = ("a decoder, flattened", "RoBERTa, flattened", "ModernBERT, flattened")
 
 
-def embedder(name, folder):
+def embedder(name, folder, in_float32=True):
     """Frozen weights in bfloat16, as they are published, and adapters in float32 on all linear layers."""
     model = ENCODERS[name].make(folder)
     if not model.prompts.get("query"):
@@ -34,6 +34,9 @@ def embedder(name, folder):
     for module in model:
         if module is not transformer:
             module.requires_grad_(False)
+    if in_float32:
+        for each in model.parameters():
+            each.data = each.data.float() if each.requires_grad else each.data
     return model
 
 
@@ -45,14 +48,15 @@ def trainer_of(name, corpus, folder, at="out", **settings):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_from_cache_to_a_resumed_run(name, corpus, tmp_path):
+def test_from_cache_to_a_resumed_run(name, corpus, tmp_path, caplog):
     trainer = trainer_of(name, corpus, tmp_path)
     before, loss = weights(trainer.model), loss_of(trainer)
     assert trainer.data_collator.prompts["anchor"] == trainer.model.prompts["query"]
     transformer = next(module for module in trainer.model.modules() if isinstance(module, Transformer))
     dtypes = {parameter.dtype for parameter in transformer.model.parameters() if not parameter.requires_grad}
     assert dtypes == {torch.bfloat16} and loss.corrected.cache.dtype == torch.bfloat16
-    assert isinstance(loss.encoder.tokens, TokenizedCorpus)
+    assert {each.dtype for each in trainer.model.parameters() if each.requires_grad} == {torch.float32}
+    assert isinstance(loss.encoder.tokens, TokenizedCorpus) and "Weights in" not in caplog.text
     trainer.train()
     assert transformer.model.is_gradient_checkpointing
     moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
@@ -69,6 +73,19 @@ def test_from_cache_to_a_resumed_run(name, corpus, tmp_path):
     state = loss_of(resumed).corrected.corrector.state_dict()
     for key, value in loss.corrected.corrector.state_dict().items():
         torch.testing.assert_close(state[key], value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 256), (torch.float16, 2048), (torch.float32, None)])
+def test_weights_that_training_rounds_away_are_told(dtype, share, corpus, tmp_path, caplog):
+    model = ENCODERS["a decoder, last token"].make(tmp_path).to(dtype)
+    CorrectorTrainer(model, arguments(tmp_path / "out"), corpus=corpus)
+    told = f"Weights in {dtype} are trained, in which an update smaller than 1/{share} of a weight is lost"
+    assert (told in caplog.text) == (share is not None)
+    caplog.clear()
+    CorrectorTrainer(embedder("ModernBERT", tmp_path, in_float32=False), arguments(tmp_path / "out"), corpus=corpus)
+    assert "Weights in torch.bfloat16 are trained" in caplog.text, "adapters are of the weights' dtype"
+    one = torch.ones((), dtype=dtype)
+    assert share is None or (one + 0.99 / share == one and one + 1.01 / share != one)
 
 
 @pytest.mark.parametrize("name", KINDS[:1])
