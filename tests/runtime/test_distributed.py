@@ -128,12 +128,13 @@ def test_several_processes_train_what_one_does(one, tmp_path, processes, cases):
             raise AssertionError(f"{case}: {error}") from error
 
 
-def test_a_teacher_that_fails_in_one_process_ends_all(tmp_path):
-    case = "taught and checked by a cross-encoder"
+@pytest.mark.parametrize("case", ["taught and checked by a cross-encoder", "judged: a cross-encoder"])
+def test_a_teacher_that_fails_in_one_process_ends_all(case, tmp_path):
     done = launch(tmp_path, 2, "--cases", json.dumps([case]), "--teacher_fails_on", 1, check=False)
     assert done.returncode != 0
     assert "NonFiniteError: The cross-encoder's score is NaN or infinite" in done.stderr
-    assert "has failed in another process:\n  rank 1: NonFiniteError" in done.stderr.replace("[rank0]: ", "")
+    where = "Judging the teacher" if case.startswith("judged") else ""
+    assert f"{where} has failed in another process:\n  rank 1: NonFiniteError" in done.stderr.replace("[rank0]: ", "")
 
 
 @pytest.fixture

@@ -71,6 +71,7 @@ CASES: dict[str, dict] = {
     "taught and checked by a cross-encoder": {
         **{"share_negatives": False, "in_batch_negatives": False, "teacher_weight": 1.0, "teacher_scale": 20.0},
     },
+    "judged: a cross-encoder": {"share_negatives": False, "in_batch_negatives": False},
     "negatives of one's own": {"num_negatives": 3},
     "a corpus that has grown": {},
     "several data sets": {"multi_dataset_batch_sampler": "round_robin"},
@@ -173,9 +174,11 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
     if case == "evaluated":
         watched["evaluator"] = CorpusRetrievalEvaluator(corpus, "train")
     if "cross-encoder" in case:
-        reader = cross_encoder(folder, args.teacher_fails_on)
+        # What a teacher is judged by is asked first.
+        reader = cross_encoder(folder, args.teacher_fails_on, at=0 if case.startswith("judged") else 2)
         watched["teacher"] = CrossEncoderTeacher(reader, corpus, folder / "scores.sqlite")
-        watched["checks"] = [TeacherCheck(watched["teacher"])]
+        if "checked" in case:
+            watched["checks"] = [TeacherCheck(watched["teacher"])]
     elif "taught" in case:
         pairs = [corpus.pairs("train")]
         if training.own_pairs_share:
@@ -204,11 +207,12 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
     return CorrectorTrainer(model, training, corpus=corpus, loss=loss, **watched)
 
 
-def cross_encoder(folder: Path, fails_on: int | None) -> CrossEncoder:
+def cross_encoder(folder: Path, fails_on: int | None, at: int) -> CrossEncoder:
     """A small one with random weights, the same in every process.
 
     Args:
-        fails_on: the rank of the process in which its third batch is one that it cannot score.
+        fails_on: the rank of the process in which it cannot score a batch.
+        at: which batch, from 0.
     """
     processes = Processes.current()
     if processes.rank == 0:
@@ -219,7 +223,7 @@ def cross_encoder(folder: Path, fails_on: int | None) -> CrossEncoder:
     model = CrossEncoder(str(folder / "cross-encoder"), num_labels=1)
     if fails_on == processes.rank:
         predict, calls = model.predict, iter(range(10**6))
-        model.predict = lambda pairs, **how: predict(pairs, **how) * (torch.nan if next(calls) == 2 else 1.0)
+        model.predict = lambda pairs, **how: predict(pairs, **how) * (torch.nan if next(calls) == at else 1.0)
     return model
 
 
