@@ -133,7 +133,8 @@ def load_model(args: RecipeArguments, seed: int) -> SentenceTransformer:
             target_modules=_layers(args.lora_target_modules),
         )
         model.add_adapter(adapter)
-        for parameter in model.parameters():
+        # Not of modules behind the transformer, which take what it says as it is.
+        for parameter in model.transformers_model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return model

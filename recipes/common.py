@@ -192,7 +192,7 @@ def trainer_for(
 ) -> CorrectorTrainer:
     """The trainer of a strategy, as a user would make it."""
     if strategy.name == "gist":
-        return guided_trainer(model, args, pairs_for(corpus, args), teacher)
+        return guided_trainer(model, corpus, args, pairs_for(corpus, args), teacher)
     pairs = pairs_for(corpus, args) if strategy.name == "mined" else training_pairs(corpus, args)
     labels = None if teacher is None else teacher_of(teacher, corpus, pairs, cache_path.parent, args)
     if strategy.name == "mined":

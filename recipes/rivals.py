@@ -18,9 +18,12 @@ from sentence_transformers.util import mine_hard_negatives, pairwise_cos_sim
 from transformers import TrainerCallback
 
 from st_corrector import Corpus, CorrectorTrainer, CorrectorTrainingArguments, EmbeddingTeacher, InputError
+from st_corrector.data.encoding import prompt_for
 from st_corrector.data.query_keys import query_keys
+from st_corrector.data.routing import QUERY
 from st_corrector.data.text import normalized
 from st_corrector.losses.similarity import Similarity
+from st_corrector.training.columns import prompts_by_column
 from st_corrector.training.own_pairs import share_for
 
 MINED_BY = ("max_score", "absolute_margin", "relative_margin", "range_min", "range_max")
@@ -46,6 +49,7 @@ def mine(model: SentenceTransformer, corpus: Corpus, pairs: Dataset, args: Corre
         pairs.select_columns(pairs.column_names[:2]),
         model,
         corpus=corpus.texts(range(len(corpus))),
+        corpus_prompt=corpus.prompt,
         num_negatives=args.num_negatives,
         sampling_strategy="top",
         output_format="n-tuple",
@@ -73,6 +77,7 @@ def mined_trainer(
     similarity = Similarity(model)
     scale = args.scale or similarity.default_scale
     tuples = mine(model, corpus, pairs, args)
+    args.prompts = prompts_of(model, corpus, tuples)
     if teacher is not None:
         if every is not None:
             raise InputError("A teacher's scores of mined tuples are learnt with --strategy mined-once alone.")
@@ -90,14 +95,24 @@ def mined_trainer(
     return CorrectorTrainer(model, args, train_dataset=again.dataset(tuples), loss=loss, callbacks=[again])
 
 
+def prompts_of(model: SentenceTransformer, corpus: Corpus, data: Dataset) -> dict[str, str]:
+    """What a corrected loss would have put before the columns."""
+    return prompts_by_column(prompt_for(model, None, QUERY), prompt_for(model, corpus.prompt), [data])
+
+
 def guided_trainer(
-    model: SentenceTransformer, args: CorrectorTrainingArguments, pairs: Dataset, guide: SentenceTransformer | None
+    model: SentenceTransformer,
+    corpus: Corpus,
+    args: CorrectorTrainingArguments,
+    pairs: Dataset,
+    guide: SentenceTransformer | None,
 ) -> CorrectorTrainer:
     """In-batch negatives of which a guide leaves out what it finds more relevant than the positive (GISTEmbed). The
-    guide reads texts as they were cut for the trained model.
+    guide reads texts as they were cut for the trained model, with its prompts.
     """
     if guide is None:
         raise InputError("--strategy gist has a teacher as its guide: give --teacher_model.")
+    args.prompts = prompts_of(model, corpus, pairs)
     loss = CachedGISTEmbedLoss(
         model,
         guide,

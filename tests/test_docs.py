@@ -276,7 +276,10 @@ def shelf(tmp_path_factory) -> Path:
         data / "questions.jsonl",
         [{"qid": f"q{n}", "question": query, "pid": f"p{n}"} for n, (query, _) in numbered],
     )
-    for name, model in {STAND_IN: make_stand_in(shelf), DECODER: ENCODERS["a decoder, last token"].make(shelf)}.items():
+    for name, model in {
+        STAND_IN: make_stand_in(shelf),
+        DECODER: ENCODERS["a decoder, last token"].make(shelf).bfloat16(),
+    }.items():
         stored = shelf / "hub" / f"models--{name.replace('/', '--')}"
         (stored / "refs").mkdir(parents=True)
         (stored / "refs" / "main").write_text("0" * 40)

@@ -72,6 +72,8 @@ class TokenLayout:
         features = model.preprocess(list(_PROBE), prompt=prompt, task="document")
         if _BOUNDS in features:
             module = modules_for(model, DOCUMENT)[0]
+            if not hasattr(module, "data_collator"):
+                return None
             others = {key: value for key, value in features.items() if key not in _flattened(module, [[0], [0]])}
             layout = cls(("input_ids",), None, False, torch.int64, others, module)
             return None if any(isinstance(value, Tensor) for value in others.values()) else layout

@@ -21,9 +21,9 @@ def warn_of_rounded_weights(model: nn.Module) -> None:
     trained = {each.dtype for each in model.parameters() if each.requires_grad}
     for dtype in sorted(trained & {torch.bfloat16, torch.float16}, key=str):
         logger.warning(
-            "Weights in %s are trained, in which an update smaller than 1/%d of a weight is lost: load the model in "
-            "float32 (model_kwargs={'dtype': 'float32'}) and set bf16=True. Adapters alone can be made float32: "
-            "for each in model.parameters(): each.data = each.data.float() if each.requires_grad else each.data",
+            "Weights in %s are trained, in which most updates smaller than 1/%d of a weight are lost: load the model "
+            "in float32 (model_kwargs={'dtype': 'float32'}) and set bf16=True. Adapters alone can be made float32: "
+            "for each in model.transformers_model.parameters(): if each.requires_grad: each.data = each.data.float()",
             dtype,
             round(1 / torch.finfo(dtype).eps * 2),
         )

@@ -38,6 +38,8 @@ _MAXIMA = 1 << 23
 chunks are larger."""
 _STRIP = 2_048
 """Rows that a CPU scores at once (it corrects half as many); a multiple of :class:`RunningTopK`'s blocks."""
+_VECTORS = 1 << 30
+"""Bytes of vectors that a GPU converts and corrects at once, at most."""
 _LIBRARIES = 8 << 20  # where the matrix library packs its operands
 
 
@@ -143,8 +145,10 @@ class CorrectedSearch:
     def _chunk_size(self, batch_size: int, device: torch.device) -> int:
         if self.chunk_size is not None:
             return self.chunk_size
-        strips = _SCORES.get(device.type, _SCORES["cpu"]) // max(1, batch_size) // _STRIP
-        return _STRIP * min(max(1, strips), 128)
+        strips = min(128, _SCORES.get(device.type, _SCORES["cpu"]) // max(1, batch_size) // _STRIP)
+        if device.type != "cpu":  # which goes through them strip by strip
+            strips = min(strips, _VECTORS // (4 * (2 * self.cache.dim + self.corrector.working_width)) // _STRIP)
+        return _STRIP * max(1, strips)
 
     def _keeps_only_maxima(self, device: torch.device) -> bool:
         """Whether a search by the kernel neither copies nor converts nor corrects the cache's vectors."""

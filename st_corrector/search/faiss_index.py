@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -40,7 +41,6 @@ class FaissIndex:
     def __init__(self, index: Any, factory: str, normalize: bool, parameters: str = "") -> None:
         self._index, self.factory, self.normalize, self.parameters = index, factory, normalize, parameters
         self._copies: dict[int, Any] = {}  # on GPUs; None where there can be none
-        self._resources: list[Any] = []  # which must outlive them
         if parameters:
             try:
                 faiss_module().ParameterSpace().set_index_parameters(index, parameters)
@@ -157,14 +157,13 @@ class FaissIndex:
             k: how many rows.
             skip: excluded rows, as a bitmap: bit ``row % 8`` of byte ``row // 8``.
 
-        Queries on a GPU search a copy of the index there, where FAISS was built for GPUs and has this kind for them
-        (``Flat`` and ``IVF…``; not ``HNSW``).
+        Queries on a GPU search a copy of the index there, where FAISS was built for GPUs, has this kind for them
+        (``Flat`` and ``IVF…``; not ``HNSW``), and half of the free memory has room for it.
         """
         gpu = _gpu_of(queries.device)
-        on_gpu = None if gpu is None else self._copy_on(gpu)
-        if on_gpu is None:
+        if gpu is None or k > _MOST_ON_GPU or self._copy_on(gpu) is None:
             return self._search_here(queries, k, skip)
-        return self._search_copy(on_gpu, queries, k, skip)
+        return self._search_copy(gpu, queries, k, skip)
 
     def _search_here(self, queries: Tensor, k: int, skip: np.ndarray | None) -> Tensor:
         faiss = faiss_module()
@@ -180,34 +179,44 @@ class FaissIndex:
     def _copy_on(self, gpu: int) -> Any:
         """A copy of the index on a GPU, made once; None where there can be none."""
         if gpu not in self._copies:
-            faiss = faiss_module()
+            faiss, free = faiss_module(), _free_on(gpu)
             try:
-                self._resources.append(faiss.StandardGpuResources())
-                copy = faiss.index_cpu_to_gpu(self._resources[-1], gpu, self._index)
+                size = len(self) * (self._index.sa_code_size() + 8)  # of kinds that GPUs have
+                if size > free // 2:
+                    raise RuntimeError(f"it takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+                copy = faiss.index_cpu_to_gpu(_resources_of(gpu), gpu, self._index)
                 if self.parameters:
                     faiss.GpuParameterSpace().set_index_parameters(copy, self.parameters)
             except RuntimeError as error:
-                logger.warning("%r is searched on the CPU: FAISS cannot copy it to GPU %d (%s).", self, gpu, error)
-                copy = None
-            self._copies[gpu] = copy
+                self._give_up(gpu, error)
+            else:
+                self._copies[gpu] = copy
         return self._copies[gpu]
 
-    def _search_copy(self, copy: Any, queries: Tensor, k: int, skip: np.ndarray | None) -> Tensor:
-        """Search a copy on a GPU, where FAISS excludes no rows: more are found, and these left out. Queries that lack
+    def _give_up(self, gpu: int, error: RuntimeError) -> None:
+        logger.warning("%r is searched on the CPU: FAISS cannot search it on GPU %d (%s).", self, gpu, error)
+        self._copies[gpu] = None
+
+    def _search_copy(self, gpu: int, queries: Tensor, k: int, skip: np.ndarray | None) -> Tensor:
+        """Search the copy on a GPU, where FAISS excludes no rows: more are found, and these left out. Queries that lack
         some are searched here.
         """
         vectors, most = queries.float().cpu().numpy(), min(len(self), _MOST_ON_GPU)
-        wanted = k if skip is None else 2 * k
+        wanted = min(k if skip is None else 2 * k, most)
         while True:
-            wanted = min(wanted, most)
-            found = copy.search(vectors, wanted)[1] if wanted else np.empty((len(vectors), 0), dtype=np.int64)
+            try:
+                found = self._copies[gpu].search(vectors, wanted)[1]
+            except RuntimeError as error:  # more lists than it can probe, or no memory
+                self._give_up(gpu, error)
+                return self._search_here(queries, k, skip)
             gone = found == NO_ROW
+            exhausted = gone[:, -1].copy()  # there are no more in the lists that were looked into
             if skip is not None:
                 gone |= (skip[found // 8] >> (found % 8).astype(np.uint8) & 1).astype(bool)
-            lacking = (~gone).sum(1) < k
+            lacking = ((~gone).sum(1) < k) & ~exhausted
             if not lacking.any() or wanted == most:
                 break
-            wanted *= 2
+            wanted = min(2 * wanted, most)
         order = gone.argsort(axis=1, kind="stable")[:, :k]
         rows = np.where(np.take_along_axis(gone, order, 1), NO_ROW, np.take_along_axis(found, order, 1))
         rows = np.pad(rows, ((0, 0), (0, k - rows.shape[1])), constant_values=NO_ROW)
@@ -261,6 +270,17 @@ def _gpu_of(device: torch.device) -> int | None:
     if device.type != "cuda" or not getattr(faiss_module(), "get_num_gpus", lambda: 0)():
         return None
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.cache
+def _resources_of(gpu: int) -> Any:
+    """FAISS's scratch memory on a GPU, which all indices share."""
+    return faiss_module().StandardGpuResources()
+
+
+def _free_on(gpu: int) -> int:
+    """Free bytes of a GPU."""
+    return torch.cuda.mem_get_info(gpu)[0]
 
 
 def faiss_module() -> Any:

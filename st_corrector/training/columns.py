@@ -16,29 +16,40 @@ logger = logging.getLogger(__name__)
 _NO_TEXTS = {*DEFAULT_LABEL_COLUMNS, "dataset_name"}
 
 
-def prompts_by_column(query: str, document: str, data: Iterable[Any]) -> dict[str, str]:
+def prompts_by_column(query: str, document: str, train: Iterable[Any], others: Iterable[Any] = ()) -> dict[str, str]:
     """The prompt of each column of texts: of the first that of queries, of the others that of targets. Without them a
     model that has instructions would be trained without, and used with them.
 
     Args:
         query: what ``model.encode_query`` puts before a query.
         document: what a corrected loss puts before a target.
-        data: data sets that it trains or is evaluated on.
+        train: data sets that it trains on.
+        others: data sets that it is evaluated on; columns of the same name have the same prompt.
+
+    Raises:
+        InputError: a column holds queries in one data set that is trained on and targets in another.
     """
     columns: dict[str, str] = {}
-    for some in data if query or document else ():
-        for place, name in enumerate(name for name in some.column_names if name not in _NO_TEXTS):
-            prompt = document if place else query
+    if not query and not document:
+        return columns
+    for some in train:
+        for name, prompt in _of_columns(some, query, document).items():
             if columns.setdefault(name, prompt) != prompt:
-                logger.warning(
-                    "Column %r holds queries in one data set and targets in another, so that no prompt is put before "
-                    "any: prompts={data set: {column: prompt}} in the arguments says which.",
-                    name,
+                raise InputError(
+                    f"Column {name!r} holds queries in one data set and targets in another, and the model has prompts "
+                    "for them: say which each takes, prompts={data set: {column: prompt}} in the arguments; "
+                    "prompts={} puts none."
                 )
-                return {}
+    for some in others:
+        columns = _of_columns(some, query, document) | columns
     if columns:
         logger.info("The model's prompts are put before these columns: %s. prompts={…} says otherwise.", columns)
     return columns
+
+
+def _of_columns(data: Any, query: str, document: str) -> dict[str, str]:
+    names = [name for name in data.column_names or () if name not in _NO_TEXTS]
+    return {name: document if place else query for place, name in enumerate(names)}
 
 
 def require_columns(data: Any) -> None:

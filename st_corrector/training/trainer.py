@@ -65,8 +65,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
     - SIGTERM is answered with a checkpoint, unless ``save_strategy="no"``, and what is NaN or infinite ends the run
       before it has touched the weights, or costs one step: :class:`~st_corrector.training.guard.Guard`;
     - before the first step it prints what choosing negatives will take in memory, and refuses what does not fit;
-    - what the model puts before queries and documents (``model.prompts``) is put before the columns of the data set,
-      unless the arguments have ``prompts``;
+    - what the model puts before queries and documents (``model.prompts``) is put before the columns of the data sets
+      that a corrected loss learns from, unless the arguments have ``prompts``;
     - with ``corpus`` it makes the loss, the cache and the data set itself, as its arguments say.
 
     The plain trainer trains the same.
@@ -125,8 +125,6 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         ):
             raise InputError(LAYERS)
         losses = self._corrected_losses()
-        if losses and self.args.prompts is None and getattr(self.data_collator, "prompts", "") is None:
-            self.data_collator.prompts = self._prompts(losses)
         for data in (self.train_dataset, self.eval_dataset):
             for name, each in data.items() if isinstance(data, dict) else [("", data)]:
                 if _is_corrected(self.loss.get(name) if isinstance(self.loss, dict) else self.loss):
@@ -145,34 +143,40 @@ class CorrectorTrainer(SentenceTransformerTrainer):
                 "and what it has counted: pass loss=lambda model: CorrectedMultipleNegativesLoss(model, …), or "
                 "corpus=… alone."
             )
-        if losses:
-            warn_of_rounded_weights(self.model)
+        # A collator of the user's own may have none either: what the arguments say decides.
+        self._puts_prompts = self.args.prompts is None and not getattr(self.data_collator, "prompts", True)
         self.guard = Guard(cast(NonFinitePolicy, self.args.non_finite), Processes.current())
         """What has been skipped, and whether the run was told to stop."""
         self.add_callback(self.guard)
         self._of_run: list[TrainerCallback] = []
         self._begin_run(self.model)
 
-    def _prompts(self, losses: dict[str, CorrectedMultipleNegativesLoss]) -> dict[str, Any]:
+    def _prompts(self, model: SentenceTransformer) -> dict[str, Any]:
         """The model's prompts by column; where each data set has a loss of its own, by data set and column."""
-        data = [each if isinstance(each, dict) else {"": each} for each in (self.train_dataset, self.eval_dataset)]
-        named = [(name, some) for each in data for name, some in each.items() if some is not None]
-        query = prompt_for(self.model, None, QUERY)
-        of_losses = {
+        query, losses, several = prompt_for(model, None, QUERY), self._corrected_losses(), isinstance(self.loss, dict)
+        train, others = (
+            {} if each is None else dict(each) if isinstance(each, dict) else {"": each}
+            for each in (self.train_dataset, self.eval_dataset)
+        )
+        found = {
             name: prompts_by_column(
                 query,
                 loss.encoder.prompt,
-                [some for of, some in named if of == name or not isinstance(self.loss, dict)],
+                *([some for of, some in data.items() if of == name or not several] for data in (train, others)),
             )
             for name, loss in losses.items()
         }
-        return of_losses if isinstance(self.loss, dict) else next(iter(of_losses.values()))
+        return found if several else next(iter(found.values()))
 
     def _begin_run(self, model: SentenceTransformer) -> None:
         """Make what belongs to one run: its record, and what measures or refreshes its losses."""
         for callback in self._of_run:
             self.remove_callback(callback)
         losses = self._corrected_losses()
+        if losses:
+            warn_of_rounded_weights(model)
+            if self._puts_prompts:
+                self.data_collator.prompts = self._prompts(model)
         self.guard.begin(cast(NonFinitePolicy, self.args.non_finite))
         self.recorder = Recorder(model, losses, self.args.example_queries)
         """Keeps the record of the run."""

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,6 +173,8 @@ class OnGpu:
 
     def search(self, vectors, k):
         assert 1 <= k <= 2_048, "Error: 'k <= getMaxKSelection()' failed"
+        if getattr(self, "nprobe", 0) > 2_048:
+            raise RuntimeError("Error: 'nprobe <= getMaxKSelection()' failed")
         self.asked.append(k)
         return self.index.search(vectors, k)
 
@@ -188,9 +191,15 @@ def gpu(monkeypatch):
         return copies[-1]
 
     monkeypatch.setattr(faiss_index, "_gpu_of", lambda device: 0)
-    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
-    monkeypatch.setattr(faiss, "GpuParameterSpace", lambda: faiss.ParameterSpace(), raising=False)
-    monkeypatch.setattr(faiss.ParameterSpace, "set_index_parameters", lambda self, index, given: None)
+
+    def set_parameters(copy, given):
+        name, _, value = given.partition("=")
+        setattr(copy, name, int(value))
+
+    space = SimpleNamespace(set_index_parameters=set_parameters)
+    monkeypatch.setattr(faiss, "GpuParameterSpace", lambda: space, raising=False)
+    monkeypatch.setattr(faiss_index, "_free_on", lambda gpu: 1 << 30)
+    monkeypatch.setattr(faiss_index, "_resources_of", lambda gpu: None)
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", copy, raising=False)
     return copies
 
@@ -207,16 +216,40 @@ def test_a_copy_on_a_gpu_finds_what_the_index_finds(cache, factory, skipped, k, 
     expected = index._search_here(queries(), k, skip)
     assert torch.equal(found, expected) and found.shape == (12, k)
     assert not np.isin(found.numpy(), order).any()
+    if k == ROWS:
+        assert not gpu, "more than a GPU gives is not asked of it"
+        return
     assert gpu[0].asked and max(gpu[0].asked) <= min(ROWS, 2_048) and len(gpu) == 1
-    if skipped in (0, 1) and k < ROWS:
+    if skipped in (0, 1):
         assert len(gpu[0].asked) == 1, "once, unless many are excluded"
+
+
+def test_lists_that_are_exhausted_are_not_asked_again(cache, gpu):
+    """An index that looks into one list of 16 has some 190 rows to give."""
+    index = FaissIndex.build(cache, "IVF16,Flat", parameters="nprobe=1")
+    gpu_index = index._copy_on(0)
+    gpu_index.index = index._index
+    found = index.search(queries(), 1_000)
+    assert torch.equal(found, index._search_here(queries(), 1_000, None))
+    assert (found[:, -1] == -1).all() and gpu_index.asked == [1_000] and gpu_index.nprobe == 1
+
+
+def test_an_index_that_a_gpu_gives_up_is_searched_here(cache, gpu, monkeypatch, caplog):
+    index = FaissIndex.build(cache, "IVF16,Flat", parameters="nprobe=4096")
+    for _ in range(2):
+        assert torch.equal(index.search(queries(), 5), index._search_here(queries(), 5, None))
+    assert caplog.text.count("FAISS cannot search it on GPU 0 (Error: 'nprobe <= getMaxKSelection()' failed)") == 1
+    monkeypatch.setattr(faiss_index, "_free_on", lambda gpu: 1_000)
+    small = FaissIndex.build(cache, "Flat")
+    assert torch.equal(small.search(queries(), 5), small._search_here(queries(), 5, None))
+    assert len(gpu) == 1 and "it takes 0.0 GB, and 0.0 GB are free" in caplog.text
 
 
 def test_an_index_that_no_gpu_has_is_searched_here(cache, gpu, caplog):
     index = FaissIndex.build(cache, "HNSW32")
     for _ in range(2):
         assert torch.equal(index.search(queries(), 5), index._search_here(queries(), 5, None))
-    assert not gpu and caplog.text.count("is searched on the CPU: FAISS cannot copy it to GPU 0") == 1
+    assert not gpu and caplog.text.count("is searched on the CPU: FAISS cannot search it on GPU 0") == 1
 
 
 def test_no_gpu_is_asked_for_queries_on_the_cpu(cache, monkeypatch):

@@ -25,17 +25,13 @@ def embedder(name, folder, in_float32=True):
     model = ENCODERS[name].make(folder)
     if not model.prompts.get("query"):
         model.prompts = {"query": "query : ", "document": ""}
-    transformer = next(module for module in model.modules() if isinstance(module, Transformer))
     model.to(torch.bfloat16)
     torch.manual_seed(0)
     model.add_adapter(
         peft.LoraConfig(peft_type="LORA", r=8, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")
     )
-    for module in model:
-        if module is not transformer:
-            module.requires_grad_(False)
     if in_float32:
-        for each in model.parameters():
+        for each in model.transformers_model.parameters():
             each.data = each.data.float() if each.requires_grad else each.data
     return model
 
@@ -55,12 +51,13 @@ def test_from_cache_to_a_resumed_run(name, corpus, tmp_path, caplog):
     transformer = next(module for module in trainer.model.modules() if isinstance(module, Transformer))
     dtypes = {parameter.dtype for parameter in transformer.model.parameters() if not parameter.requires_grad}
     assert dtypes == {torch.bfloat16} and loss.corrected.cache.dtype == torch.bfloat16
-    assert {each.dtype for each in trainer.model.parameters() if each.requires_grad} == {torch.float32}
-    assert isinstance(loss.encoder.tokens, TokenizedCorpus) and "Weights in" not in caplog.text
+    assert {each.dtype for each in transformer.parameters() if each.requires_grad} == {torch.float32}
+    behind = [each.dtype for module in trainer.model for each in module.parameters() if module is not transformer]
+    assert isinstance(loss.encoder.tokens, TokenizedCorpus) and ("Weights in" in caplog.text) == bool(behind)
     trainer.train()
     assert transformer.model.is_gradient_checkpointing
     moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
-    assert moved and all("lora_" in name for name in moved)
+    assert moved and all("lora_" in name or "linear" in name for name in moved)
     log = [entry["task_loss"] for entry in trainer.state.log_history if "task_loss" in entry]
     assert sum(log[-4:]) < sum(log[:4]) - 0.5, log
     assert loss.corrected.targets_reencoded == 0 and len(loss.corrected.search.overlay) > 100
@@ -79,13 +76,13 @@ def test_from_cache_to_a_resumed_run(name, corpus, tmp_path, caplog):
 def test_weights_that_training_rounds_away_are_told(dtype, share, corpus, tmp_path, caplog):
     model = ENCODERS["a decoder, last token"].make(tmp_path).to(dtype)
     CorrectorTrainer(model, arguments(tmp_path / "out"), corpus=corpus)
-    told = f"Weights in {dtype} are trained, in which an update smaller than 1/{share} of a weight is lost"
+    told = f"Weights in {dtype} are trained, in which most updates smaller than 1/{share} of a weight are lost"
     assert (told in caplog.text) == (share is not None)
     caplog.clear()
     CorrectorTrainer(embedder("ModernBERT", tmp_path, in_float32=False), arguments(tmp_path / "out"), corpus=corpus)
     assert "Weights in torch.bfloat16 are trained" in caplog.text, "adapters are of the weights' dtype"
     one = torch.ones((), dtype=dtype)
-    assert share is None or (one + 0.99 / share == one and one + 1.01 / share != one)
+    assert share is None or (one + 0.99 / share == one and one + 1.01 / share != one and one - 0.49 / share == one)
 
 
 @pytest.mark.parametrize("name", KINDS[:1])

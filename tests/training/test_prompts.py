@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import make_static_model, make_texts
+from conftest import ROOT, make_bert_model, make_static_model, make_texts
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from support.runs import arguments
 from support.states import same, weights
 
@@ -86,10 +87,50 @@ def test_a_stream(corpus, tmp_path):
     assert found == {"anchor": "query : ", "positive": "passage : "}
 
 
-def test_a_column_that_is_both_has_no_prompt_and_a_warning(corpus, tmp_path, caplog):
-    both = DatasetDict({"a": columns(corpus, ("one", "two")), "b": columns(corpus, ("two", "one"))})
-    trainer = CorrectorTrainer(prompted(), arguments(tmp_path), corpus=corpus, train_dataset=both)
-    assert trainer.data_collator.prompts == {} and "Column 'two' holds queries in one data set" in caplog.text
+def test_a_column_that_is_both_is_refused_where_it_is_trained_on(corpus, tmp_path):
+    one, other = columns(corpus, ("one", "two")), columns(corpus, ("two", "one"))
+    both = DatasetDict({"a": one, "b": other})
+    with pytest.raises(InputError, match="Column 'two' holds queries in one data set and targets in another"):
+        CorrectorTrainer(prompted(), arguments(tmp_path), corpus=corpus, train_dataset=both)
+    CorrectorTrainer(make_static_model(), arguments(tmp_path), corpus=corpus, train_dataset=both)
+    # What is evaluated on does not decide.
+    trainer = CorrectorTrainer(
+        prompted(), arguments(tmp_path), corpus=corpus, train_dataset=one, eval_dataset={"b": other}
+    )
+    assert trainer.data_collator.prompts == {"one": "query : ", "two": "passage : "}
+
+
+def test_every_trial_has_the_prompts_of_its_model(corpus, tmp_path):
+    make = make_static_model
+    settings = arguments(tmp_path, save_strategy="no")
+    trainer = CorrectorTrainer(model_init=lambda: make(), args=settings, corpus=corpus)
+    assert trainer.data_collator.prompts == {}
+    make = prompted
+    trainer.train()
+    assert trainer.data_collator.prompts == {"anchor": "query : ", "positive": "passage : "}
+
+
+def test_a_collator_of_ones_own_has_them_too(corpus, tmp_path):
+    model = prompted()
+    own = SentenceTransformerDataCollator(model.preprocess)
+    trainer = CorrectorTrainer(model, arguments(tmp_path), corpus=corpus, data_collator=own)
+    assert trainer.data_collator.prompts == {"anchor": "query : ", "positive": "passage : "}
+
+
+@pytest.mark.parametrize("strategy", ["mined-once", "gist"])
+def test_rivals_of_the_recipes_are_trained_with_the_same(strategy, corpus, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from common import Strategy, trainer_for
+
+    settings = arguments(tmp_path, save_strategy="no", own_pairs_share=0.0, max_steps=1)
+    guide = make_bert_model(tmp_path) if strategy == "gist" else None
+    model = prompted() if strategy == "mined-once" else make_bert_model(tmp_path)
+    model.prompts = dict(PROMPTS)
+    trainer = trainer_for(model, corpus, settings, Strategy.parse(strategy), tmp_path / "cache", (), guide)
+    prompts = trainer.data_collator.prompts
+    assert [prompts[name] for name in ("anchor", "positive")] == ["query : ", "passage : "]
+    assert set(prompts.values()) == set(PROMPTS.values())
+    trainer.train()
 
 
 def test_each_data_set_with_a_loss_of_its_own_has_its_prompts(corpus, tmp_path):
