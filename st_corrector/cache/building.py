@@ -10,6 +10,7 @@ import logging
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
@@ -53,7 +54,7 @@ def build(
         with processes.together("Beginning the cache"):
             if processes.rank == 0 and folder.is_finished:
                 _refuse_smaller(folder, corpus)
-                folder.require(wanted)
+                _require(folder, wanted)
             elif processes.rank == 0:
                 held.enter_context(folder.locked())
                 folder.begin(wanted)
@@ -74,21 +75,28 @@ def extend(
         raise CacheError(f"batch_size must be at least 1, got {batch_size}.")
     processes, folder = Processes.current(), CacheFolder(path)
     encoder = _encoder(model, corpus, progress, task)
-    with ExitStack() as held:
-        with processes.together("Beginning to extend the cache"):
-            if processes.rank == 0:
-                wanted = _extended(folder, corpus, encoder, model)
-                held.enter_context(folder.locked())
-                # Once more, as another process may have extended it before the lock was free.
-                wanted = _extended(folder, corpus, encoder, model)
-                folder.drop_extension() if wanted is None else folder.begin_extension(wanted)
-        with processes.together("Looking for the cache that process 0 extends, on a file system that all share,"):
-            description = folder.being_extended() if folder.is_being_extended else folder.description()
-            missing = folder.missing(description)
-        _encode(folder, description, missing, model, encoder, batch_size, progress, "Extending the cache")
-        with processes.together("Finishing the extended cache"):
-            if processes.rank == 0 and folder.is_being_extended:
-                folder.finish_extension(description)
+    now = encoder.fingerprint(model)
+    # What an earlier extension has begun is finished first, where the corpus has grown further since.
+    while True:
+        with ExitStack() as held:
+            with processes.together("Beginning to extend the cache"):
+                if processes.rank == 0:
+                    _require_beginning(folder, corpus, now)
+                    held.enter_context(folder.locked())
+                    # Once more, as another process may have extended it before the lock was free.
+                    _require_beginning(folder, corpus, now)
+                    if (wanted := _extended(folder, corpus)) is None:
+                        folder.forget_extension()
+                    else:
+                        folder.begin_extension(wanted)
+            with processes.together("Looking for the cache that process 0 extends, on a file system that all share,"):
+                begun = folder.being_extended()
+                if begun is None or begun.rows > len(corpus):
+                    return
+            _encode(folder, begun, folder.missing(begun), model, encoder, batch_size, progress, "Extending the cache")
+            with processes.together("Finishing the extended cache"):
+                if processes.rank == 0:
+                    folder.finish_extension(begun)
 
 
 def repair(model: SentenceTransformer, corpus: Corpus, path: Path, batch_size: int) -> None:
@@ -146,6 +154,16 @@ def _begins_with(corpus: Corpus, found: Description) -> bool:
     return found.rows <= len(corpus) and found.fingerprint.get("corpus") == corpus.fingerprint_of(found.rows)
 
 
+def _require(folder: CacheFolder, wanted: Description) -> None:
+    """Refuse a finished cache that is neither what is wanted, nor was it before it was extended."""
+    found = folder.description()
+    if found.stage(wanted.rows, wanted.fingerprint["corpus"]) is not None:
+        found = replace(
+            found, rows=wanted.rows, fingerprint={**found.fingerprint, "corpus": wanted.fingerprint["corpus"]}
+        )
+    folder.require(wanted, found)
+
+
 def _refuse_smaller(folder: CacheFolder, corpus: Corpus) -> None:
     """Say of a finished cache that it lacks what the corpus has grown by."""
     found = folder.description()
@@ -157,13 +175,11 @@ def _refuse_smaller(folder: CacheFolder, corpus: Corpus) -> None:
         )
 
 
-def _extended(
-    folder: CacheFolder, corpus: Corpus, encoder: DocumentEncoder, model: SentenceTransformer
-) -> Description | None:
-    """What the finished cache becomes by what is new; None if it has all of the corpus.
+def _require_beginning(folder: CacheFolder, corpus: Corpus, now: dict[str, Any]) -> None:
+    """Refuse a cache that the corpus does not begin with.
 
-    Raises:
-        CacheError: it cannot be extended.
+    Args:
+        now: the fingerprint of encoder and corpus.
     """
     found = folder.description()
     if not folder.is_finished:
@@ -178,10 +194,20 @@ def _extended(
             "(Corpus.extend puts them there). Build a cache of this corpus in another folder."
         )
     # Whatever a text's embedding depends on.
-    now = encoder.fingerprint(model)
     if different := differences({**found.fingerprint, "corpus": None}, {**now, "corpus": None}):
         raise CacheError(
             f"The cache in {folder.path} is of another encoder:\n  " + "\n  ".join(different) + "\nExtend it by the "
             "model that it was built by, or build a cache of this one in another folder."
         )
+
+
+def _extended(folder: CacheFolder, corpus: Corpus) -> Description | None:
+    """What the finished cache becomes next: what was begun, if the corpus begins with that, or else all of the corpus;
+    None if it has that already.
+    """
+    found, begun = folder.description(), folder.being_extended()
+    if begun is not None and _begins_with(corpus, begun):
+        fingerprint = {**begun.fingerprint, "corpus": found.fingerprint["corpus"]}
+        if fingerprint == found.fingerprint and begun.earlier == found.extended(begun.rows, "").earlier:
+            return begun
     return None if found.rows == len(corpus) else found.extended(len(corpus), corpus.fingerprint)

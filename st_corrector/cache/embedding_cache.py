@@ -133,7 +133,8 @@ class EmbeddingCache:
     ) -> EmbeddingCache:
         """Encode every target of ``corpus`` with ``model`` into the folder ``path``.
 
-        If it is killed, the same call continues after the last finished shard; called on a finished cache, it loads it.
+        If it is killed, the same call continues after the last finished shard; called on a finished cache, it loads it;
+        of one that was extended since, what it was of this corpus.
         If several processes train together, all call it and each encodes its share of the shards; all must see the
         folder.
 
@@ -153,7 +154,7 @@ class EmbeddingCache:
             ProcessError: another process has failed, or does not see the same folder.
         """
         build(model, corpus, Path(path), batch_size, dtype, shard_size, progress, task)
-        return cls.load(path)
+        return cls.load(path)._when_it_was_of(corpus)
 
     @classmethod
     def extend(
@@ -313,6 +314,13 @@ class EmbeddingCache:
                     repo_id, private=private, token=token, revision=revision, commit_message=commit_message
                 )
         return upload(self.path, repr(self), self.fingerprint, repo_id, private, token, revision, commit_message)
+
+    def _when_it_was_of(self, corpus: Corpus) -> EmbeddingCache:
+        """What a cache of this corpus was before it was extended, or all of it."""
+        if self.path is None or len(self) == len(corpus):
+            return self
+        count = CacheFolder(self.path).description().stage(len(corpus), corpus.fingerprint)
+        return EmbeddingCache(self._shards[:count], {**self.fingerprint, "corpus": corpus.fingerprint})
 
     # ------------------------------------------------------------------ reading
 

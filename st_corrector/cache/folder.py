@@ -104,6 +104,13 @@ class Description:
         record = {field.name: getattr(self, field.name) for field in fields(self)}
         return record if self.earlier else {name: value for name, value in record.items() if name != "earlier"}
 
+    def stage(self, rows: int, corpus: str | None) -> int | None:
+        """How many shards the cache had when it was of ``rows`` targets of this fingerprint; None if it never was."""
+        for number, each in enumerate(self.earlier):
+            if (each["rows"], each["corpus"]) == (rows, corpus):
+                return self._first_shards[number + 1]
+        return None
+
     def extended(self, rows: int, corpus: str) -> Description:
         """Of the same cache with more rows, by the fingerprint of the larger corpus."""
         before = {"rows": self.rows, "corpus": self.fingerprint.get("corpus")}
@@ -143,11 +150,6 @@ class CacheFolder:
         """Whether a cache is, or was, being built in it."""
         return (self.path / _BUILD).is_file()
 
-    @property
-    def is_being_extended(self) -> bool:
-        """Whether targets are, or were, being added to a finished cache."""
-        return (self.path / _EXTENSION).is_file()
-
     def description(self) -> Description:
         """The description of the cache that is finished or being built.
 
@@ -177,13 +179,13 @@ class CacheFolder:
         finally:
             lock.release()
 
-    def require(self, description: Description) -> Description:
-        """The description in the folder, if it equals this one except for the shard size.
+    def require(self, description: Description, found: Description | None = None) -> Description:
+        """The description in the folder, or another one of it, if it equals this one except for the shard size.
 
         Raises:
             CacheError: it differs; the message says how.
         """
-        found = self.description()
+        found = found or self.description()
         if different := differences(found.flat(), {**description.flat(), "shard_size": found.shard_size}):
             raise CacheError(
                 f"{self.path} holds a cache of something else:\n  " + "\n  ".join(different) + "\nBuild into "
@@ -216,23 +218,40 @@ class CacheFolder:
         Shards that another extension has left, which was not finished, are removed.
 
         Raises:
+            CacheError: a shard of the finished cache is missing.
             StorageError: the disk is too small, or cannot be written to.
         """
-        if not self.is_being_extended or self.being_extended() != description:
-            self.drop_extension()
+        finished = self.description()
+        if self.being_extended() != description:
+            self._drop_extension(finished)
+        for number in description.shards[len(finished.shards) :]:
+            try:
+                if self._shard(number).exists():
+                    self._open(number, description)
+            except CacheError as error:
+                logger.warning("%s It is encoded again.", error)
+                self._shard(number).unlink(missing_ok=True)
         for leftover in self.path.glob("*.partial"):
             leftover.unlink(missing_ok=True)
         missing = self.missing(description)
+        if missing and missing[0] < len(finished.shards):
+            raise CacheError(f"{self._shard(missing[0])} is missing: {_REPAIR} Then extend the cache.")
         require_space(self.path, sum(map(description.bytes_of, missing)), f"What is missing of {len(missing)} shards")
         self._write_json(_EXTENSION, description.record())
 
-    def being_extended(self) -> Description:
-        """What the cache is being extended to.
+    def being_extended(self) -> Description | None:
+        """What the finished cache is, or was, being extended to; None if nothing, or nothing that can be read."""
+        try:
+            begun = self._read_description(self.path / _EXTENSION)[0]
+        except CacheError:
+            return None
+        # Killed after its manifest was written, it is finished.
+        return begun if begun.rows > self.description().rows else None
 
-        Raises:
-            CacheError: it is not.
-        """
-        return self._read_description(self.path / _EXTENSION)[0]
+    def forget_extension(self) -> None:
+        """Remove the description of an extension that is finished."""
+        if self.being_extended() is None:
+            (self.path / _EXTENSION).unlink(missing_ok=True)
 
     def finish_extension(self, description: Description) -> None:
         """The cache is what is described from here on.
@@ -245,16 +264,15 @@ class CacheFolder:
         self._write_json(_MANIFEST, {**description.record(), "shards": [*(recorded or []), *more]})
         (self.path / _EXTENSION).unlink(missing_ok=True)
 
-    def drop_extension(self) -> None:
+    def _drop_extension(self, finished: Description) -> None:
         """Remove what does not belong to the finished cache."""
-        description = self.description()
-        if self.is_being_extended and (left := self.being_extended()).rows > description.rows:
+        if (left := self.being_extended()) is not None:
             logger.warning(
                 "%s was being extended to %d targets, and not these: what there is of them is removed.",
                 self.path,
                 left.rows,
             )
-        kept = {self._shard(number).name for number in description.shards}
+        kept = {self._shard(number).name for number in finished.shards}
         for file in self.path.glob("embeddings-*.safetensors"):
             if file.name not in kept:
                 file.unlink(missing_ok=True)

@@ -70,7 +70,16 @@ def upload(
     revision: str | None,
     commit_message: str,
 ) -> str:
-    """Push a finished cache's folder; the commit's address. See :meth:`.EmbeddingCache.push_to_hub`."""
+    """Push a finished cache's folder; the commit's address. See :meth:`.EmbeddingCache.push_to_hub`.
+
+    Raises:
+        CacheError: it is being extended.
+    """
+    if CacheFolder(folder).being_extended() is not None:
+        raise CacheError(
+            f"{folder} is being extended, and holds embeddings that are not the cache's yet: EmbeddingCache.extend "
+            "finishes that. Then push it."
+        )
     card = _CARD.format(repo_id=repo_id, cache=described, fingerprint=json.dumps(fingerprint, indent=2))
     return push_folder(
         folder,

@@ -181,12 +181,13 @@ def estimated_depths(sample: int, targets: int) -> list[int]:
 def sample_rows(
     corpus: Corpus, sample: int, without: np.ndarray[Any, Any] | None = None
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Random rows of ``corpus`` for :func:`estimate_carry_over`, ascending.
+    """Random rows of ``corpus``, none of them withdrawn, for :func:`estimate_carry_over`, ascending.
 
     Args:
         sample: how many.
         without: excluded rows: those that a corrector was fitted on, which it maps better than others.
     """
-    others = np.arange(len(corpus)) if without is None else np.setdiff1d(np.arange(len(corpus)), without)
+    excluded = corpus.withdrawn if without is None else np.union1d(corpus.withdrawn, without)
+    others = np.setdiff1d(np.arange(len(corpus)), excluded)
     chosen: np.ndarray[Any, np.dtype[np.int64]] = others[drawn(len(others), sample, seed=1)]
     return chosen

@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 
 from ..errors import CorpusError
 from ..storage.arrow import batched_tables, default_cache_dir, read_or_write_arrow
-from ..storage.fingerprint import digest_json
+from ..storage.fingerprint import digest, digest_json
 from .beir import RetrievalData, open_folder
 from .beir_hub import open_repository
 from .columns import (
@@ -34,7 +34,7 @@ from .own_questions import Question
 from .pairs import PairReader, text_tables
 from .qrels import Qrels
 from .query_keys import query_keys
-from .targets import Targets
+from .targets import WITHDRAWN, Targets
 from .tokens import TextCorpus, TokenizedCorpus, tokenized
 from .training_pairs import TrainingPairs
 
@@ -127,6 +127,11 @@ class Corpus:
             CorpusError: a column is missing, ids are neither strings nor integers, or a text is null.
         """
         found = column_names(dataset)
+        if WITHDRAWN in found:
+            raise CorpusError(
+                f"The dataset has the column {WITHDRAWN!r}, as the targets of a corpus have it: Corpus(dataset) reads "
+                f"it. If it is something else, dataset.remove_columns({WITHDRAWN!r})."
+            )
         for role, column in (("text", text), ("id", id), ("title", title)):
             if column is not None and column not in found:
                 raise CorpusError(
@@ -440,14 +445,19 @@ class Corpus:
         return self._targets.dataset
 
     @property
-    def parts(self) -> list[Targets]:
-        """The parts that the targets were put together from (:meth:`extend`), or all of them as one."""
-        return self._targets.parts or [self._targets]
+    def is_withdrawn(self) -> np.ndarray | None:
+        """Which rows have been withdrawn (:meth:`extend`), bool ``(N,)``; None if there are none."""
+        return self._targets.is_withdrawn
 
     @property
     def withdrawn(self) -> np.ndarray:
         """The rows of targets that have been withdrawn (:meth:`extend`), ascending, int64: they are never selected."""
         return self._targets.withdrawn
+
+    @property
+    def withdrawn_digest(self) -> str | None:
+        """Tells which rows have been withdrawn, for comparison; None if there are none."""
+        return digest(self.withdrawn.tobytes()) if len(self.withdrawn) else None
 
     @property
     def digests(self) -> TextDigests:

@@ -49,6 +49,7 @@ class TextDigests:
 
     def __init__(self, targets: Dataset, cache_dir: Path, parts: Sequence[TextDigests] = ()) -> None:
         self._targets, self._cache_dir, self._parts = targets, cache_dir, parts
+        self._columns: dict[str, Digests] = {}
 
     @cached_property
     def _table(self) -> pa.Table:
@@ -69,7 +70,8 @@ class TextDigests:
         table, some = self._targets.data, np.linspace(0, len(self._targets) - 1, _SKETCHED).astype(np.int64)
         columns = [table.column(name).cast(pa.string()) for name in ("title", "text")]
         lengths = [pc.fill_null(pc.binary_length(column), -1).to_numpy().tobytes() for column in columns]
-        return [digest(*lengths), digest_json([column.take(some).to_pylist() for column in columns])]
+        # One by one: taking several joins the chunks, which may be more than Arrow's strings can hold.
+        return [digest(*lengths), digest_json([[column[row].as_py() for row in some.tolist()] for column in columns])]
 
     def _computed(self) -> Iterator[pa.Table]:
         processes = min(os.cpu_count() or 1, len(self._targets) // _FEWEST_FOR_A_PROCESS)
@@ -93,17 +95,18 @@ class TextDigests:
             yield from (batch.cast(_SCHEMA) for batch in mapped.with_format("arrow").iter(BATCH))
 
     def _column(self, name: str) -> Digests:
-        column: Digests = self._table.column(name).to_numpy()
-        return column
+        if name not in self._columns:
+            self._columns[name] = self._table.column(name).to_numpy()
+        return self._columns[name]
 
     @cached_property
     def fingerprint(self) -> str:
         """A digest of the joined texts in their order."""
         return self.fingerprint_of(len(self._targets))
 
-    def fingerprint_of(self, rows: int) -> str:
-        """The same of the first ``rows`` texts."""
-        return digest(self._column("joined")[:rows].tobytes())
+    def fingerprint_of(self, end: int, first: int = 0) -> str:
+        """The same of the texts ``first … end − 1``."""
+        return digest(self._column("joined")[first:end].tobytes())
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """The digests of the joined texts of ``rows``, as int64."""

@@ -19,7 +19,8 @@ from .duplicates import TextDigests
 from .text import join_title
 
 logger = logging.getLogger(__name__)
-_WITHDRAWN = "withdrawn"
+WITHDRAWN = "withdrawn"
+"""The column that says which targets are no longer there."""
 
 
 class Targets:
@@ -61,8 +62,13 @@ class Targets:
         columns = self.dataset.data
         self.is_withdrawn: np.ndarray | None = None
         """Which rows have been withdrawn, bool ``(N,)``; None if there are none."""
-        if types.get(_WITHDRAWN) == "bool":
-            self.is_withdrawn = columns.column(_WITHDRAWN).to_numpy().astype(bool)
+        if types.get(WITHDRAWN, "bool") != "bool":
+            raise CorpusError(
+                f"The column {WITHDRAWN!r} says which targets have been withdrawn, and holds {types[WITHDRAWN]}, not "
+                f"booleans: dataset.cast_column({WITHDRAWN!r}, datasets.Value('bool')), or remove it."
+            )
+        if WITHDRAWN in types:
+            self.is_withdrawn = columns.column(WITHDRAWN).to_numpy().astype(bool)
             if self.is_withdrawn.all():
                 raise CorpusError("All targets have been withdrawn: none is left.")
         if empty := pc.sum(_is_empty(columns.column("text"), columns.column("title"))).as_py():
@@ -83,7 +89,8 @@ class Targets:
             repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
             raise CorpusError(
                 f"{len(repeated)} target ids occur more than once, e.g. {repeated[:3].to_pylist()}. Rows are found "
-                "by id, so each target needs its own: drop the repeated targets or leave the ids out."
+                "by id, so each target needs its own: drop the repeated targets or leave the ids out (then their row "
+                "numbers are their ids, which targets that are added must not have)."
             )
 
     def __len__(self) -> int:
@@ -114,8 +121,7 @@ class Targets:
         distinct = wanted.unique()
         row_of_distinct = np.full(len(distinct), -1, dtype=np.int64)
         start = withdrawn = 0
-        for chunk in self.dataset.data.column("id").chunks:
-            found = pc.index_in(chunk, value_set=distinct)
+        for found in pc.index_in(self.dataset.data.column("id"), value_set=distinct).chunks:
             here = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))
             places = found.drop_null().to_numpy()
             if self.is_withdrawn is not None:
@@ -123,7 +129,7 @@ class Targets:
                 withdrawn += int((~kept).sum())
                 here, places = here[kept], places[kept]
             row_of_distinct[places] = start + here
-            start += len(chunk)
+            start += len(found)
         rows: np.ndarray = row_of_distinct[pc.index_in(wanted, value_set=distinct).to_numpy(zero_copy_only=False)]
         if (rows < 0).any():
             if missing is None:
@@ -144,10 +150,6 @@ class Targets:
         lengths: np.ndarray = pc.binary_length(self.dataset.data.column("text")).to_numpy()
         return lengths.astype(np.int64)
 
-    def fingerprint_of(self, rows: int) -> str:
-        """The fingerprint of a corpus of the first ``rows`` targets."""
-        return self.digests.fingerprint_of(rows)
-
     def followed_by(self, more: Dataset, withdrawn: np.ndarray, cache_dir: Path) -> Targets:
         """These and then ``more``, of which there may be none, of them ``withdrawn`` rows in addition to those that
         have been before.
@@ -158,7 +160,7 @@ class Targets:
         gone = np.zeros(len(both), dtype=bool)
         gone[self.withdrawn] = gone[withdrawn] = True
         if gone.any():
-            both = concatenate_datasets([both, Dataset.from_dict({_WITHDRAWN: gone})], axis=1)
+            both = concatenate_datasets([both, Dataset.from_dict({WITHDRAWN: gone})], axis=1)
         return Targets(both, cache_dir, parts)
 
 

@@ -15,7 +15,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +33,6 @@ from .routing import DOCUMENT, modules_for
 
 if TYPE_CHECKING:
     from .corpus import Corpus
-    from .targets import Targets
 
 logger = logging.getLogger(__name__)
 
@@ -236,21 +234,25 @@ def tokenized(
     if layout is None:
         logger.info("The model's features cannot be split into rows: targets are tokenized again at each step.")
         return anew
-    rules = [tokenizer_fingerprint(model, modules, prompt), prompt or "", max_lengths(modules), layout.keys]
+    rules = digest_json(
+        [tokenizer_fingerprint(model, modules, prompt), prompt or "", max_lengths(modules), layout.keys]
+    )
     schema = pa.schema([(name, pa.list_(pa.int32())) for name in layout.keys])
 
-    def tables(part: Targets) -> Iterator[pa.Table]:
-        with tqdm(total=len(part), desc="Tokenizing targets", unit=" targets", disable=not progress) as bar:
-            for start in range(0, len(part), _AT_ONCE):
-                texts = part.texts(range(start, min(start + _AT_ONCE, len(part))))
+    def tables(first: int, end: int) -> Iterator[pa.Table]:
+        with tqdm(total=end - first, desc="Tokenizing targets", unit=" targets", disable=not progress) as bar:
+            for start in range(first, end, _AT_ONCE):
+                texts = corpus.texts(range(start, min(start + _AT_ONCE, end)))
                 yield _tokenize(texts, model, prompt, layout)
                 bar.update(len(texts))
 
-    def path(part: Targets) -> Path:
-        return corpus.cache_dir / f"tokens-{digest_json([part.digests.fingerprint, *rules])}.arrow"
-
-    tokens = [read_or_write_arrow(path(part), schema, tables(part)) for part in corpus.parts]
-    kept = TokenizedCorpus(concatenate_datasets(tokens), layout, corpus.withdrawn)
+    parts, first = [], 0
+    while first < len(corpus):
+        end = _kept_until(corpus, rules, first) or len(corpus)
+        path = corpus.cache_dir / _file(rules, end - first, corpus.digests.fingerprint_of(end, first))
+        parts.append(read_or_write_arrow(path, schema, tables(first, end)))
+        first = end
+    kept = TokenizedCorpus(concatenate_datasets(parts), layout, corpus.withdrawn)
     for rows in _some_batches(kept.lengths):
         if not are_equal(kept.features(rows), anew.features(rows)):
             logger.warning(
@@ -261,6 +263,23 @@ def tokenized(
             )
             return anew
     return kept
+
+
+def _file(rules: str, count: int | str, fingerprint: str) -> str:
+    return f"tokens-{rules}-{count}-{fingerprint}.arrow"
+
+
+def _kept_until(corpus: Corpus, rules: str, first: int) -> int | None:
+    """How far the largest file reaches that has the token ids of the corpus from row ``first`` on: of a corpus that
+    this one has grown from, or of what it has grown by. None if there is no such file.
+    """
+    counts = {int(path.name.split("-")[2]) for path in corpus.cache_dir.glob(_file(rules, "*", "*"))}
+    for count in sorted(counts, reverse=True):
+        if first + count <= len(corpus):
+            name = _file(rules, count, corpus.digests.fingerprint_of(first + count, first))
+            if (corpus.cache_dir / name).exists():
+                return first + count
+    return None
 
 
 def _some_batches(lengths: np.ndarray) -> list[np.ndarray]:

@@ -159,8 +159,7 @@ def check_labels(
             f"Label {int(labels[position])} (position {position} in the batch) is no row of the corpus, whose rows "
             f"are 0 … {len(encoder.corpus) - 1}. Labels are the positives' corpus rows: see corpus.rows_of(ids)."
         )
-    withdrawn = torch.from_numpy(encoder.corpus.withdrawn).to(labels.device)
-    if (gone := torch.isin(labels, withdrawn)).any():
+    if (gone := _are_withdrawn(encoder, labels)).any():
         raise InputError(
             f"{int(gone.sum())} positives of the batch have been withdrawn from the corpus, e.g. row "
             f"{int(labels[gone][0])}: take pairs of the corpus as it is now, corpus.pairs(split)."
@@ -176,8 +175,16 @@ def check_labels(
     explicit = torch.cat([explicit, *found], dim=1)
     if explicit.shape[1]:
         _check_explicit(encoder, labels, explicit)
-        explicit = explicit.masked_fill(torch.isin(explicit, withdrawn), NO_ROW)
+        explicit = explicit.masked_fill(_are_withdrawn(encoder, explicit), NO_ROW)
     return Labels(labels, keys.to(labels.device), explicit)
+
+
+def _are_withdrawn(encoder: DocumentEncoder, rows: Tensor) -> Tensor:
+    """Which of some rows, −1 for none, have been withdrawn."""
+    mask = encoder.corpus.is_withdrawn
+    if mask is None:
+        return torch.zeros_like(rows, dtype=torch.bool)
+    return torch.from_numpy(mask[rows.clamp(min=0).cpu().numpy()]).to(rows.device) & (rows != NO_ROW)
 
 
 def _check_explicit(encoder: DocumentEncoder, labels: Tensor, explicit: Tensor) -> None:

@@ -98,7 +98,12 @@ class CorrectedCorpus:
 
     def is_of(self, model: SentenceTransformer, corpus: Corpus) -> bool:
         """Whether it is this model's over this corpus."""
-        return unwrap(self._model) is unwrap(model) and self.encoder.corpus.fingerprint == corpus.fingerprint
+        ours = self.encoder.corpus
+        return (
+            unwrap(self._model) is unwrap(model)
+            and ours.fingerprint == corpus.fingerprint
+            and ours.withdrawn_digest == corpus.withdrawn_digest
+        )
 
     def __len__(self) -> int:
         """Number of targets, of all processes together."""
@@ -216,7 +221,10 @@ class CorrectedCorpus:
             ProcessError: the correctors of several processes differ.
         """
         if (count := self.settings.background_targets) and not self.is_fixed:
-            background = self.processes.broadcast(torch.randint(len(self), (count,)).to(rows.device))
+            background = torch.randint(len(self) - len(self.encoder.corpus.withdrawn), (count,))
+            if (gone := self.encoder.corpus.is_withdrawn) is not None:
+                background = torch.from_numpy(np.flatnonzero(~gone))[background]
+            background = self.processes.broadcast(background.to(rows.device))
             self.targets_reencoded += count
             rows = torch.cat([rows, background])
             fresh = torch.cat([fresh, self.encode_together(background.cpu().numpy())])
@@ -352,8 +360,8 @@ class CorrectedCorpus:
             self.restart(described["diverged"])
         refreshed = described["refreshed"] or self.refreshed
         expected = json.loads(json.dumps(self._identified()))
-        compared = ("corrector", "rows") if refreshed else tuple(expected)
-        there, here = ({name: each[name] for name in compared} for each in (described, expected))
+        compared = ("corrector", "rows", "withdrawn") if refreshed else (*expected, "withdrawn")
+        there, here = ({name: each.get(name) for name in compared} for each in (described, expected))
         if different := differences(there, here):
             raise InputError(
                 "The checkpoint's corrector has learnt from something else:\n  " + "\n  ".join(different) + "\n"
@@ -373,6 +381,7 @@ class CorrectedCorpus:
             "corrector": repr(self.corrector),
             "cache": self.cache.fingerprint,
             "rows": self.cache.corpus_size,
+            **({} if (gone := self.encoder.corpus.withdrawn_digest) is None else {"withdrawn": gone}),
         }
 
 

@@ -88,6 +88,7 @@ class Miner:
             "queries": digest(digest_json([split, ids]), self.qrels.keys.tobytes()),
             "judgements": digest(self.qrels.query.tobytes(), self.qrels.row.tobytes()),
             "corpus": corpus.fingerprint,
+            **({} if corpus.withdrawn_digest is None else {"withdrawn": corpus.withdrawn_digest}),
             "model": weights_fingerprint(asking),
             "prompt": [prompt, tokenizer_fingerprint(model, asking, prompt, QUERY), max_lengths(asking)],
             "similarity": similarity_fct_name(self.similarity.function),

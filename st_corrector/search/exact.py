@@ -71,7 +71,7 @@ class CorrectedSearch:
         chunk_size: rows corrected and scored at once; the default suits the device.
         processes: the processes that search together, each one part of the cache. All must call every method in step
             with the same arguments. All get the same result: that of one process with the whole cache.
-        withdrawn: corpus rows that no query finds, of any part of the cache, ascending.
+        withdrawn: corpus rows that no query finds, of any part of the cache.
 
     Raises:
         InputError: the corrector is for another dimension.
@@ -96,7 +96,7 @@ class CorrectedSearch:
         self.processes = processes or Processes()
         self.overlay = Overlay(len(cache), cache.dim, cache.first_row)
         """Rows written back; they are searched instead of the cache's. See :meth:`write_back`."""
-        self._withdrawn = torch.from_numpy(np.asarray(withdrawn, dtype=np.int64))
+        self._withdrawn = torch.from_numpy(np.unique(np.asarray(withdrawn, dtype=np.int64)))
         # Each row's factor to unit length, computed in the first whole pass; None if it is 1, as in most caches.
         self._factors: Tensor | None = None
         self._passed = False
@@ -254,8 +254,6 @@ class CorrectedSearch:
                 self._update_fused(best, scorer, first_row, chunk, excluded)
         for scores in () if fused else self._scored(scorer, chunks, chunk_size):
             first_row, keys = scores.first_row, scores.keys
-            if len(self._withdrawn):
-                scores.mask_rows(self._withdrawn_between(first_row, first_row + len(keys)))
             if excluded is not None:
                 scores.mask(*excluded.between(first_row, first_row + len(keys)))
             if limit is not None:
@@ -346,6 +344,7 @@ class CorrectedSearch:
         # Which written rows are in which strip.
         bounds = torch.arange(0, size + strip, strip, device=written.device)
         places = torch.searchsorted(written, bounds).tolist() if written.shape[0] else [0] * (len(starts) + 1)
+        withdrawn = self._withdrawn_between(first_row, first_row + size) if len(self._withdrawn) else None
         factors = self._factors_of(chunk, first_row) if self._passed else None
         for start, first, last in zip(starts, places, places[1:], strict=False):
             end = min(start + strip, size)
@@ -356,6 +355,9 @@ class CorrectedSearch:
             else:
                 of_strip = self._find_factors(scorer.as_float(values), chunk.at(here), first_row + start)
             self._score_strip(scorer, values, of_strip, written[first:last] - start, slots[first:last], keys)
+            if withdrawn is not None:
+                here_gone = withdrawn[(withdrawn >= start) & (withdrawn < end)] - start
+                keys.index_fill_(0, here_gone, -math.inf)
             scores.add(end - start)
 
     def _score_strip(
@@ -392,7 +394,7 @@ class CorrectedSearch:
         if len(self._withdrawn):
             withdrawn = self._withdrawn_between(first_row, end)
             # Those that were written back before they were withdrawn are not looked at either.
-            kept = ~torch.isin(written, withdrawn)
+            kept = ~self._are_withdrawn(written + first_row)
             written, slots = written[kept], slots[kept]
             left_out[withdrawn] = True
         pairs = None if excluded is None else excluded.between(first_row, end)
@@ -413,6 +415,12 @@ class CorrectedSearch:
         """Offsets of the withdrawn rows among ``first_row … end − 1``, ``(n,)``."""
         here = slice(*np.searchsorted(self._withdrawn.numpy(), [first_row, end]))
         return self._withdrawn[here].to(self.overlay.rows.device) - first_row
+
+    def _are_withdrawn(self, rows: Tensor) -> Tensor:
+        """Which of ``rows`` ``(n,)`` have been withdrawn: ``(n,)``, bool."""
+        withdrawn = self._withdrawn.to(rows.device)
+        place = torch.searchsorted(withdrawn, rows).clamp(max=max(0, len(withdrawn) - 1))
+        return withdrawn[place] == rows if len(withdrawn) else torch.zeros_like(rows, dtype=torch.bool)
 
     def _factors_of(self, chunk: Shard, first_row: int) -> Tensor | None:
         """Factors of a chunk's rows before correction, ``(C,)``; None for 1."""

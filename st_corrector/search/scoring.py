@@ -188,15 +188,6 @@ class ChunkScores:
         block, query = block[whole], queries[whole]
         self.maxima[block, query] = self._blocks[block, :, query].amax(1)
 
-    def mask_rows(self, rows: Tensor) -> None:
-        """Set the scores of some rows ``(m,)`` for all queries to −∞."""
-        if not len(rows):
-            return
-        self.keys.index_fill_(0, rows, -math.inf)
-        block = (rows // BLOCK).unique()
-        block = block[block < len(self.maxima)]
-        self.maxima.index_copy_(0, block, self._blocks[block].amax(1))
-
     def mask_above(self, limit: Tensor) -> Tensor:
         """Set scores above their query's ``limit`` ``(B,)`` to −∞; returns their number, ``(B,)``."""
         counts = torch.zeros(self.keys.shape[1], dtype=torch.int64, device=self.keys.device)

@@ -180,11 +180,10 @@ class ShortlistSearch(CorrectedSearch):
         too_similar = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
         for start in range(0, len(overlay), _WRITTEN_AT_ONCE):
             keys = scorer.of(overlay.vectors[start : start + _WRITTEN_AT_ONCE])
+            if len(self._withdrawn):
+                keys[self._are_withdrawn(overlay.rows[start : start + len(keys)])] = -math.inf
             scores = ChunkScores(keys, keys.new_empty(len(keys) // BLOCK, len(queries)))
             scores.add(len(keys))
-            if len(self._withdrawn):
-                rows = overlay.rows[start : start + len(keys)]
-                scores.mask_rows(torch.isin(rows, self._withdrawn.to(rows.device)).nonzero().flatten())
             if excluded is not None:
                 scores.mask(*excluded.between(start, start + len(keys)))
             too_similar += scores.mask_above(limit - scorer.offset)

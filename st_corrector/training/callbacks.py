@@ -119,8 +119,8 @@ class FidelityCallback(TrainerCallback):
         generator = np.random.default_rng(seed)
         texts = loss.corpus.qrels(split).queries["text"][:]
         self._queries = [texts[n] for n in sorted(generator.permutation(len(texts))[:queries])]
-        size = len(loss.corpus)
-        self._rows = np.sort(generator.permutation(size)[: size if targets is None else targets])
+        rows = np.setdiff1d(np.arange(len(loss.corpus)), loss.corpus.withdrawn)
+        self._rows = np.sort(rows[generator.permutation(len(rows))[: len(rows) if targets is None else targets]])
         self.targets_encoded = 0
         """Targets encoded for the measurement alone so far."""
         self.history: list[dict[str, float]] = []

@@ -174,39 +174,105 @@ def test_an_embedding_that_is_not_finite_leaves_the_cache_as_it_was(base, tmp_pa
         EmbeddingCache.extend(model, base.extend([*TEXTS[90:140], "passage"]), folder, progress=False)
     kept = EmbeddingCache.load(folder, verify=True)
     assert len(kept) == 90 and torch.equal(kept[np.arange(90)], before)
-    # What was finished of it is kept, where the same is tried again; not where the text has been mended.
+    # A text that was mended is another extension.
     assert len(EmbeddingCache.extend(model, base.extend(TEXTS[90:141]), folder, progress=False)) == 141
 
 
-def test_what_another_extension_has_left_is_removed(static_model, base, grown, folder, monkeypatch, caplog):
-    write = CacheFolder.write
+def interrupted(model, corpus, folder, monkeypatch, at):
+    """Extend, and be killed before shard ``at`` is written, or (None) before the manifest is."""
+    write, finish = CacheFolder.write, CacheFolder.finish_extension
 
-    def killed(self, description, number, shard):
-        if number == 5:
-            raise KeyboardInterrupt
-        write(self, description, number, shard)
+    def stop(*how):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(CacheFolder, "write", killed)
+    def until(self, description, number, shard):
+        (stop if number == at else write)(self, description, number, shard)
+
+    monkeypatch.setattr(CacheFolder, "write", until)
+    monkeypatch.setattr(CacheFolder, "finish_extension", stop)
     with pytest.raises(KeyboardInterrupt):
-        EmbeddingCache.extend(static_model, grown, folder, progress=False)
-    monkeypatch.undo()
+        EmbeddingCache.extend(model, corpus, folder, progress=False)
+    monkeypatch.setattr(CacheFolder, "write", write)
+    monkeypatch.setattr(CacheFolder, "finish_extension", finish)
+
+
+def test_what_another_extension_has_left_is_removed(static_model, base, grown, folder, monkeypatch, caplog):
+    interrupted(static_model, grown, folder, monkeypatch, 5)
     assert len(EmbeddingCache.load(folder)) == 90 and (folder / "embeddings-000004.safetensors").exists()
     other = base.extend(reversed(TEXTS[90:]))
     cache = EmbeddingCache.extend(static_model, other, folder, progress=False)
     assert "was being extended to 200 targets, and not these" in caplog.text
     expected = EmbeddingCache.build(static_model, other, folder.with_name("at once"), progress=False)
-    assert torch.equal(cache[np.arange(200)], expected[np.arange(200)]) and len(EmbeddingCache.load(folder)) == 200
+    torch.testing.assert_close(cache[np.arange(200)], expected[np.arange(200)], atol=1e-6, rtol=0)
+    assert len(EmbeddingCache.load(folder)) == 200
 
 
-def test_leftovers_go_where_nothing_is_new(static_model, base, grown, folder, monkeypatch):
-    before = contents(folder)
-    monkeypatch.setattr(CacheFolder, "finish_extension", lambda *how: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("at", [5, None])
+def test_what_was_begun_is_finished_first_where_the_corpus_has_grown_further(
+    at, static_model, base, grown, folder, monkeypatch
+):
+    """Nothing of it is encoded again; and who asks for the smaller corpus meanwhile loses nothing of it."""
+    interrupted(static_model, grown, folder, monkeypatch, at)
+    assert len(EmbeddingCache.extend(static_model, base, folder, progress=False)) == 90
+    encoded, encode = [], DocumentEncoder.encode
+    monkeypatch.setattr(
+        DocumentEncoder, "encode", lambda self, m, rows, *a, **k: encoded.extend(rows) or encode(self, m, rows, *a, **k)
+    )
+    more = grown.extend(["passage", "query"])
+    cache = EmbeddingCache.extend(static_model, more, folder, progress=False)
+    assert sorted(encoded) == [*range(170, 200), 200, 201] if at else sorted(encoded) == [200, 201]
+    at_once = EmbeddingCache.build(static_model, more, folder.with_name("at once"), progress=False)
+    torch.testing.assert_close(cache[np.arange(202)], at_once[np.arange(202)], atol=1e-6, rtol=0)
+    assert not (folder / "extension.json").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-7], lambda data: b"", lambda data: data.replace(b"shard", b"sharp")]
+)
+def test_what_is_damaged_of_an_interrupted_extension_is_encoded_again(
+    damage, static_model, base, grown, folder, monkeypatch
+):
+    interrupted(static_model, grown, folder, monkeypatch, 5)
+    path = folder / "embeddings-000004.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    EmbeddingCache.extend(static_model, grown, folder, progress=False)
+    assert len(EmbeddingCache.load(folder, verify=True)) == 200
+    shutil.rmtree(folder)
+    EmbeddingCache.build(static_model, base, folder, shard_size=40, progress=False)
+    interrupted(static_model, grown, folder, monkeypatch, 5)
+    (folder / "extension.json").write_text("{")
+    EmbeddingCache.extend(static_model, grown, folder, progress=False)
+    assert len(EmbeddingCache.load(folder, verify=True)) == 200
+
+
+def test_a_cache_that_is_being_extended_is_not_pushed(static_model, grown, folder, monkeypatch):
+    interrupted(static_model, grown, folder, monkeypatch, 5)
+    with pytest.raises(CacheError, match="is being extended"):
+        EmbeddingCache.load(folder).push_to_hub("tester/cache")
+
+
+def test_a_finished_shard_that_is_missing_is_not_encoded_along(static_model, grown, folder):
+    (folder / "embeddings-000001.safetensors").unlink()
+    with pytest.raises(CacheError, match=r"embeddings-000001\.safetensors is missing: EmbeddingCache\.repair"):
         EmbeddingCache.extend(static_model, grown, folder, progress=False)
-    monkeypatch.undo()
-    assert contents(folder) != before
-    EmbeddingCache.extend(static_model, base, folder, progress=False)
-    assert contents(folder) == before
+    assert not (folder / "extension.json").exists()
+
+
+def test_a_run_that_began_before_finds_what_the_cache_was(static_model, base, grown, folder):
+    """So that it can be resumed after the cache has been extended, twice."""
+    before = EmbeddingCache.load(folder)
+    half = base.extend(TEXTS[90:95])
+    for corpus in (half, grown):
+        EmbeddingCache.extend(static_model, corpus, folder, progress=False)
+    for corpus, rows in ((base, 90), (half, 95), (grown, 200)):
+        found = EmbeddingCache.build(static_model, corpus, folder, progress=False)
+        assert len(found) == found.corpus_size == rows and found.fingerprint["corpus"] == corpus.fingerprint
+        assert torch.equal(found[np.arange(90)], before[np.arange(90)])
+    assert EmbeddingCache.build(static_model, base, folder, progress=False).fingerprint == before.fingerprint
+    with pytest.raises(CacheError, match="holds a cache of something else"):
+        EmbeddingCache.build(static_model, Corpus.from_texts(TEXTS[:91]), folder, progress=False)
+    with pytest.raises(CacheError, match="holds a cache of something else"):
+        EmbeddingCache.build(make_static_model(5), base, folder, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import make_static_model, make_texts
-from datasets import load_from_disk
+from datasets import Dataset, Value, load_from_disk
+from datasets.table import InMemoryTable
 from support.batches import batch_of
 from support.runs import arguments, difference
 
@@ -23,6 +25,7 @@ from st_corrector import (
     mine_negatives,
 )
 from st_corrector.data import tokens
+from st_corrector.data.targets import Targets
 
 QUERIES, TEXTS = make_texts(240)
 IDS = [f"d{n}" for n in range(240)]
@@ -118,7 +121,7 @@ def test_it_is_kept_as_any_dataset_is(changed, tmp_path):
         (([], [], None, IDS[:160]), "All targets have been withdrawn"),
     ],
 )
-def test_what_cannot_be_added_is_refused_and_leaves_nothing(base, how, message):
+def test_what_cannot_be_added_is_refused_and_leaves_nothing_half_written(base, how, message):
     before = sorted(path.name for path in Path(base.cache_dir).iterdir())
     texts, ids, titles, withdrawn = (*how, None, ())[:4] if len(how) < 4 else how
     with pytest.raises(CorpusError) as error:
@@ -177,6 +180,69 @@ def test_data_that_still_names_what_has_been_withdrawn(base, changed, static_mod
     gone = [static_model.preprocess(base.texts([100, 120]))]
     with pytest.raises(InputError, match="is no target of the corpus"):
         loss([*both, *gone], torch.tensor([[0, keys[0]], [1, keys[1]]]))
+
+
+def test_what_was_there_is_tokenized_once_wherever_it_comes_from(base, static_model, monkeypatch, tmp_path):
+    """Saved and loaded, or read from a longer file: the token ids of the first rows are found by their texts."""
+    asked = []
+    tokenize = tokens._tokenize
+    monkeypatch.setattr(tokens, "_tokenize", lambda texts, *how: asked.extend(texts) or tokenize(texts, *how))
+    base.tokenize(static_model, progress=False)
+    corpus = base
+    for night, (first, end) in enumerate(((160, 200), (200, 201), (201, 240))):
+        corpus = corpus.extend(TEXTS[first:end], IDS[first:end])
+        corpus.targets.save_to_disk(str(tmp_path / str(night)))
+        corpus = Corpus(load_from_disk(str(tmp_path / str(night))), cache_dir=base.cache_dir)
+        kept = corpus.tokenize(static_model, progress=False)
+    assert asked == TEXTS
+    for rows in ([0, 159, 160], [200, 199, 201, 239]):
+        assert torch.equal(
+            kept.features(rows)["input_ids"], static_model.preprocess([TEXTS[row] for row in rows])["input_ids"]
+        )
+    Corpus.from_texts(TEXTS, cache_dir=base.cache_dir).tokenize(static_model, progress=False)
+    assert len(asked) == 240
+    Corpus.from_texts(["passage", *TEXTS], cache_dir=base.cache_dir).tokenize(static_model, progress=False)
+    assert len(asked) == 240 + 241, "what does not begin with the same texts is tokenized"
+
+
+def test_what_was_made_before_a_withdrawal_is_not_taken_for_what_is_made_after(static_model, base, tmp_path):
+    """Mined files, a loss that mines, a checkpoint: all know what was withdrawn when they were made."""
+    cache = EmbeddingCache.build(static_model, base, tmp_path / "cache", progress=False)
+    less = base.extend([], [], withdrawn=["d120"])
+    assert less.fingerprint == base.fingerprint
+    settings = NegativeSettings(num_negatives=150)
+    how = {"negatives": settings, "progress": False}
+    mine_negatives(static_model, base, cache, tmp_path / "mined", **how)
+    with pytest.raises(InputError, match="withdrawn"):
+        mine_negatives(static_model, less, cache, tmp_path / "mined", **how)
+    loss = CorrectedMultipleNegativesLoss(static_model, base, cache, num_negatives=4)
+    with pytest.raises(InputError, match="another model or corpus"):
+        mine_negatives(static_model, less, loss.corrected, tmp_path / "other", **how)
+    state = loss.training_state()
+    after = CorrectedMultipleNegativesLoss(static_model, less, cache, num_negatives=4)
+    with pytest.raises(InputError, match="withdrawn"):
+        after.load_training_state([state])
+    loss.load_training_state([state])
+
+
+def test_a_column_that_says_what_is_withdrawn_is_never_passed_over(changed):
+    targets = changed.targets
+    with pytest.raises(CorpusError, match=r"The column 'withdrawn' says which targets .* holds int64"):
+        Corpus(targets.cast_column("withdrawn", Value("int64")))
+    with pytest.raises(CorpusError, match=r"Corpus\(dataset\) reads it"):
+        Corpus.from_dataset(targets, id="id", title="title")
+
+
+def test_more_text_than_one_arrow_array_holds(tmp_path):
+    """Arrow's strings hold 2 GiB in one piece: nothing may join the pieces of a column."""
+    long = pa.array(["a" * (1 << 20)] * 64)
+    text = pa.chunked_array([long] * 34)  # one buffer, used again and again
+    assert text.nbytes > 1 << 31
+    ids = pa.chunked_array([[str(n) for n in range(len(text))]])
+    table = pa.table({"id": ids, "title": pa.nulls(len(text), pa.string()), "text": text})
+    targets = Targets(Dataset(InMemoryTable(table), fingerprint="made"), tmp_path)
+    assert [len(each) for each in targets.digests._sketch()] == [32, 32]
+    assert targets.rows_of(["2000", "7"]).tolist() == [2000, 7]
 
 
 @pytest.mark.parametrize("grown", ["cache extended", "cache built"])
