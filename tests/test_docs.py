@@ -38,7 +38,7 @@ from conftest import ROOT, make_bert_model, make_texts
 from packaging.requirements import Requirement
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
-from support.encoders import ENCODERS
+from support.encoders import CHECKPOINTS, ENCODERS
 
 import st_corrector
 
@@ -309,6 +309,8 @@ def runner(shelf, tmp_path, monkeypatch) -> Runner:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_code_block_does_what_it_shows(page, runner):
+    if page.name == "llm-embedders.md" and not CHECKPOINTS:
+        pytest.skip("sentence-transformers is too old for this transformers: gradient checkpointing fails")
     for block in blocks_of(page):
         try:
             runner.run(block)

@@ -5,6 +5,7 @@ All share one vocabulary. None drops anything out, so that what a model says of 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +36,8 @@ from transformers import (
 )
 
 WIDTH = 32
+CHECKPOINTS = len(inspect.signature(SentenceTransformer.gradient_checkpointing_enable).parameters) > 2
+"""Whether this sentence-transformers has gradient checkpointing as this transformers asks for it."""
 
 
 class Encoder(NamedTuple):

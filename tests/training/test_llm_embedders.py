@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import HfApi, ModelCard
 from sentence_transformers.base.modules import Transformer
-from support.encoders import ENCODERS
+from support.encoders import CHECKPOINTS, ENCODERS
 from support.runs import arguments, loss_of
 from support.states import weights
 
@@ -37,7 +37,13 @@ def embedder(name, folder, in_float32=True):
 
 
 def trainer_of(name, corpus, folder, at="out", **settings):
-    how = {"learning_rate": 0.01, "gradient_checkpointing": True, "max_steps": 16, "save_steps": 8, "logging_steps": 1}
+    how = {
+        "learning_rate": 0.01,
+        "gradient_checkpointing": CHECKPOINTS,
+        "max_steps": 16,
+        "save_steps": 8,
+        "logging_steps": 1,
+    }
     cache = {"cache_path": str(folder / "cache"), "cache_dtype": "bfloat16"}
     model = embedder(name, folder)
     return CorrectorTrainer(model, arguments(folder / at, **{**how, **cache, **settings}), corpus=corpus)
@@ -55,7 +61,7 @@ def test_from_cache_to_a_resumed_run(name, corpus, tmp_path, caplog):
     behind = [each.dtype for module in trainer.model for each in module.parameters() if module is not transformer]
     assert isinstance(loss.encoder.tokens, TokenizedCorpus) and ("Weights in" in caplog.text) == bool(behind)
     trainer.train()
-    assert transformer.model.is_gradient_checkpointing
+    assert transformer.model.is_gradient_checkpointing == CHECKPOINTS
     moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
     assert moved and all("lora_" in name or "linear" in name for name in moved)
     log = [entry["task_loss"] for entry in trainer.state.log_history if "task_loss" in entry]
@@ -85,6 +91,7 @@ def test_weights_that_training_rounds_away_are_told(dtype, share, corpus, tmp_pa
     assert share is None or (one + 0.99 / share == one and one + 1.01 / share != one and one - 0.49 / share == one)
 
 
+@pytest.mark.skipif(not CHECKPOINTS, reason="sentence-transformers is too old for this transformers")
 @pytest.mark.parametrize("name", KINDS[:1])
 def test_checkpointing_changes_no_gradient(name, corpus, tmp_path):
     plain, checkpointed = (
