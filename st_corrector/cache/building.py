@@ -76,24 +76,31 @@ def extend(
     processes, folder = Processes.current(), CacheFolder(path)
     encoder = _encoder(model, corpus, progress, task)
     now = encoder.fingerprint(model)
-    # What an earlier extension has begun is finished first, where the corpus has grown further since.
-    while True:
-        with ExitStack() as held:
+    with ExitStack() as held:
+        with processes.together("Beginning to extend the cache"):
+            if processes.rank == 0:
+                _require_beginning(folder, corpus, now)
+                held.enter_context(folder.locked())
+        # What an earlier extension has begun is finished first, where the corpus has grown further since.
+        while True:
+            wanted: Description | None = None
             with processes.together("Beginning to extend the cache"):
                 if processes.rank == 0:
-                    _require_beginning(folder, corpus, now)
-                    held.enter_context(folder.locked())
                     # Once more, as another process may have extended it before the lock was free.
                     _require_beginning(folder, corpus, now)
                     if (wanted := _extended(folder, corpus)) is None:
                         folder.forget_extension()
                     else:
                         folder.begin_extension(wanted)
+            # The first process decides: others may see an older state of a shared file system.
+            if (told := processes.told(wanted and wanted.record())) is None:
+                return
             with processes.together("Looking for the cache that process 0 extends, on a file system that all share,"):
                 begun = folder.being_extended()
-                if begun is None or begun.rows > len(corpus):
-                    return
-            _encode(folder, begun, folder.missing(begun), model, encoder, batch_size, progress, "Extending the cache")
+                if begun is None or begun.record() != told:
+                    raise CacheError(f"{folder.path} is here another folder than that which process 0 extends.")
+                missing = folder.missing(begun)
+            _encode(folder, begun, missing, model, encoder, batch_size, progress, "Extending the cache")
             with processes.together("Finishing the extended cache"):
                 if processes.rank == 0:
                     folder.finish_extension(begun)
@@ -187,7 +194,7 @@ def _require_beginning(folder: CacheFolder, corpus: Corpus, now: dict[str, Any])
             f"The cache in {folder.path} is not finished: EmbeddingCache.build with the corpus that it was begun with "
             "completes it. Then extend it."
         )
-    if not _begins_with(corpus, found):
+    if not _begins_with(corpus, found) and found.stage(len(corpus), corpus.fingerprint) is None:
         raise CacheError(
             f"{folder.path} holds a cache of {found.rows:,} targets, and the {len(corpus):,} of the corpus do not "
             "begin with the same texts in the same order: new targets belong behind those that are there "
@@ -206,8 +213,10 @@ def _extended(folder: CacheFolder, corpus: Corpus) -> Description | None:
     None if it has that already.
     """
     found, begun = folder.description(), folder.being_extended()
+    if found.rows >= len(corpus):
+        return None
     if begun is not None and _begins_with(corpus, begun):
         fingerprint = {**begun.fingerprint, "corpus": found.fingerprint["corpus"]}
         if fingerprint == found.fingerprint and begun.earlier == found.extended(begun.rows, "").earlier:
             return begun
-    return None if found.rows == len(corpus) else found.extended(len(corpus), corpus.fingerprint)
+    return found.extended(len(corpus), corpus.fingerprint)

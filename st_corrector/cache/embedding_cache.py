@@ -187,7 +187,7 @@ class EmbeddingCache:
             ProcessError: another process has failed, or does not see the same folder.
         """
         extend(model, corpus, Path(path), batch_size, progress, task)
-        return cls.load(path)
+        return cls.load(path)._when_it_was_of(corpus)
 
     @classmethod
     def repair(
@@ -308,7 +308,7 @@ class EmbeddingCache:
             CacheError: it is only a part of a cache.
             OSError: the Hub cannot be reached or refuses (huggingface_hub's own exceptions).
         """
-        if self.path is None:
+        if self.path is None or CacheFolder(self.path).description().rows != len(self):  # it was extended since
             with tempfile.TemporaryDirectory() as folder:
                 return self.save(Path(folder) / "cache").push_to_hub(
                     repo_id, private=private, token=token, revision=revision, commit_message=commit_message

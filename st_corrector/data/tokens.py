@@ -250,7 +250,12 @@ def tokenized(
     while first < len(corpus):
         end = _kept_until(corpus, rules, first) or len(corpus)
         path = corpus.cache_dir / _file(rules, end - first, corpus.digests.fingerprint_of(end, first))
-        parts.append(read_or_write_arrow(path, schema, tables(first, end)))
+        part = read_or_write_arrow(path, schema, tables(first, end))
+        if len(part) != end - first:
+            logger.warning("%s has %d texts instead of %d: it is written again.", path, len(part), end - first)
+            path.unlink()
+            part = read_or_write_arrow(path, schema, tables(first, end))
+        parts.append(part)
         first = end
     kept = TokenizedCorpus(concatenate_datasets(parts), layout, corpus.withdrawn)
     for rows in _some_batches(kept.lengths):

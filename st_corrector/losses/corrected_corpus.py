@@ -221,10 +221,9 @@ class CorrectedCorpus:
             ProcessError: the correctors of several processes differ.
         """
         if (count := self.settings.background_targets) and not self.is_fixed:
-            background = torch.randint(len(self) - len(self.encoder.corpus.withdrawn), (count,))
-            if (gone := self.encoder.corpus.is_withdrawn) is not None:
-                background = torch.from_numpy(np.flatnonzero(~gone))[background]
-            background = self.processes.broadcast(background.to(rows.device))
+            kept = self._kept_rows
+            background = torch.randint(len(self) if kept is None else len(kept), (count,))
+            background = self.processes.broadcast((background if kept is None else kept[background]).to(rows.device))
             self.targets_reencoded += count
             rows = torch.cat([rows, background])
             fresh = torch.cat([fresh, self.encode_together(background.cpu().numpy())])
@@ -294,6 +293,12 @@ class CorrectedCorpus:
         self.search = self._make_search(self.cache, corrector)
         self.search.steps = age
         self.divergence_watch = DivergenceWatch(self.processes)
+
+    @functools.cached_property
+    def _kept_rows(self) -> Tensor | None:
+        """The rows that have not been withdrawn, ``(n,)``; None for all."""
+        gone = self.encoder.corpus.is_withdrawn
+        return None if gone is None else torch.from_numpy(np.flatnonzero(~gone))
 
     @functools.cached_property
     def _identity(self) -> IdentityCorrector:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -112,6 +113,13 @@ class Processes:
             dist.broadcast(tensor, 0)
             self.bytes_received += tensor.nbytes
         return tensor
+
+    def told(self, value: Any) -> Any:
+        """What the first process says: any object that can be pickled."""
+        said = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(said, 0)
+        return said[0]
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:

@@ -96,7 +96,8 @@ class CorrectedSearch:
         self.processes = processes or Processes()
         self.overlay = Overlay(len(cache), cache.dim, cache.first_row)
         """Rows written back; they are searched instead of the cache's. See :meth:`write_back`."""
-        self._withdrawn = torch.from_numpy(np.unique(np.asarray(withdrawn, dtype=np.int64)))
+        self._withdrawn_on_host = np.unique(np.asarray(withdrawn, dtype=np.int64))
+        self._withdrawn = torch.from_numpy(self._withdrawn_on_host)
         # Each row's factor to unit length, computed in the first whole pass; None if it is 1, as in most caches.
         self._factors: Tensor | None = None
         self._passed = False
@@ -390,13 +391,12 @@ class CorrectedSearch:
         factors = self._factors_of(chunk, first_row)
         written, slots = self.overlay.between(first_row, end, chunk.values.device)
         left_out = torch.zeros(len(chunk.values), dtype=torch.bool, device=written.device)
-        left_out[written] = True
         if len(self._withdrawn):
-            withdrawn = self._withdrawn_between(first_row, end)
+            left_out[self._withdrawn_between(first_row, end)] = True
             # Those that were written back before they were withdrawn are not looked at either.
-            kept = ~self._are_withdrawn(written + first_row)
+            kept = ~left_out[written]
             written, slots = written[kept], slots[kept]
-            left_out[withdrawn] = True
+        left_out[written] = True
         pairs = None if excluded is None else excluded.between(first_row, end)
         scores = BlockScores(*scorer.operands(chunk.values, factors), left_out, pairs)
         best.update_blocks(scores.maxima, scores.of, first_row)
@@ -413,12 +413,12 @@ class CorrectedSearch:
 
     def _withdrawn_between(self, first_row: int, end: int) -> Tensor:
         """Offsets of the withdrawn rows among ``first_row … end − 1``, ``(n,)``."""
-        here = slice(*np.searchsorted(self._withdrawn.numpy(), [first_row, end]))
+        here = slice(*np.searchsorted(self._withdrawn_on_host, [first_row, end]))
         return self._withdrawn[here].to(self.overlay.rows.device) - first_row
 
     def _are_withdrawn(self, rows: Tensor) -> Tensor:
         """Which of ``rows`` ``(n,)`` have been withdrawn: ``(n,)``, bool."""
-        withdrawn = self._withdrawn.to(rows.device)
+        withdrawn = self._withdrawn = self._withdrawn.to(rows.device)
         place = torch.searchsorted(withdrawn, rows).clamp(max=max(0, len(withdrawn) - 1))
         return withdrawn[place] == rows if len(withdrawn) else torch.zeros_like(rows, dtype=torch.bool)
 

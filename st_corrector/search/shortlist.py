@@ -205,14 +205,14 @@ class ShortlistSearch(CorrectedSearch):
     def _make_source(self, cache: EmbeddingCache, normalize: bool) -> _Scan | _Indexed:
         index = self.shortlist.index
         if index == "exact":
-            return _Scan(cache, normalize, self.chunk_size, self.overlay, self._withdrawn)
+            return _Scan(cache, normalize, self.chunk_size, self.overlay, self._withdrawn_on_host)
         if isinstance(index, str):
             index = FaissIndex.build(cache, index, normalize=normalize, parameters=self.shortlist.parameters)
         if len(index) != len(cache) or index.normalize != normalize:
             raise InputError(
                 f"{index!r} with normalize={index.normalize} is not an index of {cache!r} with normalize={normalize}."
             )
-        return _Indexed(index, self.overlay, cache.first_row, self._withdrawn)
+        return _Indexed(index, self.overlay, cache.first_row, self._withdrawn_on_host)
 
     def _corrected_copy(self, device: torch.device) -> EmbeddingCache:
         """The whole cache, corrected by the current corrector, in bfloat16."""
@@ -245,10 +245,10 @@ class _Scan(CorrectedSearch):
     """Candidates by an exact search of the unchanged vectors, without written-back rows."""
 
     def __init__(
-        self, cache: EmbeddingCache, normalize: bool, chunk_size: int | None, overlay: Overlay, withdrawn: Tensor
+        self, cache: EmbeddingCache, normalize: bool, chunk_size: int | None, overlay: Overlay, withdrawn: np.ndarray
     ) -> None:
         unchanged = IdentityCorrector(cache.dim, normalize=False)
-        super().__init__(cache, unchanged, normalize=normalize, chunk_size=chunk_size, withdrawn=withdrawn.numpy())
+        super().__init__(cache, unchanged, normalize=normalize, chunk_size=chunk_size, withdrawn=withdrawn)
         self.overlay = overlay
 
     def candidates(self, queries: Tensor, count: int) -> Tensor:
@@ -267,10 +267,9 @@ class _Scan(CorrectedSearch):
 class _Indexed:
     """Candidates from a FAISS index, without written-back rows."""
 
-    def __init__(self, index: FaissIndex, overlay: Overlay, first_row: int, withdrawn: Tensor) -> None:
+    def __init__(self, index: FaissIndex, overlay: Overlay, first_row: int, withdrawn: np.ndarray) -> None:
         self._index, self._overlay, self._first_row = index, overlay, first_row
-        here = withdrawn.numpy()
-        self._withdrawn = here[(here >= first_row) & (here < first_row + len(index))]
+        self._withdrawn = withdrawn[(withdrawn >= first_row) & (withdrawn < first_row + len(index))]
         self._skip_only_withdrawn()
 
     def _skip_only_withdrawn(self) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections import Counter
+from itertools import product
 
 import datasets
 import numpy as np
@@ -264,8 +265,12 @@ def test_a_run_that_began_before_finds_what_the_cache_was(static_model, base, gr
     half = base.extend(TEXTS[90:95])
     for corpus in (half, grown):
         EmbeddingCache.extend(static_model, corpus, folder, progress=False)
-    for corpus, rows in ((base, 90), (half, 95), (grown, 200)):
-        found = EmbeddingCache.build(static_model, corpus, folder, progress=False)
+    whole = contents(folder)
+    for make, (corpus, rows) in product(
+        (EmbeddingCache.build, EmbeddingCache.extend), ((base, 90), (half, 95), (grown, 200))
+    ):
+        found = make(static_model, corpus, folder, progress=False)
+        assert contents(folder) == whole
         assert len(found) == found.corpus_size == rows and found.fingerprint["corpus"] == corpus.fingerprint
         assert torch.equal(found[np.arange(90)], before[np.arange(90)])
     assert EmbeddingCache.build(static_model, base, folder, progress=False).fingerprint == before.fingerprint
