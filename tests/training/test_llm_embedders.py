@@ -49,7 +49,7 @@ def trainer_of(name, corpus, folder, at="out", **settings):
     return CorrectorTrainer(model, arguments(folder / at, **{**how, **cache, **settings}), corpus=corpus)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS[:2], *(pytest.param(name, marks=pytest.mark.long) for name in KINDS[2:])])
 def test_from_cache_to_a_resumed_run(name, corpus, tmp_path, caplog):
     trainer = trainer_of(name, corpus, tmp_path)
     before, loss = weights(trainer.model), loss_of(trainer)
