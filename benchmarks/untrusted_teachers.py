@@ -79,7 +79,7 @@ def teacher(name: str, corpus: Corpus, args: argparse.Namespace, seed: int) -> S
     if name == "untrained":
         return static_encoder(default_model(), seed)
     if name == "of another domain":
-        other = CODE if args.dataset.resolve() != CODE else args.other
+        other = CODE if args.dataset.resolve() != CODE.resolve() else args.other
         if other is None:
             sys.exit("Where code is searched, --other says what the teacher of another domain has learnt.")
         return trained(Corpus.from_beir(other, max_targets=30_000), other.name, args.outputs, max_steps=300)
