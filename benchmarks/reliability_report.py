@@ -19,7 +19,9 @@ FUZZ = "fuzz: "
 def main() -> None:
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
     versions = {", ".join(" ".join(each) for each in figures["versions"].items()) for figures in found.values()}
-    builds, runs, soak = (found[name] for name in ("kills of a cache build", "kills of a training run", "soak"))
+    kinds = ("cache build", "cache's extension", "training run")
+    builds, extensions, runs = (found[f"kills of a {kind}"] for kind in kinds)
+    soak = found["soak"]
     warm = soak["resident_mb"][soak["warm_after"] :]
     fuzzed = {name.removeprefix(FUZZ): each for name, each in sorted(found.items()) if name.startswith(FUZZ)}
     table = [
@@ -32,6 +34,10 @@ From [{RESULTS.name}](../{RESULTS.relative_to(ROOT)}) ({"; ".join(sorted(version
 - Builds of a cache killed at random moments: {builds["kills"]}, of these {builds["before_its_end"]} before their end.
   Completed to the same bytes: {builds["same_bytes"]}. Finished shards that were encoded again:
   {builds["finished_shards_encoded_again"]} of {builds["shards_kept"]:,}.
+- Extensions of a cache killed at random moments: {extensions["kills"]}, of these {extensions["before_its_end"]} before
+  their end. Afterwards it was what it had been, or what it was to be: {extensions["loaded"]}. Completed to the same
+  bytes: {extensions["same_bytes"]}. Finished shards that were written again: {extensions["written_again"]} of
+  {extensions["shards_kept"]:,}.
 - Training runs killed at random moments from their first checkpoint on: {runs["kills"]}, of {len(runs["cases"])} kinds,
   {runs["before_its_end"]} before their end.
   With a complete checkpoint to go on from: {runs["went_on_from_a_checkpoint"]}.
