@@ -305,7 +305,7 @@ class EmbeddingCache:
             revision: a branch, created if missing.
 
         Raises:
-            CacheError: it is only a part of a cache.
+            CacheError: it is only a part of a cache, or its folder is being extended.
             OSError: the Hub cannot be reached or refuses (huggingface_hub's own exceptions).
         """
         if self.path is None or CacheFolder(self.path).description().rows != len(self):  # it was extended since
