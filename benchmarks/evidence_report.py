@@ -2,6 +2,10 @@
 from the JSON of `strategies.py --preset evidence`.
 
     python benchmarks/evidence_report.py
+    python benchmarks/evidence_report.py --open_test
+
+Test questions are asked by every run, and their figures lie in `sealed/` unread, until the second command opens them,
+once, when everything has been decided; `sealed/opened.json` says when.
 
 Differences are taken seed by seed, with 95 % intervals by Student's t over the seeds.
 """
@@ -9,14 +13,20 @@ Differences are taken seed by seed, with 95 % intervals by Student's t over the 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import sys
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from pathlib import Path
 
 from presets import INSTEAD
 from report import Runs, coverage, differences, legend, load, machine, mean, mean_sd, mrr, panels, save
 from scipy import stats
-from strategies import RESULTS
+from strategies import RESULTS, ROOT
+
+sys.path.insert(0, str(ROOT / "recipes"))
+from common import commit
 
 LOW = "minilm-2-layers-all-passages"
 CORPORA = {"nq": "Natural Questions", "code": "code search", "packages": "package search"}
@@ -44,6 +54,7 @@ TITLES = {
     "refresh-10": "re-embedded every 10 steps",
     "gist": "in-batch, larger batches, guided (GIST)",
 }
+OPENED = "opened.json"
 RIVALS = ("in-batch-larger-static", *INSTEAD)
 TITLES |= {f"{name}-own-pairs": f"{TITLES[name]}, own pairs" for name in INSTEAD}
 
@@ -148,6 +159,42 @@ def plots(folder: Path, regimes: dict[str, Runs]) -> list[str]:
     return made
 
 
+def open_test(folder: Path) -> None:
+    """Note that test questions are looked at from now on.
+
+    Raises:
+        SystemExit: they have been already.
+    """
+    path = folder / "sealed" / OPENED
+    if path.exists():
+        sys.exit(f"Test questions were opened before: {path.read_text(encoding='utf-8').strip()}")
+    path.write_text(
+        json.dumps({"opened": datetime.now(timezone.utc).date().isoformat(), **commit()}) + "\n", encoding="utf-8"
+    )
+
+
+def of_test(folder: Path, regimes: dict[str, Runs]) -> list[str]:
+    """What test questions say, where they have been opened."""
+    path = folder / "sealed" / OPENED
+    if not path.exists():
+        return []
+    tested: dict[str, Runs] = {}
+    for regime, runs in regimes.items():
+        for strategy, group in runs.items():
+            for run in group:
+                figures = folder / "sealed" / regime / f"{strategy}-seed{run['seed']}.json"
+                if figures.exists():
+                    found = run | {"after": json.loads(figures.read_text(encoding="utf-8"))["test"]}
+                    tested.setdefault(regime, {}).setdefault(strategy, []).append(found)
+    opened = json.loads(path.read_text(encoding="utf-8"))["opened"]
+    return [
+        "## Test questions",
+        f"Opened on {opened}, when the defaults had been decided. What is above was measured on dev questions.",
+        against(tested, ["stale-write-back", *RIVALS], DEFAULT),
+        added(tested),
+    ]
+
+
 def page(folder: Path) -> str:
     regimes = {name: load(folder / name) for name in REGIMES if (folder / name).is_dir()}
     parts = [
@@ -164,6 +211,7 @@ def page(folder: Path) -> str:
         added(regimes),
         "## Where it fails",
         "\n".join(failures(regimes)) or "Nowhere in these runs.",
+        *of_test(folder, regimes),
         *plots(folder, regimes),
         "## All runs",
         *(part for name, runs in regimes.items() for part in (f"### {REGIMES[name]}", all_rows(runs))),
@@ -185,7 +233,11 @@ def added(regimes: dict[str, Runs]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS / "evidence")
-    folder = parser.parse_args().results
+    parser.add_argument("--open_test", action="store_true", help="look at the test questions: once, at the end")
+    args = parser.parse_args()
+    folder = args.results
+    if args.open_test:
+        open_test(folder)
     (folder / "README.md").write_text(page(folder), encoding="utf-8")
 
 

@@ -91,14 +91,16 @@ TOKENS = {"nq": 32, "code": 48, "packages": 48}
 _TWO_LAYERS = {"num_layers": 2, "max_steps": 100, "per_device_train_batch_size": 32, "num_negatives": 4}
 for name, where in CORPORA.items():
     short = {**where, "max_seq_length": TOKENS[name]}
+    # Natural Questions has none: its dev questions are those of all studies.
+    tested = {} if name == "nq" else {"test_split": "test"}
     REGIMES |= {
-        f"{name}-2-layers": options(**short, **_TWO_LAYERS, max_targets=30_000, learning_rate="5e-4"),
+        f"{name}-2-layers": options(**short, **_TWO_LAYERS, **tested, max_targets=30_000, learning_rate="5e-4"),
         # Settings are chosen here.
         f"{name}-2-layers-choice": options(
             **short, **_TWO_LAYERS, max_targets=30_000, learning_rate="5e-4", hold_out=1_000
         ),
-        f"{name}-2-layers-all": options(**short, **_TWO_LAYERS, learning_rate="5e-4"),
-        f"{name}-static": static(**where, max_steps=200, num_negatives=8),
+        f"{name}-2-layers-all": options(**short, **_TWO_LAYERS, **tested, learning_rate="5e-4"),
+        f"{name}-static": static(**where, **tested, max_steps=200, num_negatives=8),
     }
 # Fidelity is measured with seed 0 alone, over the whole corpus where the encoder is cheap; at intervals that are no
 # multiple of those of the refreshes, right after which it is 1.

@@ -45,6 +45,10 @@ class Run(NamedTuple):
         """Its JSON."""
         return folder / self.regime / f"{self.strategy}-seed{self.seed}.json"
 
+    def sealed(self, folder: Path) -> Path:
+        """What it scored on test questions, which a report reads only when it is told to."""
+        return folder / "sealed" / self.regime / f"{self.strategy}-seed{self.seed}.json"
+
     def outputs(self, folder: Path) -> Path:
         """Where its model goes, and what it prints."""
         return folder / self.regime / f"{self.strategy}-seed{self.seed}"
@@ -77,18 +81,19 @@ def command(dataset: str, run: Run, outputs: Path, smoke: bool = False) -> list[
         # Where a strategy says nothing of own pairs, it has none: they are columns of their own.
         *("recipes/train_nq.py", "--dataset", dataset, "--own_pairs_share", "0"),
         *(*REGIMES[run.regime], *STRATEGIES[run.strategy], *probes),
-        *(tiny(bool(probes)) if smoke else ()),
+        *(tiny(bool(probes), is_static="static" in REGIMES[run.regime]) if smoke else ()),
         *("--seed", str(run.seed), "--disable_tqdm", "true"),
         *("--output_dir", str(run.outputs(outputs)), "--caches", str(outputs / "caches")),
     ]
 
 
-def tiny(probed: bool) -> list[str]:
+def tiny(probed: bool, is_static: bool) -> list[str]:
     """What is given last counts: a few short steps, on a CPU where there is no GPU."""
     import torch
 
     return options(
-        **{"max_targets": 9_400, "max_seq_length": 32, "max_steps": 12, "per_device_train_batch_size": 8},
+        **{"max_targets": 9_400, "max_steps": 12, "per_device_train_batch_size": 8},
+        **({} if is_static else {"max_seq_length": 32}),
         **{"logging_steps": 4, "cache_batch_size": 64, "use_cpu": not torch.cuda.is_available()},
         **({"probe_every": 7, "probe_targets": 100} if probed else {}),
     )
@@ -174,14 +179,20 @@ class Study:
         figures = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         figures["seconds"]["process"] = round(seconds, 1)
         figures["at_once"] = self.at_once
-        path = run.results(self.results)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # There whole or not at all: what is there is not run again.
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        if test := figures.pop("test", None):
+            told = {name: figures[name] for name in ("strategy", "seed", "command", "versions")}
+            _write(run.sealed(self.results), {"test": test, **told})
+        _write(run.results(self.results), figures)
         self.done[run] = figures
         print(f"ends: {run}, MRR@10 {100 * figures['after']['mrr@10']:.1f}, {seconds:.0f} s", flush=True)
+
+
+def _write(path: Path, figures: Mapping) -> None:
+    """There whole or not at all: what is there is not run again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def expected_seconds(run: Run, done: Mapping[Run, Mapping]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import shlex
 import sys
@@ -84,6 +85,7 @@ class RecipeArguments(DataArguments):
         default=False,
         metadata={"help": "Evaluate without the target that has the query's id, where queries are targets (as BEIR)."},
     )
+    test_split: str | None = field(default=None, metadata={"help": "Evaluate the trained model on this split, too."})
     max_seq_length: int | None = field(
         default=None, metadata={"help": "Longest text in tokens; the model's by default."}
     )
@@ -198,6 +200,8 @@ def parse_arguments(
         parser.error(str(error))
     if recipe.from_scratch and recipe.encoder == "static":
         parser.error("--from_scratch is for transformers: the static encoder is made of pretrained token vectors")
+    if recipe.max_seq_length is not None and recipe.encoder == "static":
+        parser.error("--max_seq_length is for transformers: the static encoder takes the mean of all tokens of a text")
     if recipe.lora_r is not None and (recipe.encoder == "static" or recipe.lora_r < 1):
         parser.error("--lora_r is the rank of a transformer's adapter: at least 1, and not with static")
     _check_teacher(parser, recipe, training, strategy)
@@ -267,6 +271,13 @@ def run(recipe: RecipeArguments, training: CorrectorTrainingArguments) -> None:
     output = Path(training.output_dir)
     # An adapter is saved with the name of its base, which would be another model than this one.
     final = None if recipe.lora_r and (recipe.num_layers or recipe.from_scratch) else output / "final"
+    evaluator_of = functools.partial(
+        CorpusRetrievalEvaluator,
+        corpus,
+        batch_size=training.cache_batch_size,
+        show_progress_bar=not training.disable_tqdm,
+        ignore_identical_ids=recipe.ignore_identical_ids,
+    )
     results = train(
         model,
         corpus,
@@ -275,21 +286,19 @@ def run(recipe: RecipeArguments, training: CorrectorTrainingArguments) -> None:
         recipe.caches,
         teacher=load_teacher(recipe),
         checks=[AnswerCheck(corpus, training.train_split)] if recipe.answer_check else [],
-        evaluator=CorpusRetrievalEvaluator(
-            corpus,
-            dev,
-            batch_size=training.cache_batch_size,
-            show_progress_bar=not training.disable_tqdm,
-            ignore_identical_ids=recipe.ignore_identical_ids,
-        ),
+        evaluator=evaluator_of(dev),
         final=final,
+        test=None if recipe.test_split is None else evaluator_of(recipe.test_split),
     )
     if not training.should_save:  # one process writes
         return
     named = [*(option.name for option in OPTIONS), "max_steps", "learning_rate", "per_device_train_batch_size", "seed"]
     results["args"] = dataclasses.asdict(recipe) | {name: getattr(training, name) for name in named}
     results["command"] = shlex.join(["python", *sys.argv])
-    print(table({"before": results["before"], f"after ({recipe.strategy})": results["after"]}, METRICS))
+    rows = {"before": results["before"], f"after ({recipe.strategy})": results["after"]}
+    if recipe.test_split is not None:
+        rows[f"after, {recipe.test_split}"] = results["test"]
+    print(table(rows, METRICS))
     path = Path(recipe.results or output / "results.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial:

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset
 from filelock import FileLock
@@ -35,6 +36,7 @@ from st_corrector import (
     CorrectedMultipleNegativesLoss,
     CorrectorTrainer,
     CorrectorTrainingArguments,
+    EmbeddingCache,
     EmbeddingTeacher,
     RefreshCallback,
     __version__,
@@ -118,6 +120,7 @@ def train(
     evaluator: CorpusRetrievalEvaluator | None = None,
     before: dict[str, float] | None = None,
     final: Path | None = None,
+    test: CorpusRetrievalEvaluator | None = None,
 ) -> dict[str, Any]:
     """One training run by ``strategy``, evaluated before and after: what ``results.json`` holds.
 
@@ -133,6 +136,7 @@ def train(
         before: the untrained model's metrics, where they are known already.
         final: a folder for the trained model, its card and its corrector, which are pushed to the Hub if ``args`` say
             so.
+        test: evaluates another split after training, over the same embeddings.
     """
     chosen = Strategy.parse(strategy)
     evaluator = evaluator or CorpusRetrievalEvaluator(corpus, "dev")
@@ -150,7 +154,7 @@ def train(
     resume: str | bool | None = args.resume_from_checkpoint
     trainer.train({"True": True, "true": True, "False": None}.get(str(resume), resume))
     trained = time.perf_counter()
-    after = evaluator(model)
+    after, of_test = evaluated_after(model, evaluator, test)
     evaluated = time.perf_counter()
     trainer.recorder.write(args, trainer.state)  # with what was evaluated last
     if final is not None and args.should_save:
@@ -164,6 +168,7 @@ def train(
         "targets": len(corpus),
         "before": before,
         "after": after,
+        **({} if of_test is None else {"test": of_test}),
         "seconds": {
             "before": round(started - prepared, 1),
             "prepare": round(prepared - begun, 1),
@@ -248,6 +253,21 @@ def evaluated_once(model: SentenceTransformer, evaluator: CorpusRetrievalEvaluat
     with whole(path) as partial:
         partial.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
+
+
+def evaluated_after(
+    model: SentenceTransformer, evaluator: CorpusRetrievalEvaluator, test: CorpusRetrievalEvaluator | None
+) -> tuple[dict[str, float], dict[str, float] | None]:
+    """The trained model's metrics, and those of ``test``, for which the corpus is not encoded a second time."""
+    if test is None:
+        return evaluator(model), None
+    corpus = evaluator.corpus
+    fresh = DocumentEncoder(model, corpus).encode(model, np.arange(len(corpus)), batch_size=evaluator.batch_size)
+    embeddings = EmbeddingCache.from_tensor(fresh[:, : model.truncate_dim].cpu())
+    after, of_test = (each.score(each.retrieve(model, embeddings)) for each in (evaluator, test))
+    for each, metrics in ((evaluator, after), (test, of_test)):
+        each.store_metrics_in_model_card_data(model, metrics)
+    return after, of_test
 
 
 def keep(trainer: CorrectorTrainer, folder: Path) -> None:

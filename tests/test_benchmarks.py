@@ -173,6 +173,32 @@ def test_what_a_run_will_take_is_judged_by_those_that_are_done(monkeypatch):
     assert expected("stale", "old") == 16, "parts; what was measured beside is a part of training"
 
 
+def test_test_questions_stay_sealed_until_they_are_opened_once(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    strategies, report = importlib.import_module("strategies"), importlib.import_module("evidence_report")
+    study = strategies.Study("data", tmp_path, tmp_path / "outputs", smoke=False, at_once=1, minutes=None)
+    for strategy, dev, test in (("mlp-pull-back", 0.5, 0.41), ("stale-write-back", 0.4, 0.43)):
+        for seed in (0, 1):
+            run_of = strategies.Run("code-static", strategy, seed)
+            metrics = {"recall@20": 0.6, "recall@100": 0.7}
+            figures = {"strategy": strategy, "seed": seed, "command": "python", "versions": {}, "targets": 10}
+            figures |= {"after": {**metrics, "mrr@10": dev + seed / 100}, "test": {**metrics, "mrr@10": test}}
+            figures |= {"targets_encoded": 20, "targets_encoded_for_cache": 0, "args": {"strategy": "corrected"}}
+            figures |= {"seconds": {"prepare": 1.0, "train": 2.0}, "device": {"name": "x"}, "precision": "float32"}
+            folder = run_of.outputs(tmp_path / "outputs")
+            folder.mkdir(parents=True)
+            (folder / "results.json").write_text(json.dumps(figures))
+            study._end(run_of, 0, 3.0)
+            assert "test" not in json.loads(run_of.results(tmp_path).read_text())
+    page = report.page(tmp_path)
+    assert "50.5 ± 0.7" in page and "+10.0" in page and "Test questions" not in page and "41.0" not in page
+    report.open_test(tmp_path)
+    opened = report.page(tmp_path)
+    assert "## Test questions" in opened and "41.0 ± 0.0" in opened and "-2.0" in opened and "50.5 ± 0.7" in opened
+    with pytest.raises(SystemExit, match="opened before"):
+        report.open_test(tmp_path)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_cost_of_selection_is_measured_resumed_and_reported(beir, tmp_path):

@@ -105,12 +105,14 @@ def test_accelerate_launches_train_nq_with_the_static_encoder_and_refreshes(smal
 def test_a_teacher_and_own_pairs_on_held_out_questions(small_nq, minilm_path, tmp_path, strategy):
     options = ["--max_steps", 6, "--per_device_train_batch_size", 8, "--num_negatives", 4, "--encoder", "static"]
     options += ["--own_pairs_share", 0.25, "--teacher_model", "default", "--teacher_max_seq_length", 16]
-    options += ["--hold_out", 20, "--logging_steps", 2, "--caches", tmp_path / "caches"]
+    options += ["--hold_out", 20, "--test_split", "dev", "--logging_steps", 2, "--caches", tmp_path / "caches"]
     options += ["--teacher_scale", 10, *(["--teacher_weight", 1] if strategy == "corrected" else [])]
     command = [RECIPES / "train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3]
     run(*command, *options, "--strategy", strategy, "--output_dir", tmp_path / "out")
     results = check_results(tmp_path / "out" / "results.json", strategy, 6)
     assert results["before"] != results["after"] and results["args"]["hold_out"] == 20
+    corpus, trained = Corpus.from_beir(small_nq), SentenceTransformer(str(tmp_path / "out" / "final"), device="cpu")
+    assert results["test"] == pytest.approx(CorpusRetrievalEvaluator(corpus, "dev")(trained)) != results["after"]
     if strategy == "corrected":
         assert all({"distillation_loss", "task_loss_own_pairs"} <= entry.keys() for entry in results["log"])
 
