@@ -12,8 +12,7 @@ Each pair of models has one whose embeddings are served and one that is to repla
 For each the corpus is embedded by both, and retrieval by the new model is evaluated over: the new embeddings
 (``re-embedded``), the old ones (``unchanged``), the old ones as the corrector of the training run maps them
 (``trained``; ``trained-overlay`` with what the run has written back), and as correctors fitted on samples map them.
-``before`` is the old model over its own embeddings. For each corrector the estimate that a user would see is written
-down beside what it estimates.
+``before`` is the old model over its own embeddings.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +38,8 @@ from st_corrector import (
     CorrectorTrainer,
     CorrectorTrainingArguments,
     EmbeddingCache,
+    upgrade_embeddings,
 )
-from st_corrector.carry_over.estimate import estimate_carry_over, sample_rows, upgrade_embeddings
 from st_corrector.carry_over.fitting import FITTED, drawn, fit_to_pairs
 from st_corrector.data.encoding import DocumentEncoder
 from st_corrector.search.fidelity import overlap_at_k
@@ -184,10 +182,6 @@ def measured(
                 mapping = time.perf_counter() - started
                 more: dict[str, Any] = {"sample": size, "sample_seed": seed, "corrector": repr(corrector)}
                 more |= {"seconds_of_fitting": fitting, "seconds": mapping}
-                if seed == 0:
-                    asked_of = sample_rows(corpus, args.estimated_by, without=sample)
-                    estimate = estimate_carry_over(old[asked_of], asked_of, corrector, new, corpus, queries)
-                    more["estimate"] = asdict(estimate)
                 rows.append(row(name, carried, **more))
                 print(pair["pair"], name, size, seed, rows[-1]["metrics"]["ndcg@10"], rows[-1]["kept@100"], flush=True)
     return {
@@ -217,7 +211,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[250, 1000, 4000, 20_000])
     parser.add_argument("--sample_seeds", type=int, default=1)
     parser.add_argument("--correctors", nargs="+", default=[n for n in FITTED if n != "ridge-mlp"])
-    parser.add_argument("--estimated_by", type=int, default=5000, help="targets by which recall is estimated")
     parser.add_argument("--caches", type=Path, default=ROOT / "outputs" / "carry-over")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "carry-over")
     study(parser.parse_args())

@@ -26,7 +26,7 @@ PAIRS = {
     "unrelated": "Two models that share token vectors alone: the untrained static encoder, then the trained two layers",
 }
 FIXED = ("re-embedded", "trained", "trained-overlay", "unchanged", "before")
-HEAD = ("index", "encoded again", "nDCG@10", "recall@100", "kept@10", "kept@100", "estimated kept@100", "cosine")
+HEAD = ("index", "encoded again", "nDCG@10", "recall@100", "kept@10", "kept@100", "cosine")
 
 
 def main() -> None:
@@ -98,7 +98,6 @@ def cells(name: str, sample: int | None, rows: list[dict], run: dict) -> list[st
     sample = min(sample, run["targets"]) if sample else None
     label = f"{name}, fitted on {sample:,}" if sample else name
     again = {"re-embedded": f"{run['targets']:,}"}.get(name, f"{sample:,}" if sample else "0")
-    estimates = [row["estimate"]["recall"].get("100") for row in rows if row.get("estimate")]
     return [
         f"**{label}**" if name in ("trained", "re-embedded", "unchanged") else label,
         again,
@@ -106,7 +105,6 @@ def cells(name: str, sample: int | None, rows: list[dict], run: dict) -> list[st
         mean(100 * row["metrics"]["recall@100"] for row in rows),
         mean(100 * row["kept@10"] for row in rows),
         mean(100 * row["kept@100"] for row in rows),
-        mean(100 * value for value in estimates) if estimates else "",
         f"{statistics.fmean(row['cosine'] for row in rows):.3f}",
     ]
 

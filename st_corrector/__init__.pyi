@@ -1,7 +1,10 @@
 from ._version import __version__
 from .cache.embedding_cache import EmbeddingCache
-from .carry_over.estimate import CarryOverEstimate, estimate_carry_over, upgrade_embeddings
+from .carry_over.certificate import Certificate, certify
 from .carry_over.fitting import fit_corrector
+from .carry_over.mapping import IndexMap, upgrade_embeddings
+from .carry_over.plan import ServePlan, serve_plan
+from .carry_over.query_adapter import QueryAdapter
 from .correctors import (
     AffineCorrector,
     AffineMap,
@@ -48,7 +51,7 @@ __all__ = [
     "AverageTeacher",
     "CacheError",
     "CachedCorrectedMultipleNegativesLoss",
-    "CarryOverEstimate",
+    "Certificate",
     "Check",
     "CheckpointError",
     "Corpus",
@@ -70,15 +73,18 @@ __all__ = [
     "FalseNegativeFilter",
     "FidelityCallback",
     "IdentityCorrector",
+    "IndexMap",
     "InputError",
     "KernelRidgeCorrector",
     "MLPCorrector",
     "NegativeSettings",
     "NonFiniteError",
     "ProcessError",
+    "QueryAdapter",
     "RefreshCallback",
     "RidgeCorrector",
     "RidgeMLPCorrector",
+    "ServePlan",
     "Shortlist",
     "ShortlistSearch",
     "StCorrectorError",
@@ -87,10 +93,11 @@ __all__ = [
     "TeacherCheck",
     "TeacherError",
     "__version__",
-    "estimate_carry_over",
+    "certify",
     "fit_corrector",
     "load_mined",
     "mine_negatives",
     "push_mined",
+    "serve_plan",
     "upgrade_embeddings",
 ]

@@ -33,11 +33,11 @@ from st_corrector import (
     EmbeddingCache,
     FalseNegativeFilter,
     RidgeCorrector,
-    estimate_carry_over,
+    certify,
     fit_corrector,
     upgrade_embeddings,
 )
-from st_corrector.carry_over.estimate import sample_rows
+from st_corrector.carry_over.fitting import drawn
 from st_corrector.data.encoding import DocumentEncoder
 
 KINDS = {
@@ -549,7 +549,7 @@ def test_an_index_is_carried_over_with_models_on_the_device(device, large, tmp_p
     expected = fit_corrector(old, new, large, sample=800, progress=False)
     old.to(device), new.to(device)
     fitted = fit_corrector(old, new, large, sample=800, progress=False)
-    rows = sample_rows(large, 500)
+    rows = drawn(len(large), 500, seed=1)
     served = DocumentEncoder(old, large, progress=False).encode(old, rows)
     assert served.device == device
     there, here = upgrade_embeddings(served, fitted), upgrade_embeddings(served.cpu(), expected)
@@ -559,9 +559,10 @@ def test_an_index_is_carried_over_with_models_on_the_device(device, large, tmp_p
         for embeddings in (served, served.cpu(), served.cpu().numpy()):
             torch.testing.assert_close(upgrade_embeddings(embeddings, corrector).cpu(), here, atol=1e-3, rtol=1e-3)
         queries = large.qrels("dev").queries["text"][:50]
-        for embeddings in (served.cpu(), served):
-            estimate = estimate_carry_over(embeddings, rows, corrector, new, large, queries)
-            assert estimate.cosine > estimate.cosine_unchanged + 0.02
+        whole = DocumentEncoder(old, large, progress=False).encode(old, np.arange(len(large)))
+        for embeddings in (whole.cpu(), whole):
+            recall = certify(embeddings, new, large, queries, corrector, progress=False).recall
+            assert recall["upgraded"].mean > recall["unchanged"].mean + 0.02
     fitted.save_pretrained(tmp_path)
     loaded = Corrector.from_pretrained(tmp_path)
     assert loaded.frames == fitted.frames

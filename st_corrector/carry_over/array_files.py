@@ -16,12 +16,11 @@ from torch import Tensor
 from ..cache.embedding_cache import EmbeddingCache
 from ..cache.folder import CacheFolder, Description
 from ..cache.shard import DTYPES, Shard
-from ..correctors import Corrector
 from ..errors import InputError, NonFiniteError
 from ..storage.files import whole
-from ..storage.fingerprint import differences, digest
-from .estimate import ROWS_AT_ONCE
-from .vectors import Ids, Vectors, width_after
+from ..storage.fingerprint import differences
+from .mapping import ROWS_AT_ONCE, IndexMap, Rows
+from .vectors import Vectors
 
 
 class NumpyVectors(Vectors):
@@ -40,15 +39,18 @@ class NumpyVectors(Vectors):
             )
         self.count, self.dim = self._array.shape
 
-    def take(self, rows: Ids) -> Tensor:
+    def take(self, rows: Rows) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(self._array[rows], dtype=np.float32))
 
-    def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
+    def at(self, path: Path) -> NumpyVectors:
+        return NumpyVectors(path)
+
+    def write(self, path: Path, how: IndexMap, blocks: Iterable[Tensor]) -> None:
         with whole(path) as partial:
             form = {"descr": np.lib.format.dtype_to_descr(self._array.dtype), "fortran_order": False}
             # Written, not mapped: on a full disk a mapped file kills the process instead of raising an error.
             with partial.open("wb") as file:
-                np.lib.format.write_array_header_1_0(file, {**form, "shape": (self.count, width_after(corrector))})
+                np.lib.format.write_array_header_1_0(file, {**form, "shape": (self.count, how.new_dim)})
                 for block in blocks:
                     file.write(_stored(block.numpy().astype(self._array.dtype)).tobytes())
 
@@ -77,14 +79,17 @@ class SafetensorsVectors(Vectors):
         if not self._dtype.is_floating_point or not self.count:
             raise InputError(f"{path}: {self.name} is {self._dtype} of shape {shapes[self.name]}, not embeddings.")
 
-    def take(self, rows: Ids) -> Tensor:
+    def take(self, rows: Rows) -> Tensor:
         if len(rows) and rows[-1] - rows[0] == len(rows) - 1:  # a block
             block: Tensor = self._slice[int(rows[0]) : int(rows[-1]) + 1]
             return block.float()
         mapped: Tensor = self._file.get_tensor(self.name)  # only these rows are read
         return mapped[torch.from_numpy(rows)].float()
 
-    def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
+    def at(self, path: Path) -> SafetensorsVectors:
+        return SafetensorsVectors(path, self.name)
+
+    def write(self, path: Path, how: IndexMap, blocks: Iterable[Tensor]) -> None:
         with whole(path) as partial:
             scratch = partial.with_suffix(".scratch")
             try:
@@ -94,7 +99,7 @@ class SafetensorsVectors(Vectors):
                         stored = block.to(self._dtype).contiguous()
                         _stored(stored.float().numpy())
                         file.write(stored.view(torch.uint8).numpy().tobytes())
-                dim = width_after(corrector)
+                dim = how.new_dim
                 size = self.count * dim
                 out = torch.from_file(str(scratch), shared=False, size=size, dtype=self._dtype).view(self.count, dim)
                 others = {name: self._file.get_tensor(name) for name in self._file.keys() if name != self.name}  # noqa: SIM118
@@ -115,23 +120,28 @@ class CacheVectors(Vectors):
     def fingerprint(self) -> dict[str, Any]:
         return self.cache.fingerprint
 
-    def check(self, corrector: Corrector) -> None:
-        super().check(corrector)
-        known, expected = self.fingerprint, corrector.frames.stale if corrector.frames else {}
+    def check(self, how: IndexMap) -> None:
+        super().check(how)
+        frames = how.correctors[0].frames
+        known, expected = self.fingerprint, frames.stale if frames else {}
         if known and expected and (different := differences(known, expected)):
             raise InputError(
                 f"The corrector maps from other embeddings than those of {self.path}:\n  " + "\n  ".join(different)
             )
 
-    def take(self, rows: Ids) -> Tensor:
+    def take(self, rows: Rows) -> Tensor:
         return self.cache[rows].cpu()
 
-    def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
-        fresh = dict(corrector.frames.fresh) if corrector.frames else {}
+    def at(self, path: Path) -> CacheVectors:
+        return CacheVectors(path)
+
+    def write(self, path: Path, how: IndexMap, blocks: Iterable[Tensor]) -> None:
+        frames = how.correctors[-1].frames
+        fresh = dict(frames.fresh) if frames else {}
         # They only approximate the new model's embeddings.
-        fresh["carried_over_by"] = digest(*(each.numpy().tobytes() for each in _state(corrector)))
+        fresh["carried_over_by"] = how.digest
         dtype = str(self.cache.dtype).removeprefix("torch.")
-        description = Description(self.count, width_after(corrector), dtype, ROWS_AT_ONCE, fresh)
+        description = Description(self.count, how.new_dim, dtype, ROWS_AT_ONCE, fresh)
         folder = CacheFolder(path, "Partial output was removed: then repeat the call.")
         with folder.locked():
             try:
@@ -152,7 +162,3 @@ def _stored(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     if not np.isfinite(block).all():
         raise NonFiniteError(f"An embedding is not finite in {block.dtype}: store the old ones in a wider dtype first.")
     return block
-
-
-def _state(corrector: Corrector) -> list[Tensor]:
-    return [value.detach().cpu().contiguous() for _, value in sorted(corrector.state_dict().items())]

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..correctors import AffineMap, Corrector
 from ..errors import InputError, StorageError
 from ..search.faiss_index import faiss_module
 from ..storage.files import whole
-from .vectors import Ids, Vectors, width_after
+from .mapping import IndexMap, Rows
+from .vectors import Vectors
 
 _TRAINED_ON = 262_144  # maximum rows for training a new index
 
@@ -89,7 +89,7 @@ class FaissVectors(Vectors):
             "factory=…, or --factory."
         )
 
-    def _stored(self) -> tuple[Ids, Ids]:
+    def _stored(self) -> tuple[Rows, Rows]:
         """The keys by which the innermost index reconstructs its vectors, and these vectors' ids."""
         faiss, base = self._faiss, self._layers.base
         keys = ids = np.arange(self.count)
@@ -121,10 +121,10 @@ class FaissVectors(Vectors):
             ids = id_map
         return keys, ids
 
-    def _in_list(self, lists: Any, number: int, size: int) -> Ids:
+    def _in_list(self, lists: Any, number: int, size: int) -> Rows:
         if not size:
             return np.empty(0, dtype=np.int64)
-        ids: Ids = self._faiss.rev_swig_ptr(lists.get_ids(number), size)
+        ids: Rows = self._faiss.rev_swig_ptr(lists.get_ids(number), size)
         return ids.astype(np.int64)  # a copy: the list's own memory goes with it
 
     def require_rows(self) -> None:
@@ -135,29 +135,32 @@ class FaissVectors(Vectors):
                 "added: their targets are unknown. Without a corpus they can be carried over."
             )
 
-    def take(self, rows: Ids) -> Tensor:
+    def take(self, rows: Rows) -> Tensor:
         vectors = self._layers.base.reconstruct_batch(self._keys[rows])
         for transform in reversed(self._layers.transforms):
             vectors = transform.reverse_transform(vectors)
         return torch.from_numpy(vectors)
 
-    def check(self, corrector: Corrector) -> None:
-        super().check(corrector)
-        if isinstance(corrector, AffineMap) and corrector.new_dim != self.dim and self._factory is None:
+    def check(self, how: IndexMap) -> None:
+        super().check(how)
+        if how.new_dim != self.dim and self._factory is None:
             raise InputError(
-                f"The new embeddings have {corrector.new_dim} dimensions instead of {self.dim}: say how the new index "
+                f"The new embeddings have {how.new_dim} dimensions instead of {self.dim}: say how the new index "
                 "is to be made, with factory=…, or --factory."
             )
-        index = self._index if self._factory is None else self._made(width_after(corrector))
+        index = self._index if self._factory is None else self._made(how.new_dim)
         if (needed := _needed(_layers(index))) > self.count:
             raise InputError(
                 f"An index of this kind learns from at least {needed:,} vectors, and there are {self.count:,}: say how "
                 "the new one is to be made otherwise, with factory=…, or --factory."
             )
 
-    def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
+    def at(self, path: Path) -> FaissVectors:
+        return FaissVectors(path, self._factory)
+
+    def write(self, path: Path, how: IndexMap, blocks: Iterable[Tensor]) -> None:
         faiss, ids = self._faiss, self._ids
-        index = self._empty() if self._factory is None else self._made(width_after(corrector))
+        index = self._empty() if self._factory is None else self._made(how.new_dim)
         numbered = np.array_equal(ids, np.arange(self.count))
         layers = _layers(index)
         if not numbered and not layers.id_maps and not isinstance(layers.base, faiss.IndexIVF):
@@ -236,14 +239,14 @@ class _Layers(NamedTuple):
         base: the index that holds them.
     """
 
-    id_maps: list[Ids]
+    id_maps: list[Rows]
     transforms: list[Any]
     base: Any
 
 
 def _layers(index: Any) -> _Layers:
     faiss = faiss_module()
-    id_maps: list[Ids] = []
+    id_maps: list[Rows] = []
     transforms: list[Any] = []
     while isinstance(index := faiss.downcast_index(index), (faiss.IndexIDMap, faiss.IndexPreTransform)):
         if isinstance(index, faiss.IndexIDMap):

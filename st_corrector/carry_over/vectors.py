@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..correctors import AffineMap, Corrector
+from ..cache.arrays import Embeddings, as_tensor
+from ..correctors import Corrector
 from ..errors import InputError
 from ..storage.files import make_folder
-from .estimate import ROWS_AT_ONCE, upgrade_embeddings
-
-Ids = np.ndarray[Any, np.dtype[np.int64]]
+from .mapping import ROWS_AT_ONCE, IndexMap, Rows
 
 
 class Vectors(ABC):
@@ -33,8 +33,12 @@ class Vectors(ABC):
     dim: int
 
     @abstractmethod
-    def take(self, rows: Ids) -> Tensor:
+    def take(self, rows: Rows) -> Tensor:
         """The embeddings of these rows: float32, ``(len(rows), d)``."""
+
+    @abstractmethod
+    def at(self, path: Path) -> Vectors:
+        """What :meth:`upgrade` has written into ``path``."""
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -49,29 +53,30 @@ class Vectors(ABC):
         """
 
     @abstractmethod
-    def write(self, path: Path, corrector: Corrector, blocks: Iterable[Tensor]) -> None:
-        """Write the output of ``corrector`` into ``path``, in the same format as the input."""
+    def write(self, path: Path, how: IndexMap, blocks: Iterable[Tensor]) -> None:
+        """Write the output of ``how`` into ``path``, in the same format as the input."""
 
-    def check(self, corrector: Corrector) -> None:
-        """Refuse a corrector that maps from other embeddings.
+    def check(self, how: IndexMap) -> None:
+        """Refuse a map from other embeddings.
 
         Raises:
             InputError: its dimension differs or, as far as known, the embeddings that it maps from.
         """
-        if corrector.dim != self.dim:
+        if how.dim != self.dim:
             raise InputError(
-                f"{self.path} holds embeddings of {self.dim} dimensions, the corrector maps from {corrector.dim}."
+                f"{self.path} holds embeddings of {self.dim} dimensions, the corrector maps from {how.dim}."
             )
 
-    def upgrade(self, corrector: Corrector, path: Path, progress: bool = True) -> None:
-        """Write the corrected embeddings into ``path``, block by block; the originals stay unchanged.
+    def upgrade(self, how: Corrector | IndexMap, path: Path, progress: bool = True) -> None:
+        """Write what takes the place of the embeddings into ``path``, block by block; the originals stay unchanged.
 
         Raises:
-            InputError: the corrector does not fit, or ``path`` exists.
+            InputError: the map does not fit, or ``path`` exists.
             NonFiniteError: an embedding is NaN or infinite, or becomes so.
             StorageError: ``path`` cannot be written; partial output is removed.
         """
-        self.check(corrector)
+        how = IndexMap.of(how)
+        self.check(how)
         if path.exists():
             raise InputError(f"{path} exists already: choose another name, or move it away.")
         make_folder(path.parent)
@@ -80,12 +85,25 @@ class Vectors(ABC):
             def blocks() -> Iterator[Tensor]:
                 for start in range(0, self.count, ROWS_AT_ONCE):
                     rows = np.arange(start, min(start + ROWS_AT_ONCE, self.count))
-                    yield upgrade_embeddings(self.take(rows), corrector)
+                    yield how(self.take(rows), rows)
                     bar.update(len(rows))
 
-            self.write(path, corrector, blocks())
+            self.write(path, how, blocks())
 
 
-def width_after(corrector: Corrector) -> int:
-    """The dimension of a corrector's output."""
-    return corrector.new_dim if isinstance(corrector, AffineMap) else corrector.dim
+class TensorVectors(Vectors):
+    """Embeddings in memory, or a memory-mapped array of them, ``(n, d)``."""
+
+    def __init__(self, embeddings: Embeddings) -> None:
+        super().__init__(Path("<memory>"))
+        self._embeddings = as_tensor(embeddings, InputError)
+        self.count, self.dim = self._embeddings.shape
+
+    def take(self, rows: Rows) -> Tensor:
+        return self._embeddings[torch.from_numpy(rows)].float().cpu()
+
+    def at(self, path: Path) -> Vectors:
+        raise InputError(f"Embeddings in memory are not those of {path}.")
+
+    def write(self, path: Path, how: IndexMap, blocks: Iterable[Tensor]) -> None:
+        raise InputError("Embeddings in memory are not written: use upgrade_embeddings.")

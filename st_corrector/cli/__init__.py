@@ -7,7 +7,7 @@ import sys
 
 from .._version import __version__
 from ..errors import StCorrectorError
-from . import cache, card, compare, evaluate, mine, report, upgrade
+from . import adapter, cache, card, compare, evaluate, mine, report, serve_plan, upgrade
 
 _EPILOG = """
 exit status: 0; 1 if damage was found or something failed, with the reason on standard error; 2 for invalid arguments.
@@ -38,6 +38,6 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="version", version=f"st-corrector {__version__}")
     commands = made.add_subparsers(required=True, metavar="command")
-    for command in (cache, evaluate, mine, upgrade, report, card, compare):
+    for command in (cache, evaluate, mine, serve_plan, adapter, upgrade, report, card, compare):
         command.add_to(commands)
     return made

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -50,6 +53,57 @@ def add_model(parser: argparse.ArgumentParser, help: str, required: bool = True)
     parser.add_argument("--model", required=required, help=f"{help}: a folder or a Hub id")
     parser.add_argument("--revision", help="commit, branch or tag of a model on the Hub")
     parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="texts in one forward pass")
+
+
+def add_queries(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--split", default="dev", help=f"{help}: those of this split of the corpus (default: dev)")
+    parser.add_argument("--queries", type=Path, metavar="FILE", help="or of a file with one query per line")
+
+
+def add_judging(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--k", type=int, default=10, help="depth of the recall (default: 10)")
+    parser.add_argument(
+        "--judged", type=int, default=200, metavar="N", help="how many queries judge it, at most (default: 200)"
+    )
+
+
+def amount(text: str) -> float:
+    """``"5%"`` or ``"4000"``: a share below 0, a number above.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip()):
+        if 0 < float(match[1]) <= 100:
+            return -float(match[1]) / 100
+    elif text.strip().isdigit() and int(text):
+        return float(int(text))
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a share of the targets, such as 5%, nor a number of them")
+
+
+def amount_of(wanted: float, count: int) -> int:
+    """How many of ``count`` an :func:`amount` is."""
+    return min(count, max(1, round(-wanted * count)) if wanted < 0 else int(wanted))
+
+
+def read_queries(args: argparse.Namespace, corpus: Corpus | None) -> list[str]:
+    """The queries that the arguments name.
+
+    Raises:
+        InputError: there are none, or the file is not text.
+    """
+    if args.queries is None:
+        if corpus is None:
+            raise InputError("Which queries? Pass --queries, or --corpus for those of its --split.")
+        return list(corpus.qrels(args.split).queries["text"])
+    try:
+        lines = args.queries.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{args.queries} is not UTF-8 text ({error}).") from error
+    queries = [line.strip() for line in lines if line.strip()]
+    if len(queries) < 2:
+        raise InputError(f"{args.queries} has {len(queries)} queries: expected many, one per line.")
+    return queries
 
 
 def open_corpus(args: argparse.Namespace) -> Corpus:

@@ -9,10 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .arguments import Commands, add_command, add_corpus, add_json, add_model, open_corpus, open_model, show
+from .arguments import (
+    Commands,
+    add_command,
+    add_corpus,
+    add_json,
+    add_judging,
+    add_model,
+    add_queries,
+    amount,
+    amount_of,
+    open_corpus,
+    open_model,
+    read_queries,
+    show,
+)
 
 if TYPE_CHECKING:
-    from ..data.corpus import Corpus
+    from ..carry_over.certificate import Certificate
+    from ..carry_over.mapping import IndexMap
 
 _EPILOG = """
 INDEX is a .npy or .safetensors file of shape (targets, dimension), the folder of an embedding cache, or (by any other
@@ -21,12 +36,17 @@ name) a FAISS index whose vectors can be reconstructed. It is only read.
   st-corrector upgrade-index old.npy new.npy --corrector outputs/nq/final
       with the corrector that was trained together with the new model
 
-  st-corrector upgrade-index old.faiss new.faiss --fit ridge --model outputs/nq/final --corpus data/nq
-      with one fitted on 20,000 targets, which the new model encodes: for any two models
+  st-corrector upgrade-index old.npy new.npy --corrector outputs/nq/final --model outputs/nq/final --corpus data/nq \\
+      --reencode 5%
+      the same, with those targets encoded again whose embeddings matter most, which improves the others, too
 
-With --model and --corpus it estimates what the new index keeps of a re-embedded one, on a sample that the new model
-really encodes, for the queries of --split, or of a file with one query per line. Then rows (FAISS: ids in ascending
-order, repeated ones as they were added) must be those of the corpus.
+  st-corrector upgrade-index old.faiss new.faiss --fit ridge --model outputs/nq/final --corpus data/nq
+      with a corrector fitted on 20,000 targets, which the new model encodes: for any two models
+
+With --model and --corpus it certifies how much of a re-embedded index the new one returns, on targets that the new
+model really encodes, for queries of --split, or of a file with one query per line. Then rows (FAISS: ids in ascending
+order, repeated ones as they were added) must be those of the corpus. With --reencode some of the queries say what to
+encode; the others judge.
 """
 
 
@@ -35,7 +55,7 @@ def add_to(commands: Commands) -> None:
     made = add_command(
         commands,
         "upgrade-index",
-        "carry an index over to a newer model without encoding its texts again, and estimate what that keeps",
+        "carry an index over to a newer model without encoding its texts again, and certify what that keeps",
         _run,
         _EPILOG,
     )
@@ -45,82 +65,85 @@ def add_to(commands: Commands) -> None:
     how.add_argument("--corrector", help="a trained corrector: a folder or a Hub id")
     how.add_argument("--fit", metavar="KIND", help="fit a corrector on targets that --model encodes: ridge, mlp, …")
     made.add_argument("--fit_sample", type=int, default=20_000, metavar="N", help="targets to fit it on")
+    made.add_argument("--reencode", type=amount, metavar="SHARE", help="targets to encode again: 5%%, or a number")
     made.add_argument("--tensor", help="the tensor's name in a safetensors file")
     made.add_argument("--factory", help="make the new FAISS index from this string, instead of one of the same kind")
     add_model(made, "the new model", required=False)
     add_corpus(made, required=False)
-    made.add_argument("--split", default="dev", help="the queries of the estimate (default: dev)")
-    made.add_argument("--queries", type=Path, help="or a file with one query per line")
-    made.add_argument("--sample", type=int, default=5_000, metavar="N", help="targets encoded again for the estimate")
+    add_queries(made, "real queries")
+    add_judging(made)
     add_json(made)
 
 
 def _run(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from ..carry_over.estimate import estimate_carry_over, estimated_depths, sample_rows
+    from ..carry_over.certificate import UNCHANGED, UPGRADED, certificate, encode_queries, encoder_of, unchanged
     from ..carry_over.fitting import drawn, fit_to_pairs, require_fitted
+    from ..carry_over.mapping import IndexMap
     from ..carry_over.opening import open_vectors
+    from ..carry_over.reencoding import encoded_again, reencoding_order
+    from ..carry_over.sampling import Judged, require
     from ..correctors import Corrector, Frames
     from ..data.encoding import DocumentEncoder
 
     if args.fit is not None:
         require_fitted(args.fit)
-    if (args.model is None) != (args.corpus is None) or (args.fit and args.model is None):
-        raise InputError("--model and --corpus go together, and --fit needs both.")
+    if (args.model is None) != (args.corpus is None) or ((args.fit or args.reencode) and args.model is None):
+        raise InputError("--model and --corpus go together, and --fit and --reencode need both.")
     vectors = open_vectors(args.index, args.tensor, args.factory)
     if args.output.exists():
         raise InputError(f"{args.output} exists already: choose another name, or move it away.")
-    model = corpus = None
-    queries: list[str] = []
-    if args.model is not None:
-        vectors.require_rows()
-        corpus, model = open_corpus(args), open_model(args)
-        if vectors.count != len(corpus):
-            raise InputError(
-                f"{args.index} has {vectors.count:,} rows, the corpus {len(corpus):,} targets: --max_targets cuts it."
-            )
-        queries = _queries(args, corpus)
-    fitted_on = drawn(vectors.count, args.fit_sample, seed=0) if args.fit else None
-    asked_of = np.empty(0, dtype=np.int64)
-    if corpus is not None:
-        asked_of = sample_rows(corpus, args.sample, without=fitted_on)
-        estimated_depths(len(asked_of), len(corpus))
-    if model is None or corpus is None or fitted_on is None:
-        corrector = Corrector.from_pretrained(args.corrector)
-    else:
-        print(f"Encoding {len(fitted_on):,} targets to fit the corrector on.", file=sys.stderr)
-        encoder = DocumentEncoder(model, corpus)
-        fresh = encoder.encode(model, fitted_on, batch_size=args.batch_size).cpu()
-        unit = model.similarity_fn_name == "cosine"
-        corrector = fit_to_pairs(vectors.take(fitted_on), fresh, args.fit, unit=unit)
-        corrector.frames = Frames(vectors.fingerprint, encoder.fingerprint(model), unit)
-    vectors.upgrade(corrector, args.output)
-    estimate = None
-    if model is None or corpus is None:
-        print("What this keeps was not estimated: pass --model and --corpus.", file=sys.stderr)
-    else:
-        estimate = estimate_carry_over(
-            vectors.take(asked_of), asked_of, corrector, model, corpus, queries, batch_size=args.batch_size
+    if args.model is None:
+        how = IndexMap(Corrector.from_pretrained(args.corrector))
+        vectors.upgrade(how, args.output)
+        print("What this keeps was not certified: pass --model and --corpus.", file=sys.stderr)
+        return _said(args, vectors.count, how, None)
+    vectors.require_rows()
+    corpus, model = open_corpus(args), open_model(args)
+    if vectors.count != len(corpus):
+        raise InputError(
+            f"{args.index} has {vectors.count:,} rows, the corpus {len(corpus):,} targets: --max_targets cuts it."
         )
+    queries = read_queries(args, corpus)
+    judging = min(args.judged, len(queries) // 2 if args.reencode else len(queries))
+    require(judging, args.k, len(corpus) - len(corpus.withdrawn))
+    asked = encode_queries(
+        model, [queries[n] for n in np.random.default_rng(0).permutation(len(queries))], args.batch_size
+    )
+    encode = encoder_of(model, corpus, args.batch_size, progress=True)
+    if args.corrector is not None:
+        how = IndexMap(Corrector.from_pretrained(args.corrector))
+    else:
+        others = np.setdiff1d(np.arange(vectors.count), corpus.withdrawn)
+        rows = others[drawn(len(others), args.fit_sample, seed=0)]
+        print(f"Encoding {len(rows):,} targets to fit the corrector on.", file=sys.stderr)
+        fresh, unit = encode(rows), model.similarity_fn_name == "cosine"
+        corrector = fit_to_pairs(vectors.take(rows), fresh, args.fit, unit=unit)
+        corrector.frames = Frames(vectors.fingerprint, DocumentEncoder(model, corpus).fingerprint(model), unit)
+        how = IndexMap(corrector, rows=rows, fresh=fresh)
+    vectors.check(how)
+    if args.reencode is not None:
+        order = reencoding_order(how, vectors, asked[judging:], corpus.withdrawn)
+        order = order[~np.isin(order, how.rows)]
+        rows = np.sort(order[: amount_of(args.reencode, len(order))])
+        print(f"Encoding {len(rows):,} targets again.", file=sys.stderr)
+        how = encoded_again(how, vectors, rows, encode)
+    vectors.upgrade(how, args.output)
+    new = vectors.at(args.output)
+    ways = {UPGRADED: unchanged(new, asked[:judging], model)}
+    if vectors.dim == new.dim:
+        ways = {UNCHANGED: unchanged(vectors, asked[:judging], model), **ways}
+    found = Judged.draw(ways, UPGRADED, asked[:judging], encode, args.k, corpus.withdrawn)
+    return _said(args, vectors.count, how, certificate(found, confidence=0.95))
+
+
+def _said(args: argparse.Namespace, rows: int, how: IndexMap, found: Certificate | None) -> int:
     if args.json:
-        found = None if estimate is None else asdict(estimate)
-        show({"output": str(args.output), "rows": vectors.count, "corrector": repr(corrector), "estimate": found})
+        kept = None if found is None else asdict(found)
+        show({"output": str(args.output), "rows": rows, "corrector": repr(how), "certificate": kept})
         return 0
-    print(f"{args.output}: {vectors.count:,} embeddings, carried over by {corrector!r}")
-    if estimate is not None:
-        print(estimate)
+    print(f"{args.output}: {rows:,} embeddings, carried over by {how!r}")
+    if found is not None:
+        print(found)
     return 0
-
-
-def _queries(args: argparse.Namespace, corpus: Corpus) -> list[str]:
-    if args.queries is None:
-        return list(corpus.qrels(args.split).queries["text"])
-    try:
-        lines = args.queries.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{args.queries} is not UTF-8 text ({error}).") from error
-    queries = [line.strip() for line in lines if line.strip()]
-    if len(queries) < 2:
-        raise InputError(f"{args.queries} has {len(queries)} queries: expected at least two, one per line.")
-    return queries

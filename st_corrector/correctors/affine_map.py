@@ -9,7 +9,7 @@ from ..errors import InputError
 from .base import Corrector
 from .regression import StreamingRidge
 from .state import TensorState
-from .types import PullBack
+from .types import PullBack, QuerySide
 
 
 class AffineMap(TensorState, Corrector):
@@ -49,6 +49,13 @@ class AffineMap(TensorState, Corrector):
         self.regularization, self.forgetting, self.bias = regularization, forgetting, bias
         self._regression = StreamingRidge(dim + 1, new_dim, regularization, forgetting)
         self.weight, self.shift = torch.zeros(dim, new_dim), torch.zeros(new_dim)
+
+    def leaves_corpus(self, unit: bool) -> bool:
+        return not self.normalize
+
+    def on_query_side(self, queries: Tensor) -> QuerySide:
+        """``q' = f(x) Aᵀ``, in the space of the inputs, and what the constant adds to all targets of a query."""
+        return QuerySide(queries @ self.weight.T, queries @ self.shift)
 
     def unnormalized(self, stale: Tensor) -> Tensor:
         return torch.addmm(self.shift, stale, self.weight)

@@ -113,6 +113,38 @@ class LossRecord:
 
 
 @dataclass
+class ServingChoice:
+    """One of the things to do with the index that serves: see :class:`~st_corrector.carry_over.plan.Choice`.
+
+    Args:
+        low, high: the recall's interval.
+    """
+
+    name: str
+    recall: float
+    low: float
+    high: float
+    encodings: int
+    seconds: float
+    writes: bool
+
+
+@dataclass
+class Serving:
+    """What ``st-corrector serve-plan`` has found: see :class:`~st_corrector.carry_over.plan.ServePlan`."""
+
+    k: int
+    wanted: float
+    confidence: float
+    targets: int
+    queries: int
+    encoded: int
+    choices: list[ServingChoice]
+    recommended: str
+    why: str
+
+
+@dataclass
 class RunRecord:
     """A training run.
 
@@ -126,6 +158,7 @@ class RunRecord:
         log: its entries, each with its ``step``.
         evaluations: metrics of the whole corpus by time of measurement: ``"before"``, ``"after"``, a step's number.
         versions: of this package and its dependencies.
+        serving: what to do with the index that serves, once that was measured.
     """
 
     model: dict[str, Any]
@@ -137,6 +170,7 @@ class RunRecord:
     log: list[dict[str, Any]] = field(default_factory=list)
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    serving: Serving | None = None
 
     def save(self, run: Path) -> None:
         """Write it into the folder of a run.

@@ -58,6 +58,7 @@ def write_report(record: RunRecord, path: Path) -> Path:
         version=record.versions.get("st-corrector", __version__),
         facts=_run_facts(record),
         evaluation=_evaluation(record),
+        serving=record.serving,
         charts=run_charts(record),
         sections=[_Section.of(record, name, loss) for name, loss in record.losses.items()],
         tables={

@@ -1,17 +1,14 @@
 """Embeddings that are served are carried over to another model, and what that keeps is told truly."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_static_model, make_texts
+from conftest import make_static_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 from support.encoders import moved
-from support.layouts import write_beir
 
 from st_corrector import (
     AffineMap,
@@ -24,17 +21,13 @@ from st_corrector import (
     NonFiniteError,
     RidgeCorrector,
     StorageError,
-    estimate_carry_over,
     fit_corrector,
     upgrade_embeddings,
 )
-from st_corrector.carry_over.estimate import sample_rows
 from st_corrector.carry_over.fitting import FITTED, fit_to_pairs
 from st_corrector.carry_over.opening import open_vectors
-from st_corrector.cli import main
 from st_corrector.correctors import Frames
 from st_corrector.data.encoding import DocumentEncoder
-from st_corrector.search.fidelity import overlap_at_k
 
 
 def narrower(model: SentenceTransformer, dim: int = 16) -> SentenceTransformer:
@@ -105,39 +98,6 @@ def test_a_cache_of_another_corpus_is_refused(large, corpus):
         fit_corrector(EmbeddingCache.from_tensor(torch.randn(9, 24)), moved(), corpus)
     with pytest.raises(InputError, match="sample"):
         fit_corrector(moved(), moved(), corpus, sample=3)
-
-
-def test_the_estimate_is_near_what_it_estimates(large):
-    """What is kept of the whole index is known here, since it is small; the estimate sees a fifth of it."""
-    old, new, model = all_of(make_static_model(), large), all_of(moved(), large), moved()
-    fitted = fit_to_pairs(old[::4], new[::4])
-    queries = large.qrels("dev").queries["text"][:500]
-    rows = sample_rows(large, 400, without=np.arange(0, len(large), 4))
-    assert not np.isin(rows, np.arange(0, len(large), 4)).any()
-    estimate = estimate_carry_over(old[rows], rows, fitted, model, large, queries)
-    asked = model.encode_query(queries, convert_to_tensor=True)
-    carried = upgrade_embeddings(old, fitted)
-    for depth, recall in estimate.recall.items():
-        reference = (asked @ new.T).topk(depth).indices
-        true = overlap_at_k((asked @ carried.T).topk(depth).indices, reference).mean()
-        unchanged = overlap_at_k((asked @ old.T).topk(depth).indices, reference).mean()
-        assert abs(recall - true) < 0.08, (depth, recall, float(true))
-        assert abs(estimate.recall_unchanged[depth] - unchanged) < 0.08
-        assert recall > estimate.recall_unchanged[depth] + (0.1 if depth < 1000 else 0.02)
-        assert 0 < estimate.standard_error[depth] < 0.03
-    assert list(estimate.recall) == [10, 100, 1000] and "recall@100" in str(estimate)
-    perfect = estimate_carry_over(new[rows].double().numpy(), rows, _identity(), model, large, queries)
-    assert perfect.recall == {10: 1.0, 100: 1.0, 1000: 1.0} and perfect.cosine == pytest.approx(1.0, abs=1e-5)
-    with pytest.raises(InputError, match="too small"):
-        estimate_carry_over(old[:1], np.arange(1), fitted, model, large, queries)
-    with pytest.raises(InputError, match=r"old has [\d,]+ embeddings for a sample of [\d,]+ rows"):
-        estimate_carry_over(old, rows, fitted, model, large, queries)
-    with pytest.raises(InputError, match="needs queries"):
-        estimate_carry_over(old[rows], rows, fitted, model, large, [])
-
-
-def _identity() -> Corrector:
-    return RidgeCorrector(24)
 
 
 def test_searching_served_embeddings_gives_what_encoding_gives(large):
@@ -286,124 +246,3 @@ def test_pickled_arrays_are_not_read(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="NumPy"):
         open_vectors(tmp_path / "a.npy")
-
-
-# ------------------------------------------------------------------ the command
-
-
-@pytest.fixture
-def served(tmp_path):
-    """A BEIR folder, a new model's folder, and a file of what an old one has said."""
-    queries, texts = make_texts(400)
-    folder = tmp_path / "data"
-    (folder / "qrels").mkdir(parents=True)
-    records = [{"_id": str(n), "text": text} for n, text in enumerate(texts)]
-    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, records)))
-    records = [{"_id": f"q{n}", "text": text} for n, text in enumerate(queries)]
-    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, records)))
-    (folder / "qrels" / "dev.tsv").write_text("\n".join(f"q{n}\t{n}\t1" for n in range(400)))
-    moved().save_pretrained(str(tmp_path / "model"))
-    corpus = Corpus.from_beir(folder)
-    np.save(tmp_path / "old.npy", all_of(make_static_model(), corpus).numpy())
-    return tmp_path
-
-
-def test_upgrade_index_with_a_fitted_corrector_tells_what_it_keeps(served, capsys):
-    common = ["--model", str(served / "model"), "--corpus", str(served / "data"), "--sample", "150"]
-    command = [
-        "upgrade-index",
-        str(served / "old.npy"),
-        str(served / "new.npy"),
-        "--fit",
-        "ridge",
-        "--fit_sample",
-        "200",
-    ]
-    assert main([*command, *common, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["rows"] == 400 and "RidgeCorrector" in found["corrector"]
-    estimate = found["estimate"]
-    assert estimate["sample"] == 150 and estimate["cosine"] > estimate["cosine_unchanged"] + 0.02
-    assert estimate["recall"]["100"] > estimate["recall_unchanged"]["100"] + 0.05
-    corpus = Corpus.from_beir(served / "data")
-    fresh = all_of(moved(), corpus)
-    carried = torch.from_numpy(np.load(served / "new.npy"))
-    assert F.cosine_similarity(carried, fresh).mean() == pytest.approx(estimate["cosine"], abs=0.03)
-
-    assert main([*command, *common]) == 1 and "exists already" in capsys.readouterr().err
-    (served / "asked.txt").write_text("word1 word3\n\nword5 word7\n")
-    text = [*command[:2], str(served / "other.npy"), *command[3:], *common, "--queries", str(served / "asked.txt")]
-    assert main(text) == 0
-    assert "150 of 400 targets were encoded again, for 2 queries" in capsys.readouterr().out
-
-
-def test_upgrade_index_with_a_trained_corrector(served, capsys):
-    old = np.load(served / "old.npy")
-    fitted = fit_to_pairs(torch.from_numpy(old), all_of(moved(), Corpus.from_beir(served / "data")))
-    fitted.save_pretrained(served / "run")
-    command = ["upgrade-index", str(served / "old.npy"), str(served / "new.npy"), "--corrector", str(served / "run")]
-    assert main(command) == 0
-    printed = capsys.readouterr()
-    assert "400 embeddings" in printed.out and "not estimated" in printed.err
-    assert np.array_equal(np.load(served / "new.npy"), upgrade_embeddings(old, fitted).numpy())
-
-
-def test_fitting_knows_its_kinds(served, capsys):
-    assert main(["upgrade-index", str(served / "old.npy"), str(served / "new.npy"), "--fit", "identity"]) == 1
-    assert "'identity' is not one of ridge, " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--fit", "ridge"], "--fit needs both"),
-        (["--corrector", "nowhere/at-all", "--model", "x"], "go together"),
-        (["--fit", "ridge", "--model", "MODEL", "--corpus", "DATA", "--max_targets", "50"], "400 rows, the corpus 50"),
-        (["--fit", "ridge", "--model", "MODEL", "--corpus", "DATA", "--split", "test"], "no judgements for split"),
-        (["--fit", "ridge", "--model", "MODEL", "--corpus", "DATA", "--fit_sample", "399"], "too small"),
-        (["--corrector", "DATA"], "holds no corrector"),
-    ],
-)
-def test_upgrade_index_says_what_is_wrong_before_it_writes(served, capsys, arguments, message):
-    where = {"MODEL": str(served / "model"), "DATA": str(served / "data")}
-    command = ["upgrade-index", str(served / "old.npy"), str(served / "new.npy")]
-    assert main([*command, *(where.get(each, each) for each in arguments)]) == 1
-    assert message in capsys.readouterr().err
-    assert not (served / "new.npy").exists()
-
-
-def test_one_query_is_too_few_and_nothing_is_written(served, capsys):
-    (served / "one.txt").write_text("word1 word3\n")
-    common = ["--model", str(served / "model"), "--corpus", str(served / "data"), "--queries", str(served / "one.txt")]
-    assert main(["upgrade-index", str(served / "old.npy"), str(served / "new.npy"), "--fit", "ridge", *common]) == 1
-    assert "at least two" in capsys.readouterr().err and not (served / "new.npy").exists()
-
-
-def test_evaluate_of_a_model_and_of_what_is_served(served, capsys):
-    corpus = Corpus.from_beir(served / "data")
-    EmbeddingCache.build(make_static_model(), corpus, served / "cache", progress=False)
-    command = ["evaluate", "--model", str(served / "model"), "--corpus", str(served / "data"), "--json"]
-    assert main(command) == 0
-    fresh = json.loads(capsys.readouterr().out)
-    assert main([*command, "--cache", str(served / "cache")]) == 0
-    stale = json.loads(capsys.readouterr().out)
-    assert fresh["queries"] == stale["queries"] == 400
-    assert fresh["metrics"]["ndcg@10"] > stale["metrics"]["ndcg@10"] > 0
-    assert fresh["metrics"] == CorpusRetrievalEvaluator(corpus, "dev")(moved())
-    assert main(command[:-1]) == 0 and "400 queries of dev" in capsys.readouterr().out
-
-
-def test_evaluate_leaves_out_identical_ids_and_lost_targets_on_request(tmp_path, capsys):
-    make_static_model().save_pretrained(str(tmp_path / "model"))
-    texts = [f"word{n} word{n + 1}" for n in range(8)]
-    targets = [{"_id": f"q{n}", "text": text} for n, text in enumerate(texts)]
-    lines = [(f"q{n}", f"q{(n + 1) % 8}", 1) for n in range(8)] + [("q0", "lost", 1)]
-    folder = write_beir(tmp_path, targets, targets, {"dev": lines})
-    command = ["evaluate", "--model", str(tmp_path / "model"), "--corpus", str(folder), "--json"]
-    assert main(command) == 1 and "missing_targets='drop'" in capsys.readouterr().err
-    command += ["--missing_targets", "drop"]
-    assert main(command) == 0
-    with_them = json.loads(capsys.readouterr().out)["metrics"]
-    assert main([*command, "--ignore_identical_ids"]) == 0
-    without = json.loads(capsys.readouterr().out)["metrics"]
-    assert with_them["recall@1"] == 0 < without["recall@1"] and without["mrr@10"] > with_them["mrr@10"]

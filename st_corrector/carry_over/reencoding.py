@@ -1,0 +1,72 @@
+"""Targets that are encoded again: which first, and what they teach about the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .fitting import fit_to_pairs
+from .mapping import IndexMap, Rows
+from .vectors import Vectors
+from .ways import Way, search
+
+DEPTH = 200
+"""How far down a query's results targets count."""
+MOST_QUERIES = 2_000
+"""More do not change the order much; a search holds a score for each, and for thousands of targets at once."""
+_LEAST_PAIRS = 20
+
+
+def reencoding_order(how: IndexMap, vectors: Vectors, queries: Tensor, withdrawn: Rows, progress: bool = True) -> Rows:
+    """The rows of an index, those first whose re-encoding changes most of what queries get.
+
+    A target counts for every query that it is retrieved for from the upgraded index, at rank r by ``1 / √r``: a wrong
+    place matters most at the top, and targets that are further down may belong there. Rows that no query retrieves come
+    last, in random order. What a corrector is unsure of was tried as a weight, and adds nothing
+    (``docs/carry-over.md``).
+
+    Args:
+        how: carries the index over.
+        queries: embeddings by the new model of queries like those that will be asked, ``(Q, d')``; of more than 2,000
+            the first.
+        withdrawn: rows that are no targets any more, ascending; they are left out.
+    """
+    found = search({"": Way(queries[:MOST_QUERIES], vectors, how)}, {"": DEPTH}, withdrawn, progress)[""].rows
+    weight = torch.arange(1, found.shape[1] + 1).rsqrt().expand_as(found)
+    use = torch.zeros(vectors.count, dtype=torch.float64)
+    use.index_add_(0, found[found >= 0], weight[found >= 0].double())
+    order = np.lexsort((np.random.default_rng(0).random(vectors.count), -use.numpy()))
+    return order[~np.isin(order, withdrawn)]
+
+
+def encoded_again(
+    how: IndexMap, vectors: Vectors, rows: Rows, encode: Callable[[Rows], Tensor], progress: bool = True
+) -> IndexMap:
+    """``how`` with the targets of ``rows`` encoded again, and corrected by what these show.
+
+    Their own embeddings take their places. In a mixture of fresh and corrected embeddings, correctors that were trained
+    for choosing negatives alone would put fresh ones first: their scores are lower than fresh ones. So a ridge
+    correction is fitted on these targets behind what there is.
+
+    Args:
+        rows: ascending, none of them encoded again before.
+        encode: gives rows' embeddings by the new model.
+    """
+    if len(np.intersect1d(rows, how.rows)):
+        raise InputError("Some of these targets were encoded again already.")
+    every = np.union1d(rows, how.rows)
+    fresh = torch.empty(len(every), how.new_dim)
+    fresh[torch.from_numpy(np.searchsorted(every, how.rows))] = how.fresh
+    fresh[torch.from_numpy(np.searchsorted(every, rows))] = encode(rows)
+    correctors = list(how.correctors)
+    if len(every) >= _LEAST_PAIRS:
+        carried = how(vectors.take(every))
+        more = fit_to_pairs(carried, fresh, "ridge", unit=how.unit)
+        if correctors[-1].frames is not None:
+            more.frames = correctors[-1].frames._replace(stale={})
+        correctors.append(more)
+    return IndexMap(*correctors, rows=every, fresh=fresh)

@@ -1,0 +1,204 @@
+"""Queries for which targets are really encoded, and recall by them.
+
+For a sample of queries we compare the first k of each way to serve with the first k of a re-embedded index, which we do
+not have. But a target that belongs to them is nearly always near the top by a corrector too. So for each query we
+encode all that any way returns, all or many of those that follow in the corrector's order, fewer and fewer further
+down, and a few of the rest: stratified sampling by rank. Each encoded target stands for as many as its stratum has for
+each that was drawn from it (`Horvitz and Thompson 1952 <https://doi.org/10.1080/01621459.1952.10483446>`_).
+
+The fresh score that k targets reach is estimated from strata in which a target stands for at most k/2. One from further
+down that is above it pushes the last of the first k out, as many as it stands for: this is linear, and so unbiased,
+where a single one with a large weight would otherwise push out all. Queries are drawn independently, so the spread of
+their recalls has what is drawn of targets in it, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .mapping import Rows
+from .ways import Way, search
+
+LEAST_QUERIES = 20
+"""Fewer give no interval that deserves the name."""
+# By multiples of k, how far down the corrector's order a stratum goes, and how many are drawn from it.
+_STRATA = ((5, 50), (10, 25), (30, 20), (100, 20), (math.inf, 10))
+_LOWEST = 3  # of the first k, among which is the one that is pushed out
+
+
+class Judged:
+    """Queries for which a sample of the corpus was really encoded.
+
+    Args:
+        k: depth.
+        count: number of targets.
+        encoded: number of targets encoded.
+        samples: of each query.
+        first: of each way, the first ``k`` rows for each query, ``(Q, k)``.
+    """
+
+    def __init__(
+        self, k: int, count: int, encoded: int, samples: list[Sample], first: Mapping[str, np.ndarray]
+    ) -> None:
+        self.k, self.count, self.encoded, self.samples, self.first = k, count, encoded, samples, first
+
+    @classmethod
+    def draw(
+        cls,
+        ways: Mapping[str, Way],
+        order: str,
+        queries: Tensor,
+        encode: Callable[[Rows], Tensor],
+        k: int,
+        withdrawn: Rows,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Judged:
+        """Draw a sample for each query, and encode it.
+
+        Args:
+            order: the way by whose order targets are drawn: the one nearest to a re-embedded index.
+            queries: of the new model, ``(Q, d')``.
+            encode: gives rows' embeddings by the new model.
+            withdrawn: rows that are no targets, ascending.
+        """
+        count = ways[order].vectors.count
+        require(len(queries), k, count - len(withdrawn))
+        depth = dict.fromkeys(ways, k) | {order: min(_deepest() * k, count)}
+        found = search(ways, depth, withdrawn, progress)
+        generator = np.random.default_rng(seed)
+        first = {name: each.rows[:, :k].numpy() for name, each in found.items()}
+        drawn = []
+        for query, ranked in enumerate(found[order].rows.numpy()):
+            returned = np.unique(np.concatenate([each[query] for each in first.values()]))
+            drawn.append(_draw(returned, ranked, k, count, withdrawn, generator))
+        rows = np.unique(np.concatenate([each for each, _ in drawn]))
+        fresh, way = encode(rows), ways[order]
+        carried = way.take(way.vectors.take(rows), rows)
+        samples = []
+        for query, (of_query, weights) in enumerate(drawn):
+            here = torch.from_numpy(np.searchsorted(rows, of_query))
+            scores = (fresh[here] @ queries[query]).numpy(), (carried[here] @ way.queries[query]).numpy()
+            samples.append(Sample(of_query, weights, *scores))
+        return cls(k, count, len(rows), samples, first)
+
+    def recalls(self, name: str) -> np.ndarray:
+        """Of a way, for each query, ``(Q,)``: unbiased, so that one may be outside [0, 1]."""
+        found = [
+            sample.recall(np.isin(sample.rows, rows).astype(float), self.k)
+            for sample, rows in zip(self.samples, self.first[name], strict=True)
+        ]
+        return np.array(found)
+
+    def recalls_with(self, reencoded: np.ndarray) -> np.ndarray:
+        """Of the way by whose order was drawn, once the targets of these rows ``(N,)``, a mask, are encoded again."""
+        return np.array([sample.recall_with(reencoded[sample.rows], self.k) for sample in self.samples])
+
+
+class Sample(NamedTuple):
+    """What was encoded for a query.
+
+    Args:
+        rows: ``(n,)``.
+        weights: how many targets each stands for, ``(n,)``.
+        fresh: its score by the new model, ``(n,)``.
+        carried: its score by the way by whose order it was drawn, ``(n,)``.
+    """
+
+    rows: Rows
+    weights: np.ndarray
+    fresh: np.ndarray
+    carried: np.ndarray
+
+    def recall(self, returned: np.ndarray, k: int) -> float:
+        """The share of the first ``k`` by fresh scores in what is returned.
+
+        Args:
+            returned: how much of each is, from 0 to 1.
+        """
+        inside, lowest = self._first(self.fresh, k)
+        from_far_down = (self.weights > _most(k)) & (self.fresh > self.fresh[lowest[-1]]) & (returned == 0)
+        pushed_out = self.weights[from_far_down].sum() * np.average(returned[lowest], weights=self.weights[lowest])
+        return float((self.weights * inside * returned).sum() - pushed_out) / k
+
+    def recall_with(self, reencoded: np.ndarray, k: int) -> float:
+        """The same for what would be returned if some had fresh scores."""
+        returned, _ = self._first(np.where(reencoded, self.fresh, self.carried), k)
+        return self.recall(returned, k)
+
+    def _first(self, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """How much of each target is among the first ``k``, judged by those that stand for few; the last ones."""
+        near = np.flatnonzero(self.weights <= _most(k))
+        order = near[np.argsort(-scores[near], kind="stable")]
+        above = np.cumsum(self.weights[order])
+        inside = np.zeros(len(scores))
+        inside[order] = np.clip((k - (above - self.weights[order])) / self.weights[order], 0, 1)
+        last = min(int(np.searchsorted(above, k - 1e-9)), len(order) - 1)
+        return inside, order[max(0, last + 1 - _LOWEST) : last + 1]
+
+
+def _most(k: int) -> float:
+    """How many targets one stands for, at most, by which the first ``k`` are judged."""
+    return max(1.0, k / 2)
+
+
+def require(queries: int, k: int, targets: int) -> None:
+    """Refuse what gives no certificate.
+
+    Raises:
+        InputError: there are too few queries to judge, or ``k`` is not a depth.
+    """
+    if queries < LEAST_QUERIES:
+        raise InputError(f"At least {LEAST_QUERIES} queries must judge how much is kept, got {queries:,}.")
+    if not 1 <= k <= targets:
+        raise InputError(f"k must be from 1 to the number of targets, {targets:,}, got {k}.")
+
+
+def _deepest() -> int:
+    """How far down strata go, in multiples of k."""
+    return int(max(end for end, _ in _STRATA if end < math.inf))
+
+
+def _draw(
+    returned: Rows, ranked: Rows, k: int, count: int, withdrawn: Rows, generator: np.random.Generator
+) -> tuple[Rows, np.ndarray]:
+    """A query's sample: rows, and how many each stands for.
+
+    Args:
+        returned: what any way returns, all of which is taken.
+        ranked: the first rows by the corrector's order.
+    """
+    returned, ranked = returned[returned >= 0], ranked[ranked >= 0]
+    rows, weights = [returned], [np.ones(len(returned))]
+    start = 0
+    for end, wanted in _STRATA:
+        if end < math.inf:
+            members = ranked[start * k : int(end) * k]
+            members = members[~np.isin(members, returned)]
+            drawn = generator.permutation(members)[:wanted]
+            size, start = len(members), int(end)
+        else:
+            known = np.union1d(np.union1d(ranked, returned), withdrawn)
+            size = count - len(known)
+            drawn = _others(known, count, min(wanted, size), generator)
+        rows.append(drawn)
+        weights.append(np.full(len(drawn), size / max(1, len(drawn))))
+    return np.concatenate(rows), np.concatenate(weights)
+
+
+def _others(known: Rows, count: int, wanted: int, generator: np.random.Generator) -> Rows:
+    """Distinct random rows that are not ``known``, of which there are enough."""
+    if count - len(known) < 4 * wanted or count < 10_000:
+        return generator.permutation(np.setdiff1d(np.arange(count), known))[:wanted]
+    drawn: Rows = np.empty(0, dtype=np.int64)
+    while len(drawn) < wanted:
+        more = generator.integers(count, size=4 * wanted)
+        drawn = np.unique(np.concatenate([drawn, more[~np.isin(more, known)]]))
+    return generator.permutation(drawn)[:wanted]

@@ -1,0 +1,226 @@
+"""What a certificate says of a re-embedded index is true as often as it claims, though it sees a part of it."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_static_model
+from support.encoders import moved
+
+from st_corrector import IndexMap, InputError, QueryAdapter, RidgeCorrector, certify, fit_corrector, serve_plan
+from st_corrector.carry_over.certificate import interval
+from st_corrector.carry_over.reencoding import encoded_again, reencoding_order
+from st_corrector.carry_over.sampling import Judged, Sample
+from st_corrector.carry_over.vectors import TensorVectors
+from st_corrector.carry_over.ways import Way, search
+from st_corrector.data.encoding import DocumentEncoder
+from st_corrector.search.fidelity import overlap_at_k
+
+NONE = np.empty(0, dtype=np.int64)
+
+
+class World:
+    """An index, what it should be, what a corrector makes of it, and queries."""
+
+    def __init__(self, targets: int, queries: int, noise: float = 0.35, dim: int = 16) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def unit(count: int) -> torch.Tensor:
+            return F.normalize(torch.randn(count, dim, generator=generator), dim=-1)
+
+        self.fresh, self.queries = unit(targets), unit(queries)
+        self.old = F.normalize(self.fresh + unit(targets), dim=-1)
+        self.carried = F.normalize(self.fresh + noise * unit(targets), dim=-1)
+
+    def encode(self, rows: np.ndarray) -> torch.Tensor:
+        return self.fresh[torch.from_numpy(rows)]
+
+    def ways(self, queries: torch.Tensor) -> dict[str, Way]:
+        return {"old": Way(queries, TensorVectors(self.old)), "new": Way(queries, TensorVectors(self.carried))}
+
+    def recall(self, embeddings: torch.Tensor, k: int) -> np.ndarray:
+        """The truth, for each query."""
+        found = [(self.queries @ each.T).topk(k).indices for each in (embeddings, self.fresh)]
+        return overlap_at_k(*found).numpy()
+
+
+@pytest.mark.parametrize(
+    ("k", "targets", "draws"),
+    [(10, 6_000, 4), *(pytest.param(k, 20_000, 12, marks=pytest.mark.long) for k in (1, 10, 100))],
+)
+def test_recall_is_unbiased_and_intervals_cover_the_truth_as_often_as_they_claim(k, targets, draws):
+    """800 queries are all there are; each draw takes 100 of them, and other targets."""
+    world = World(targets, 800)
+    found = {"old": [], "new": []}
+    for seed in range(draws):
+        ways = world.ways(world.queries)
+        judged = Judged.draw(ways, "new", world.queries, world.encode, k, NONE, seed, progress=False)
+        for name, recalls in found.items():
+            recalls.append(judged.recalls(name))
+    generator = np.random.default_rng(0)
+    for name, embeddings in (("old", world.old), ("new", world.carried)):
+        truth, recalls = world.recall(embeddings, k), np.stack(found[name])
+        assert abs(recalls.mean() - truth.mean()) < 0.01 and 0.05 < truth.mean() < 0.9
+        covered = []
+        for _ in range(600):
+            queries = generator.choice(800, 100, replace=False)
+            drawn = recalls[generator.integers(draws, size=100), queries]
+            low, high = interval(drawn, 0.9)[1:]
+            # Of 800 queries, 100 are an eighth: what is left to chance is so much less.
+            half = (high - low) / 2 * (7 / 8) ** 0.5
+            covered.append(abs(drawn.mean() - truth.mean()) <= half)
+        assert 0.86 < np.mean(covered) < 0.94, (name, np.mean(covered))
+
+
+def test_where_all_is_encoded_recall_is_exact():
+    world = World(120, 40)
+    judged = Judged.draw(world.ways(world.queries), "new", world.queries, world.encode, 10, NONE, 0, progress=False)
+    assert judged.encoded == 120
+    for name, embeddings in (("old", world.old), ("new", world.carried)):
+        np.testing.assert_allclose(judged.recalls(name), world.recall(embeddings, 10), atol=1e-6)
+    again = np.zeros(120, dtype=bool)
+    again[::3] = True
+    mixed = torch.where(torch.from_numpy(again)[:, None], world.fresh, world.carried)
+    np.testing.assert_allclose(judged.recalls_with(again), world.recall(mixed, 10), atol=1e-6)
+
+
+def test_what_encoding_some_again_will_give_is_foretold():
+    world = World(20_000, 400)
+    judged = Judged.draw(world.ways(world.queries), "new", world.queries, world.encode, 10, NONE, 0, progress=False)
+    again = np.zeros(20_000, dtype=bool)
+    again[np.random.default_rng(1).permutation(20_000)[:6_000]] = True
+    mixed = torch.where(torch.from_numpy(again)[:, None], world.fresh, world.carried)
+    truth = world.recall(mixed, 10).mean()
+    assert abs(judged.recalls_with(again).mean() - truth) < 0.02
+    assert abs(truth - world.recall(world.carried, 10).mean()) > 0.04, "it makes a difference"
+
+
+def test_withdrawn_targets_are_neither_returned_nor_encoded():
+    world, withdrawn = World(3_000, 30), np.arange(0, 3_000, 2)
+    seen = []
+
+    def encode(rows: np.ndarray) -> torch.Tensor:
+        seen.append(rows)
+        return world.encode(rows)
+
+    judged = Judged.draw(world.ways(world.queries), "new", world.queries, encode, 10, withdrawn, 0, progress=False)
+    assert not np.isin(np.concatenate(seen), withdrawn).any()
+    world.fresh, world.carried = world.fresh[1::2], world.carried[1::2]
+    assert judged.recalls("new").mean() == pytest.approx(world.recall(world.carried, 10).mean(), abs=0.03)
+
+
+def test_a_target_from_far_down_pushes_out_as_many_as_it_stands_for():
+    fresh, carried = np.array([0.9, 0.8, 0.7, 0.85]), np.array([0.9, 0.8, 0.7, 0.1])
+    sample = Sample(np.arange(4), np.array([1.0, 1.0, 1.0, 30.0]), fresh, carried)
+    assert sample.recall(np.array([1.0, 1.0, 0.0, 0.0]), 2) == pytest.approx((2 - 30) / 2)
+    assert sample.recall(np.array([0.0, 0.0, 1.0, 0.0]), 2) == 0
+
+
+def test_every_way_is_searched_as_it_would_be_alone():
+    world = World(40_000, 9)
+    half = Way(world.queries, TensorVectors(world.old), lambda stale, rows: stale * torch.from_numpy(rows % 2)[:, None])
+    found = search({**world.ways(world.queries), "half": half}, {"old": 5, "new": 7, "half": 3}, np.array([1]), False)
+    for name, embeddings, k in (("old", world.old, 5), ("new", world.carried, 7)):
+        scores = world.queries @ embeddings.T
+        scores[:, 1] = -torch.inf
+        assert torch.equal(found[name].rows, scores.topk(k).indices)
+    assert (found["half"].rows % 2 == 1).all()
+
+
+def test_an_order_begins_with_what_queries_get(large):
+    world = World(3_000, 300)
+    how, vectors = IndexMap(RidgeCorrector(16)), TensorVectors(world.carried)
+    withdrawn = np.array([5, 6])
+    order = reencoding_order(how, vectors, world.queries, withdrawn, progress=False)
+    assert np.array_equal(np.sort(order), np.setdiff1d(np.arange(3_000), withdrawn))
+    first = (world.queries @ world.carried.T).argmax(1).numpy()
+    place = np.empty(3_000)
+    place[order] = np.arange(len(order))
+    assert place[np.setdiff1d(first, withdrawn)].mean() < 900
+    gains = {}
+    for name, rows in (("order", order[:600]), ("random", np.random.default_rng(0).permutation(3_000)[:600])):
+        again = encoded_again(how, vectors, np.sort(rows), world.encode)
+        torch.testing.assert_close(again.fresh, world.fresh[np.sort(rows)])
+        assert len(again.correctors) == 2
+        gains[name] = world.recall(again(world.carried, np.arange(3_000)), 10).mean()
+    assert gains["order"] > gains["random"] + 0.02 and gains["random"] > world.recall(world.carried, 10).mean()
+    with pytest.raises(InputError, match="encoded again already"):
+        encoded_again(again, vectors, np.sort(rows)[:5], world.encode)
+
+
+def all_of(model, corpus) -> torch.Tensor:
+    return DocumentEncoder(model, corpus, progress=False).encode(model, np.arange(len(corpus)))
+
+
+def test_certify_and_plan_for_models_and_a_corpus(large):
+    old, new = make_static_model(), moved()
+    embeddings, queries = all_of(old, large), list(large.qrels("dev").queries["text"][:400])
+    corrector = fit_corrector(old, new, large, sample=200, progress=False)
+    asked = new.encode_query(queries[200:], convert_to_tensor=True)
+    adapter = QueryAdapter.from_corrector(corrector, asked, embeddings)
+    found = certify(embeddings, new, large, queries[:200], corrector, adapter, progress=False)
+    fresh, judging = all_of(new, large), new.encode_query(queries[:200], convert_to_tensor=True)
+    reference = (judging @ fresh.T).topk(10).indices
+    carried = IndexMap(corrector)(embeddings)
+    for name, asking, index in (
+        ("unchanged", judging, embeddings),
+        ("query adapter", adapter(judging), embeddings),
+        ("upgraded", judging, carried),
+    ):
+        truth = overlap_at_k((asking @ index.T).topk(10).indices, reference).mean().item()
+        mean, low, high = found.recall[name]
+        assert mean == pytest.approx(truth, abs=0.02) and low < mean < high and name in str(found)
+    assert list(found.recall) == ["unchanged", "query adapter", "upgraded"] and found.encoded <= len(large)
+    wanted = found.recall["query adapter"].low - 0.1
+    plan = serve_plan(embeddings, new, large, queries, corrector, wanted=wanted, progress=False)
+    names = [each.name for each in plan.choices]
+    assert names[0] == "unchanged" and {"query adapter", "upgraded", "re-embedded"} < set(names)
+    assert plan.recommended.name == "query adapter" and "query adapter ←" in str(plan)
+    certain = serve_plan(embeddings, new, large, queries, corrector, wanted=1.0, progress=False)
+    assert certain.recommended.name == "re-embedded" and certain.recommended.encodings == len(large)
+    # Without a corrector one is fitted, and its encodings are counted.
+    bare = serve_plan(embeddings, new, large, queries, wanted=0.5, progress=False)
+    assert min(each.encodings for each in bare.choices if each.name.startswith("upgraded")) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"queries": ["word1"] * 19}, "At least 20 queries must judge"),
+        ({"k": 0}, "k must be from 1"),
+        ({"index": torch.zeros(9, 24)}, "The index has 9 rows, the corpus"),
+        ({"index": np.zeros((2000, 12), dtype=np.float32)}, "12 dimensions, the model's queries 24: pass a corrector"),
+        ({"corrector": RidgeCorrector(12)}, "the corrector maps from 12"),
+        ({"index": torch.zeros(2000, 24, dtype=torch.int64)}, "floating-point"),
+    ],
+)
+def test_what_cannot_be_certified_is_refused(large, change, message):
+    given = {"index": torch.zeros(len(large), 24), "queries": ["word1 word2"] * 30, "k": 10, "corrector": None}
+    given |= change
+    if len(given["index"]) == 2000:
+        given["index"] = _tall(given["index"], large)
+    with pytest.raises(InputError, match=message):
+        certify(given["index"], moved(), large, given["queries"], given["corrector"], k=given["k"], progress=False)
+
+
+def _tall(index, large):
+    """As many rows as there are targets."""
+    repeated = np.resize(np.asarray(index), (len(large), index.shape[1]))
+    return torch.from_numpy(repeated) if isinstance(index, torch.Tensor) else repeated
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"queries": ["word1 word2"] * 60}, "not enough to teach and to judge"),
+        ({"wanted": 0.0}, "are shares"),
+        ({"confidence": 1.0}, "are shares"),
+        ({"index": torch.zeros(3, 24)}, "The index has 3 rows"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(large, change, message):
+    given = {"index": torch.randn(len(large), 24), "queries": ["word1 word2"] * 300, "wanted": 0.9, "confidence": 0.9}
+    given |= change
+    index, queries = given.pop("index"), given.pop("queries")
+    with pytest.raises(InputError, match=message):
+        serve_plan(index, moved(), large, queries, progress=False, **given)
