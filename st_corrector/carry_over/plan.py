@@ -154,7 +154,7 @@ def serve_plan(
         raise InputError(
             f"{len(queries):,} queries are not enough to teach and to judge: at least {2 * LEAST_QUERIES} are needed."
         )
-    encode = Stopwatch(encoder_of(new, corpus, batch_size, progress))
+    encode = EncodedOnce(encoder_of(new, corpus, batch_size, progress))
     shuffled = np.random.default_rng(seed).permutation(len(queries))
     asked = encode_queries(new, [queries[n] for n in shuffled], batch_size)
     judges, teachers = asked[:judging], asked[judging:]
@@ -202,18 +202,30 @@ def serve_plan(
     return ServePlan(k, wanted, confidence, len(others), judging, encode.count, choices)
 
 
-class Stopwatch:
-    """Encodes rows, and counts them and the time."""
+class EncodedOnce:
+    """Encodes rows that were not encoded before, and counts them and the time."""
 
     def __init__(self, encode: Callable[[Rows], Tensor]) -> None:
-        self._encode, self.count, self.seconds = encode, 0, 0.0
+        self._encode, self.seconds = encode, 0.0
+        self._rows: Rows = np.empty(0, dtype=np.int64)
+        self._fresh: Tensor | None = None
 
     def __call__(self, rows: Rows) -> Tensor:
-        started = time.perf_counter()
-        fresh = self._encode(rows)
-        self.seconds += time.perf_counter() - started
-        self.count += len(rows)
-        return fresh
+        """The embeddings of ``rows``, float32, ``(len(rows), d')``."""
+        if len(new := np.setdiff1d(rows, self._rows)):
+            started = time.perf_counter()
+            fresh = self._encode(new)
+            self.seconds += time.perf_counter() - started
+            known = fresh if self._fresh is None else torch.cat([self._fresh, fresh])
+            order = np.argsort(every := np.concatenate([self._rows, new]))
+            self._rows, self._fresh = every[order], known[torch.from_numpy(order)]
+        assert self._fresh is not None
+        return self._fresh[torch.from_numpy(np.searchsorted(self._rows, rows))]
+
+    @property
+    def count(self) -> int:
+        """How many were encoded."""
+        return len(self._rows)
 
     @property
     def each(self) -> float:
