@@ -217,7 +217,7 @@ class Measured:
 
     def planned(self) -> dict[str, Any]:
         """What :func:`serve_plan` says, and what it needed."""
-        queries = list(self.corpus.qrels("dev").queries["text"]) + list(self.corpus.qrels("train").queries["text"])
+        queries = list(self.corpus.qrels("dev").queries["text"])
         started = time.perf_counter()
         plan = serve_plan(
             self.pair.old, self.pair.new, self.corpus, queries, self.pair.corrector, batch_size=256, seed=self.seed
