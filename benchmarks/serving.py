@@ -51,7 +51,7 @@ from st_corrector import (
 from st_corrector.carry_over.certificate import encode_queries, interval, unchanged
 from st_corrector.carry_over.fitting import drawn, fit_to_pairs
 from st_corrector.carry_over.query_adapter import FITTED_ON
-from st_corrector.carry_over.reencoding import encoded_again, reencoding_order
+from st_corrector.carry_over.reencoding import encoded_again, reencoding_order, use
 from st_corrector.carry_over.sampling import Judged
 from st_corrector.carry_over.vectors import TensorVectors
 from st_corrector.carry_over.ways import Way
@@ -203,17 +203,34 @@ class Measured:
                 first = base
                 order = reencoding_order(base, self.vectors, self.teaching, NONE, progress=False)
                 order = order[~np.isin(order, base.rows)]
-            wanted = round(share * count) - len(first.rows)
-            ordered = encoded_again(first, self.vectors, np.sort(order[:wanted]), self.encode) if wanted else first
-            for name, how in (("in order", ordered), ("at random", at_random)):
+            ways = {"in order": self.ordered(first, order, share), "at random": at_random}
+            if pair.corrector is not None and share > SHARES[0]:
+                ways["in order, by uncertainty too"] = self.ordered(first, self.uncertain(first, rows), share)
+            for name, how in ways.items():
                 adapter, seconds = self.adapter(how)
                 told = {"share": share, "order": name, "seconds": seconds}
                 self.add("query adapter", adapter(self.asked), pair.old, len(how.rows), **told)
                 self.add("upgraded", self.asked, how(pair.old, every), len(how.rows), **told)
                 # As it was before mixtures were calibrated.
-                if pair.corrector is not None:
+                if pair.corrector is not None and "uncertainty" not in name:
                     mixed = IndexMap(pair.corrector, rows=how.rows, fresh=how.fresh)
                     self.add("upgraded, not corrected again", self.asked, mixed(pair.old, every), len(how.rows), **told)
+
+    def ordered(self, first: IndexMap, order: np.ndarray, share: float) -> IndexMap:
+        """A share of the corpus encoded again, in an order, with what had been before."""
+        wanted = round(share * len(self.corpus)) - len(first.rows)
+        return encoded_again(first, self.vectors, np.sort(order[:wanted]), self.encode) if wanted else first
+
+    def uncertain(self, how: IndexMap, rows: np.ndarray) -> np.ndarray:
+        """The order by use times the expected error, which a regression of random rows' errors on embeddings gives."""
+        stale = F.normalize(self.pair.old.float(), dim=-1)
+        known = encoded_again(how, self.vectors, rows, self.encode)
+        errors = (IndexMap(*known.correctors)(stale[rows]) - self.encode(rows)).norm(dim=-1)
+        given = torch.cat([stale, torch.ones(len(stale), 1)], dim=1)
+        gram = given[rows].T @ given[rows] + torch.eye(given.shape[1])
+        expected = (given @ torch.linalg.solve(gram, given[rows].T @ errors)).clamp_min(1e-3)
+        used = use(how, self.vectors, self.teaching, NONE, progress=False)
+        return (used * expected).argsort(descending=True).numpy()
 
     def planned(self) -> dict[str, Any]:
         """What :func:`serve_plan` says, and what it needed."""

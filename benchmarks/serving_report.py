@@ -106,7 +106,8 @@ def covered(found: dict) -> str:
     about = (
         f"{found['draws']:,} draws of {found['judging']} of {found['queries']:,} training questions, each with one of "
         f"{found['samples']} samples of targets; intervals of {100 * found['confidence']:g} %, less what "
-        f"{found['judging']} of {found['queries']:,} leave to chance. All ways together encode {told} a draw, of {found['targets']:,}."
+        f"{found['judging']} of {found['queries']:,} leave to chance. "
+        f"All ways together encode {told} a draw, of {found['targets']:,}."
     )
     return f"{about}\n\n" + "\n".join(lines) + f"\n\n`{found['command']}`"
 

@@ -22,12 +22,24 @@ _LEAST_PAIRS = 20
 
 
 def reencoding_order(how: IndexMap, vectors: Vectors, queries: Tensor, withdrawn: Rows, progress: bool = True) -> Rows:
-    """The rows of an index, those first whose re-encoding changes most of what queries get.
+    """The rows of an index, those first whose re-encoding changes most of what queries get (:func:`use`).
 
-    A target counts for every query that it is retrieved for from the upgraded index, at rank r by ``1 / √r``: a wrong
-    place matters most at the top, and targets that are further down may belong there. Rows that no query retrieves come
-    last, in random order. What a corrector is unsure of was tried as a weight, and adds nothing
-    (``docs/carry-over.md``).
+    Rows that no query retrieves come last, in random order. What a corrector is unsure of was tried as a weight, and
+    adds nothing (``benchmarks/results/serving``).
+
+    Args:
+        how, vectors, queries, withdrawn, progress: see :func:`use`.
+    """
+    chance = np.random.default_rng(0).random(vectors.count)
+    order = np.lexsort((chance, -use(how, vectors, queries, withdrawn, progress).numpy()))
+    return order[~np.isin(order, withdrawn)]
+
+
+def use(how: IndexMap, vectors: Vectors, queries: Tensor, withdrawn: Rows, progress: bool = True) -> Tensor:
+    """How much queries get each target from the upgraded index, ``(N,)``.
+
+    A target counts for every query that it is retrieved for, at rank r by ``1 / √r``: a wrong place matters most at the
+    top, and targets that are further down may belong there.
 
     Args:
         how: carries the index over.
@@ -37,10 +49,8 @@ def reencoding_order(how: IndexMap, vectors: Vectors, queries: Tensor, withdrawn
     """
     found = search({"": Way(queries[:MOST_QUERIES], vectors, how)}, {"": DEPTH}, withdrawn, progress)[""].rows
     weight = torch.arange(1, found.shape[1] + 1).rsqrt().expand_as(found)
-    use = torch.zeros(vectors.count, dtype=torch.float64)
-    use.index_add_(0, found[found >= 0], weight[found >= 0].double())
-    order = np.lexsort((np.random.default_rng(0).random(vectors.count), -use.numpy()))
-    return order[~np.isin(order, withdrawn)]
+    used = torch.zeros(vectors.count, dtype=torch.float64)
+    return used.index_add_(0, found[found >= 0], weight[found >= 0].double())
 
 
 def encoded_again(
