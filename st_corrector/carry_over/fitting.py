@@ -22,7 +22,8 @@ from ..errors import InputError
 logger = logging.getLogger(__name__)
 FITTED = tuple(name for name in LOADABLE if name != IdentityCorrector.name)
 """The correctors that can be fitted, by name."""
-_SMALLEST_SAMPLE = 20
+LEAST_PAIRS = 20
+"""Fewer are not enough to fit a corrector on."""
 _HELD_OUT = 0.1  # share of the sample used to choose settings
 _REGULARIZATIONS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 _EPOCHS, _PATIENCE, _BATCH = 100, 5, 256  # of networks
@@ -60,8 +61,8 @@ def fit_corrector(
         InputError: the models' widths differ and the corrector does not support that, its name is unknown, the sample
             is below 20, or the cache is of another corpus.
     """
-    if sample < _SMALLEST_SAMPLE:
-        raise InputError(f"sample must be at least {_SMALLEST_SAMPLE}, got {sample}.")
+    if sample < LEAST_PAIRS:
+        raise InputError(f"sample must be at least {LEAST_PAIRS}, got {sample}.")
     if isinstance(old, EmbeddingCache) and old.corpus_size != len(corpus):
         raise InputError(
             f"The cache has {old.corpus_size:,} rows, the corpus {len(corpus):,} targets: it is of another corpus."
@@ -103,8 +104,8 @@ def fit_to_pairs(
             f"The embeddings have {dim} and {new_dim} dimensions, between which {corrector!r} cannot map: use "
             f"{AffineMap.name!r}."
         )
-    if len(stale) < _SMALLEST_SAMPLE:
-        raise InputError(f"At least {_SMALLEST_SAMPLE} pairs are needed to fit a corrector, got {len(stale)}.")
+    if len(stale) < LEAST_PAIRS:
+        raise InputError(f"At least {LEAST_PAIRS} pairs are needed to fit a corrector, got {len(stale)}.")
     kind = LOADABLE[corrector]
     base: dict[str, Any] = {"normalize": unit}
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(stale)))

@@ -17,7 +17,7 @@ from ..correctors import Corrector
 from ..data.corpus import Corpus
 from ..errors import InputError
 from .certificate import ADAPTED, UNCHANGED, UPGRADED, Interval, encode_queries, encoder_of, interval, unchanged
-from .fitting import drawn, fit_to_pairs
+from .fitting import LEAST_PAIRS, drawn, fit_to_pairs
 from .mapping import ROWS_AT_ONCE, IndexMap, Rows
 from .query_adapter import FITTED_ON, LEAST_QUERIES, QueryAdapter
 from .reencoding import encoded_again, reencoding_order
@@ -159,7 +159,8 @@ def serve_plan(
     asked = encode_queries(new, [queries[n] for n in shuffled], batch_size)
     judges, teachers = asked[:judging], asked[judging:]
     others = np.setdiff1d(np.arange(vectors.count), corpus.withdrawn)
-    first = max(round(SHARES[0] * len(others)), min(_ENOUGH, round(SHARES[-1] * len(others))))
+    first = max(round(SHARES[0] * len(others)), min(_ENOUGH, round(SHARES[-1] * len(others))), LEAST_PAIRS)
+    first = min(first, len(others))
     unit = new.similarity_fn_name == "cosine"
     if corrector is None:
         rows = np.sort(others[drawn(len(others), first, seed)])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .fitting import fit_to_pairs
+from .fitting import LEAST_PAIRS, fit_to_pairs
 from .mapping import IndexMap, Rows
 from .vectors import Vectors
 from .ways import Way, search
@@ -18,7 +18,6 @@ DEPTH = 200
 """How far down a query's results targets count."""
 MOST_QUERIES = 2_000
 """More do not change the order much; a search holds a score for each, and for thousands of targets at once."""
-_LEAST_PAIRS = 20
 
 
 def reencoding_order(how: IndexMap, vectors: Vectors, queries: Tensor, withdrawn: Rows, progress: bool = True) -> Rows:
@@ -73,7 +72,7 @@ def encoded_again(
     fresh[torch.from_numpy(np.searchsorted(every, how.rows))] = how.fresh
     fresh[torch.from_numpy(np.searchsorted(every, rows))] = encode(rows)
     correctors = list(how.correctors)
-    if len(every) >= _LEAST_PAIRS:
+    if len(every) >= LEAST_PAIRS:
         carried = how(vectors.take(every))
         more = fit_to_pairs(carried, fresh, "ridge", unit=how.unit)
         if correctors[-1].frames is not None:

@@ -239,7 +239,7 @@ def test_an_index_of_too_few_vectors_to_learn_from_is_refused_before_anything_is
     index.reset()
     index.add(many[:15])
     file = on_disk(index, tmp_path / "old.faiss")
-    monkeypatch.setattr("st_corrector.carry_over.vectors.upgrade_embeddings", never)
+    monkeypatch.setattr("st_corrector.carry_over.mapping.upgrade_embeddings", never)
     with pytest.raises(InputError, match=r"learns from at least (16|256) vectors, and there are 15.*factory"):
         open_vectors(file).upgrade(unchanged(), tmp_path / "new.faiss", progress=False)
     with pytest.raises(InputError, match="learns from at least 64 vectors"):
@@ -301,11 +301,11 @@ def test_rows_of_repeated_ids_are_those_of_the_corpus_or_refused(tmp_path, data,
     model.save_pretrained(str(tmp_path / "model"))
     embeddings = EmbeddingCache.build(model, corpus, tmp_path / "cache", progress=False)[range(600)]
     file = on_disk(faiss_index(factory, embeddings.numpy(), np.arange(600) // 3), tmp_path / "old.faiss")
-    common = ["--model", str(tmp_path / "model"), "--corpus", str(data), "--sample", "150", "--fit_sample", "200"]
+    common = ["--model", str(tmp_path / "model"), "--corpus", str(data), "--judged", "150", "--fit_sample", "200"]
     status = main(["upgrade-index", str(file), str(tmp_path / "new.faiss"), "--fit", "ridge", *common, "--json"])
     said = capsys.readouterr()
     if factory == "IVF4,Flat":
         assert status == 1 and "ids repeat, and an IVF index does not know" in said.err
         assert not (tmp_path / "new.faiss").exists()
     else:
-        assert status == 0 and json.loads(said.out)["estimate"]["cosine"] > 0.999
+        assert status == 0 and json.loads(said.out)["certificate"]["recall"]["upgraded"][0] > 0.99

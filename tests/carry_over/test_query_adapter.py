@@ -32,12 +32,12 @@ def turned(kind: type, width: int = 24, normalize: bool = False):
 def test_an_affine_corrector_without_normalisation_has_an_exact_adapter(kind):
     """So it needs no data; an affine map between widths has one too."""
     width = 24 if kind is RidgeCorrector else 16
-    corrector, old, queries = turned(kind, width), unit(900, 24), torch.randn(50, width)
+    corrector, old, queries = turned(kind, width), unit(900, 24), unit(50, width, seed=7) * 3
     adapter = QueryAdapter.from_corrector(corrector)
     expected, found = queries @ corrector(old).T, adapter(queries) @ old.T
     assert adapter(queries).shape == (50, 24) and not adapter.unit
     torch.testing.assert_close(found, expected - (queries @ corrector.shift)[:, None], atol=1e-4, rtol=1e-4)
-    assert torch.equal(found.topk(100).indices, expected.topk(100).indices)
+    assert overlap_at_k(found.topk(100).indices, expected.topk(100).indices).mean() > 0.999  # but for rounding
 
 
 def test_a_corrector_that_changes_nothing_needs_an_adapter_that_changes_nothing():
