@@ -48,11 +48,11 @@ from st_corrector import (
     QueryAdapter,
     serve_plan,
 )
-from st_corrector.carry_over.certificate import encode_queries, interval, unchanged
+from st_corrector.carry_over.certificate import as_served, encode_queries, interval
 from st_corrector.carry_over.fitting import drawn, fit_to_pairs
 from st_corrector.carry_over.query_adapter import FITTED_ON
 from st_corrector.carry_over.reencoding import encoded_again, reencoding_order, use
-from st_corrector.carry_over.sampling import Judged
+from st_corrector.carry_over.sampling import Judged, Recalls
 from st_corrector.carry_over.vectors import TensorVectors
 from st_corrector.carry_over.ways import Way
 from st_corrector.data.encoding import DocumentEncoder
@@ -290,8 +290,8 @@ def coverage(args: argparse.Namespace) -> None:
     again = np.zeros(len(corpus), dtype=bool)
     again[order[: round(0.05 * len(corpus))]] = True
     ways = {
-        "unchanged": unchanged(vectors, queries, pair.new),
-        "query adapter": unchanged(vectors, measured.adapter(base)[0](queries), pair.new),
+        "unchanged": as_served(vectors, queries, pair.new),
+        "query adapter": as_served(vectors, measured.adapter(base)[0](queries), pair.new),
         "upgraded": Way(queries, vectors, base),
         "upgraded, 1 % encoded again": Way(queries, vectors, more),
     }
@@ -299,7 +299,7 @@ def coverage(args: argparse.Namespace) -> None:
     generator, found = np.random.default_rng(0), []
     for k in (10, 100):
         reference = torch.cat([(each @ measured.fresh.T).topk(k).indices for each in queries.split(256)])
-        recalls: dict[str, list[np.ndarray]] = {name: [] for name in (*ways, planned)}
+        recalls: dict[str, list[Recalls]] = {name: [] for name in (*ways, planned)}
         encoded = []
         for seed in range(SAMPLES):
             judged = Judged.draw(ways, list(ways)[-1], queries, measured.encode, k, NONE, seed, progress=False)
@@ -315,23 +315,24 @@ def coverage(args: argparse.Namespace) -> None:
             index = way.take(way.vectors.take(np.arange(len(corpus))), np.arange(len(corpus)))
             own = torch.cat([(each @ index.T).topk(k).indices for each in way.queries.split(256)])
             truth = overlap_at_k(own, reference).numpy()
-            drawn_at_once = np.stack(values)
-            means, halves = [], []
+            drawn_at_once = np.stack([np.stack(each) for each in values])  # (samples, likely and at least, queries)
+            intervals = []
             for some in _draws(generator, DRAWS):
-                each = drawn_at_once[generator.integers(SAMPLES, size=JUDGING), some]
-                _, low, high = interval(each, CONFIDENCE)
-                means.append(each.mean())
+                likely, at_least = drawn_at_once[generator.integers(SAMPLES, size=JUDGING), :, some].T
+                mean, low, high = interval(Recalls(likely, at_least), k, CONFIDENCE)
                 # JUDGING of DRAWN are not drawn from endlessly many: so much less is left to chance.
-                halves.append((high - low) / 2 * (1 - JUDGING / DRAWN) ** 0.5)
-            error = np.abs(np.array(means) - truth.mean())
+                less = (1 - JUDGING / DRAWN) ** 0.5
+                intervals.append((mean, mean - less * (mean - low), mean + less * (high - mean)))
+            means, lows, highs = np.array(intervals).T
             found.append(
                 {
                     "k": k,
                     "way": name,
                     "truth": float(truth.mean()),
                     "bias": float(np.mean(means) - truth.mean()),
-                    "half_width": float(np.mean(halves)),
-                    "covered": float((error <= np.array(halves)).mean()),
+                    "half_width": float((highs - lows).mean() / 2),
+                    "covered": float(((lows <= truth.mean()) & (truth.mean() <= highs)).mean()),
+                    "too_high": float((lows > truth.mean()).mean()),
                     "encoded": float(np.mean(encoded)),
                 }
             )

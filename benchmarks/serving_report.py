@@ -97,10 +97,15 @@ def plan(run: dict) -> str:
 
 def covered(found: dict) -> str:
     """How often intervals covered the truth."""
-    lines = ["| way | depth | true recall | bias | half width | covered |", "|:--|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| way | depth | true recall | bias | half width | covered | lower end too high |",
+        "|:--|--:|--:|--:|--:|--:|--:|",
+    ]
     for row in found["rows"]:
         cells = f"{100 * row['truth']:.1f} | {100 * row['bias']:+.2f} | {100 * row['half_width']:.1f}"
-        lines.append(f"| {row['way']} | {row['k']} | {cells} | {100 * row['covered']:.1f} % |")
+        lines.append(
+            f"| {row['way']} | {row['k']} | {cells} | {100 * row['covered']:.1f} % | {100 * row['too_high']:.1f} % |"
+        )
     encoded = {row["k"]: row["encoded"] for row in found["rows"]}
     told = ", ".join(f"{count:,.0f} targets at depth {k}" for k, count in encoded.items())
     about = (

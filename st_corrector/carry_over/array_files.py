@@ -80,7 +80,7 @@ class SafetensorsVectors(Vectors):
             raise InputError(f"{path}: {self.name} is {self._dtype} of shape {shapes[self.name]}, not embeddings.")
 
     def take(self, rows: Rows) -> Tensor:
-        if len(rows) and rows[-1] - rows[0] == len(rows) - 1:  # a block
+        if len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):  # a block
             block: Tensor = self._slice[int(rows[0]) : int(rows[-1]) + 1]
             return block.float()
         mapped: Tensor = self._file.get_tensor(self.name)  # only these rows are read

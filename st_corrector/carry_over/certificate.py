@@ -18,9 +18,9 @@ from ..correctors import Corrector
 from ..data.corpus import Corpus
 from ..data.encoding import DocumentEncoder, evaluating
 from ..errors import InputError
-from .mapping import IndexMap, Rows
+from .mapping import IndexMap, Rows, by_cosine
 from .query_adapter import QueryAdapter
-from .sampling import Judged
+from .sampling import Judged, Recalls, require
 from .vectors import TensorVectors, Vectors
 from .ways import Way
 
@@ -114,12 +114,13 @@ def certify(
     vectors = index if isinstance(index, Vectors) else TensorVectors(index)
     if vectors.count != len(corpus):
         raise InputError(f"The index has {vectors.count:,} rows, the corpus {len(corpus):,} targets.")
+    require(len(queries), k, len(corpus) - len(corpus.withdrawn))
     asked = encode_queries(new, queries, batch_size)
     ways = {}
     if vectors.dim == asked.shape[1]:
-        ways[UNCHANGED] = unchanged(vectors, asked, new)
+        ways[UNCHANGED] = as_served(vectors, asked, new)
     if adapter is not None:
-        ways[ADAPTED] = unchanged(vectors, adapter(asked), new)
+        ways[ADAPTED] = as_served(vectors, adapter(asked), new)
     if corrector is not None:
         how = IndexMap.of(corrector)
         vectors.check(how)
@@ -138,7 +139,7 @@ def encode_queries(new: SentenceTransformer, queries: Sequence[str], batch_size:
     """``f(x)``, ``(Q, d)``, of unit length for a model that compares by cosine."""
     with evaluating(new):
         asked = new.encode_query(list(queries), batch_size=batch_size, convert_to_tensor=True).float().cpu()
-    return F.normalize(asked, dim=-1) if new.similarity_fn_name == "cosine" else asked
+    return F.normalize(asked, dim=-1) if by_cosine(new) else asked
 
 
 def encoder_of(new: SentenceTransformer, corpus: Corpus, batch_size: int, progress: bool) -> Callable[[Rows], Tensor]:
@@ -147,28 +148,48 @@ def encoder_of(new: SentenceTransformer, corpus: Corpus, batch_size: int, progre
 
     def encode(rows: Rows) -> Tensor:
         fresh = encoder.encode(new, rows, batch_size=batch_size).cpu()[:, : new.truncate_dim]
-        return F.normalize(fresh, dim=-1) if new.similarity_fn_name == "cosine" else fresh
+        return F.normalize(fresh, dim=-1) if by_cosine(new) else fresh
 
     return encode
 
 
-def unchanged(vectors: Vectors, queries: Tensor, new: SentenceTransformer) -> Way:
-    """Queries that search the index as it is."""
-    if new.similarity_fn_name == "cosine":
+def as_served(vectors: Vectors, queries: Tensor, new: SentenceTransformer) -> Way:
+    """Queries that search an index as it is, compared as the model compares."""
+    if by_cosine(new):
         return Way(queries, vectors, lambda stale, rows: F.normalize(stale, dim=-1))
     return Way(queries, vectors)
 
 
 def certificate(judged: Judged, confidence: float) -> Certificate:
     """Of all ways."""
-    recall = {name: interval(judged.recalls(name), confidence) for name in judged.first}
+    recall = {name: interval(judged.recalls(name), judged.k, confidence) for name in judged.first}
     return Certificate(judged.k, confidence, judged.count, len(judged.samples), judged.encoded, recall)
 
 
-def interval(values: np.ndarray, confidence: float) -> Interval:
-    """The mean of values that were drawn independently, with Student's interval, cut to [0, 1]."""
+def interval(recalls: Recalls, k: int, confidence: float) -> Interval:
+    """The mean recall, and its interval: Wilson's, for as many independent targets as have the variance that was seen.
+
+    Wilson's interval is right near 1, too, where Student's is too narrow. The recall of a query is a share of ``k``
+    targets, so ``Q`` queries are worth at most ``Q·k`` independent ones; as they go together, they are worth fewer
+    (Kish's design effect).
+
+    Raises:
+        InputError: ``confidence`` is not between 0 and 1.
+    """
     from scipy.stats import t
 
-    mean = float(values.mean())
-    half = float(t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return Interval(*(min(1.0, max(0.0, each)) for each in (mean, mean - half, mean + half)))
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence is a share, such as 0.95, got {confidence}.")
+    quantile = float(t.ppf((1 + confidence) / 2, len(recalls.likely) - 1))
+
+    def wilson(values: np.ndarray, sign: int) -> float:
+        mean, count = min(1.0, max(0.0, float(values.mean()))), len(values)
+        spread = mean * (1 - mean)
+        effective = count * k if spread == 0 else min(count * k, count * spread / max(values.var(ddof=1), 1e-12))
+        squared = quantile**2 / effective
+        half = quantile * math.sqrt(spread / effective + squared / (4 * effective))
+        return float((mean + squared / 2 + sign * half) / (1 + squared))
+
+    likely = float(recalls.likely.mean())
+    low, high = wilson(recalls.at_least, -1), wilson(recalls.likely, 1)
+    return Interval(likely, max(0.0, min(likely, low)), min(1.0, max(likely, high)))

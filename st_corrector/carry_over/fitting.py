@@ -18,6 +18,7 @@ from ..correctors import LOADABLE, AffineMap, Corrector, Frames, IdentityCorrect
 from ..data.corpus import Corpus
 from ..data.encoding import DocumentEncoder
 from ..errors import InputError
+from .mapping import by_cosine
 
 logger = logging.getLogger(__name__)
 FITTED = tuple(name for name in LOADABLE if name != IdentityCorrector.name)
@@ -75,7 +76,7 @@ def fit_corrector(
     else:
         of_old = DocumentEncoder(old, corpus, progress=progress)
         stale, of_stale = of_old.encode(old, rows, batch_size=batch_size).cpu(), of_old.fingerprint(old)
-    fitted = fit_to_pairs(stale, fresh, corrector, unit=new.similarity_fn_name == "cosine", seed=seed)
+    fitted = fit_to_pairs(stale, fresh, corrector, unit=by_cosine(new), seed=seed)
     fitted.frames = Frames(dict(of_stale), encoder.fingerprint(new), fitted.normalize)
     return fitted
 

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from ..cache.arrays import Embeddings, as_tensor
 from ..correctors import AffineMap, Corrector
 from ..errors import InputError, NonFiniteError
-from ..storage.fingerprint import digest
+from ..storage.fingerprint import digest, digest_json
 
 ROWS_AT_ONCE = 16_384
 """Number of embeddings mapped at once."""
@@ -92,18 +93,21 @@ class IndexMap:
         mapped = stale
         for corrector in self.correctors:
             mapped = upgrade_embeddings(mapped, corrector)
+        if self.unit and not self.correctors[-1].normalize:
+            mapped = F.normalize(mapped, dim=-1)
         if rows is None:
             return mapped
         _, here, known = np.intersect1d(rows, self.rows, assume_unique=True, return_indices=True)
-        mapped[torch.from_numpy(here)] = self.fresh[torch.from_numpy(known)]
+        mapped[torch.from_numpy(here)] = self.fresh[torch.from_numpy(known)].to(mapped.device)
         return mapped
 
     @property
     def digest(self) -> str:
         """Of everything that it is made of."""
+        kinds = digest_json([[each.name, each.config] for each in self.correctors])
         state = [value for each in self.correctors for _, value in sorted(each.state_dict().items())]
         parts = [each.detach().cpu().contiguous().numpy().tobytes() for each in (*state, self.fresh)]
-        return digest(*parts, self.rows.tobytes()) if len(self.rows) else digest(*parts[:-1])
+        return digest(kinds.encode(), *parts, self.rows.tobytes())
 
     def __repr__(self) -> str:
         how = ", then ".join(map(repr, self.correctors))
@@ -113,6 +117,17 @@ class IndexMap:
 def is_unit(corrector: Corrector) -> bool:
     """Whether a corrector maps from and to embeddings that are compared by cosine."""
     return corrector.normalize if corrector.frames is None else corrector.frames.unit
+
+
+def by_cosine(model: SentenceTransformer) -> bool:
+    """Whether a model compares by cosine, and not by dot product.
+
+    Raises:
+        InputError: it compares otherwise.
+    """
+    if model.similarity_fn_name not in ("cosine", "dot"):
+        raise InputError(f"The model compares by {model.similarity_fn_name!r}; expected 'cosine' or 'dot'.")
+    return bool(model.similarity_fn_name == "cosine")
 
 
 def width_after(corrector: Corrector) -> int:

@@ -16,12 +16,12 @@ from ..cache.arrays import Embeddings
 from ..correctors import Corrector
 from ..data.corpus import Corpus
 from ..errors import InputError
-from .certificate import ADAPTED, UNCHANGED, UPGRADED, Interval, encode_queries, encoder_of, interval, unchanged
+from .certificate import ADAPTED, UNCHANGED, UPGRADED, Interval, as_served, encode_queries, encoder_of, interval
 from .fitting import LEAST_PAIRS, drawn, fit_to_pairs
-from .mapping import ROWS_AT_ONCE, IndexMap, Rows
+from .mapping import ROWS_AT_ONCE, IndexMap, Rows, by_cosine
 from .query_adapter import FITTED_ON, LEAST_QUERIES, QueryAdapter
 from .reencoding import encoded_again, reencoding_order
-from .sampling import Judged
+from .sampling import Judged, require
 from .vectors import TensorVectors, Vectors
 from .ways import Way
 
@@ -39,7 +39,7 @@ class Choice(NamedTuple):
         name: of it.
         recall: of the first ``k`` against a re-embedded index.
         encodings: number of targets that it encodes.
-        seconds: that it takes here, roughly: encoding, fitting, and mapping the index.
+        seconds: that it takes here, roughly: encoding, fitting an adapter, mapping the index.
         writes: whether the index is written.
     """
 
@@ -149,7 +149,9 @@ def serve_plan(
         raise InputError(f"The index has {vectors.count:,} rows, the corpus {len(corpus):,} targets.")
     if not 0 < wanted <= 1 or not 0 < confidence < 1:
         raise InputError(f"wanted and confidence are shares, got {wanted} and {confidence}.")
+    queries = list(dict.fromkeys(queries))  # one that teaches may not judge
     judging = min(judged, int(_JUDGED * len(queries)))
+    require(judging, k, len(corpus) - len(corpus.withdrawn))
     if len(queries) - judging < LEAST_QUERIES:
         raise InputError(
             f"{len(queries):,} queries are not enough to teach and to judge: at least {2 * LEAST_QUERIES} are needed."
@@ -161,7 +163,7 @@ def serve_plan(
     others = np.setdiff1d(np.arange(vectors.count), corpus.withdrawn)
     first = max(round(SHARES[0] * len(others)), min(_ENOUGH, round(SHARES[-1] * len(others))), LEAST_PAIRS)
     first = min(first, len(others))
-    unit = new.similarity_fn_name == "cosine"
+    unit = by_cosine(new)
     if corrector is None:
         rows = np.sort(others[drawn(len(others), first, seed)])
         fresh = encode(rows)
@@ -170,18 +172,18 @@ def serve_plan(
         base = IndexMap(corrector)
     vectors.check(base)
     order = reencoding_order(base, vectors, teachers, corpus.withdrawn, progress)
-    refined = base if corrector is None else encoded_again(base, vectors, np.sort(order[:first]), encode, progress)
+    refined = base if corrector is None else encoded_again(base, vectors, np.sort(order[:first]), encode)
     stale = vectors.take(others[drawn(len(others), FITTED_ON, seed)])
     ways, costs = {}, {}
     if vectors.dim == asked.shape[1]:
-        ways[UNCHANGED], costs[UNCHANGED] = unchanged(vectors, judges, new), (0, 0.0, False)
+        ways[UNCHANGED], costs[UNCHANGED] = as_served(vectors, judges, new), (0, 0.0, False)
     for how in [base] if corrector is None else [base, refined]:
         encodings = len(how.rows)
         suffix = f", {encodings:,} encoded again" if encodings else ""
         started = time.perf_counter()
         adapter = QueryAdapter.from_corrector(IndexMap(*how.correctors), teachers, stale, seed)
         costs[ADAPTED + suffix] = encodings, time.perf_counter() - started, False
-        ways[ADAPTED + suffix] = unchanged(vectors, adapter(judges), new)
+        ways[ADAPTED + suffix] = as_served(vectors, adapter(judges), new)
         ways[UPGRADED + suffix] = Way(judges, vectors, how)
         costs[UPGRADED + suffix] = encodings, _seconds_of_mapping(how, vectors), True
     order_of = list(ways)[-1]
@@ -195,7 +197,7 @@ def serve_plan(
             name = f"{UPGRADED}, {encodings:,} encoded again"
             recalls[name], costs[name] = found.recalls_with(again), (encodings, costs[order_of][1], True)
     choices = [
-        Choice(name, interval(each, confidence), encodings, encodings * encode.each + seconds, writes)
+        Choice(name, interval(each, k, confidence), encodings, encodings * encode.each + seconds, writes)
         for (name, each), (encodings, seconds, writes) in zip(recalls.items(), costs.values(), strict=True)
     ]
     everything = Choice(REEMBEDDED, Interval(1.0, 1.0, 1.0), len(others), len(others) * encode.each, True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Normalize, Router
+from sentence_transformers.base.modules import Dense, Module, Normalize, Router
 from sentence_transformers.sentence_transformer.modules import Dropout
 from torch import Tensor, nn
 
 from ..cache.arrays import Embeddings, as_tensor
-from ..correctors import Corrector
+from ..correctors import Corrector, IdentityCorrector
 from ..data.routing import DOCUMENT
 from ..errors import InputError
 from .fitting import fit_to_pairs
@@ -125,16 +126,18 @@ class QueryAdapter:
             init_bias=self.shift.clone(),
         )
         # A route needs a module: on the targets' side one that does nothing.
-        router = Router.for_query_document(
-            [dense, *([Normalize()] if self.unit else [])], [Dropout(0.0)], default_route=DOCUMENT
-        )
-        return SentenceTransformer(
-            modules=[*model.children(), router],
+        asking: list[Module] = [Normalize(), dense, Normalize()] if self.unit else [dense]
+        router = Router.for_query_document(asking, [Dropout(0.0)], default_route=DOCUMENT)
+        router.to(device=model.device, dtype=model.dtype)
+        adapted = SentenceTransformer(
+            modules=OrderedDict([*model.named_children(), (f"{len(model)}", router)]),  # type: ignore[arg-type]
             device=str(model.device),
             prompts={name: text for name, text in model.prompts.items() if text is not None},
             default_prompt_name=model.default_prompt_name,
             similarity_fn_name=model.similarity_fn_name,
-        ).to(dtype=model.dtype)
+        )
+        adapted.module_kwargs = model.module_kwargs
+        return adapted
 
 
 def _exact(mapped: IndexMap) -> QueryAdapter | None:
@@ -142,9 +145,11 @@ def _exact(mapped: IndexMap) -> QueryAdapter | None:
     if len(mapped.correctors) > 1 or len(mapped.rows):
         return None
     (corrector,) = mapped.correctors
-    if not corrector.leaves_corpus(mapped.unit):
+    # Corrected embeddings that are compared by cosine are divided by their lengths, which no query can do.
+    if not corrector.leaves_corpus(mapped.unit) or (mapped.unit and not isinstance(corrector, IdentityCorrector)):
         return None
-    side = corrector.on_query_side(torch.eye(mapped.new_dim))
+    device = next(iter(corrector.state_dict().values()), torch.empty(0)).device
+    side = corrector.on_query_side(torch.eye(mapped.new_dim, device=device))
     assert side is not None
     return QueryAdapter(side.probes.detach().cpu(), torch.zeros(corrector.dim), mapped.unit)
 

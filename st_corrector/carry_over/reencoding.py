@@ -52,9 +52,7 @@ def use(how: IndexMap, vectors: Vectors, queries: Tensor, withdrawn: Rows, progr
     return used.index_add_(0, found[found >= 0], weight[found >= 0].double())
 
 
-def encoded_again(
-    how: IndexMap, vectors: Vectors, rows: Rows, encode: Callable[[Rows], Tensor], progress: bool = True
-) -> IndexMap:
+def encoded_again(how: IndexMap, vectors: Vectors, rows: Rows, encode: Callable[[Rows], Tensor]) -> IndexMap:
     """``how`` with the targets of ``rows`` encoded again, and corrected by what these show.
 
     Their own embeddings take their places. In a mixture of fresh and corrected embeddings, correctors that were trained

@@ -4,18 +4,19 @@ For a sample of queries we compare the first k of each way to serve with the fir
 not have. But a target that belongs to them is nearly always near the top by a corrector too. So for each query we
 encode all that any way returns, all or many of those that follow in the corrector's order, fewer and fewer further
 down, and a few of the rest: stratified sampling by rank. Each encoded target stands for as many as its stratum has for
-each that was drawn from it (`Horvitz and Thompson 1952 <https://doi.org/10.1080/01621459.1952.10483446>`_).
+each that was drawn from it (`Horvitz and Thompson 1952 <https://doi.org/10.1080/01621459.1952.10483446>`_), and the
+first k of a re-embedded index are those with the highest scores that stand for k together.
 
-The fresh score that k targets reach is estimated from strata in which a target stands for at most k/2. One from further
-down that is above it pushes the last of the first k out, as many as it stands for: this is linear, and so unbiased,
-where a single one with a large weight would otherwise push out all. Queries are drawn independently, so the spread of
-their recalls has what is drawn of targets in it, too.
+A target from far down stands for more than k, so the few that are drawn push out too little, if many such belong to
+the first k: recall comes out too high. So there is a second count, in which each pushes out as many as it stands for.
+It is right on average while they are few, and too low otherwise; an interval reaches down to it. Queries are drawn
+independently, so the spread of their recalls has what is drawn of targets in it, too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +39,7 @@ class Judged:
 
     Args:
         k: depth.
-        count: number of targets.
+        count: number of targets, without those that are withdrawn.
         encoded: number of targets encoded.
         samples: of each query.
         first: of each way, the first ``k`` rows for each query, ``(Q, k)``.
@@ -87,19 +88,38 @@ class Judged:
             here = torch.from_numpy(np.searchsorted(rows, of_query))
             scores = (fresh[here] @ queries[query]).numpy(), (carried[here] @ way.queries[query]).numpy()
             samples.append(Sample(of_query, weights, *scores))
-        return cls(k, count, len(rows), samples, first)
+        return cls(k, count - len(withdrawn), len(rows), samples, first)
 
-    def recalls(self, name: str) -> np.ndarray:
-        """Of a way, for each query, ``(Q,)``: unbiased, so that one may be outside [0, 1]."""
-        found = [
+    def recalls(self, name: str) -> Recalls:
+        """Of a way."""
+        return Recalls.of(
             sample.recall(np.isin(sample.rows, rows).astype(float), self.k)
             for sample, rows in zip(self.samples, self.first[name], strict=True)
-        ]
-        return np.array(found)
+        )
 
-    def recalls_with(self, reencoded: np.ndarray) -> np.ndarray:
-        """Of the way by whose order was drawn, once the targets of these rows ``(N,)``, a mask, are encoded again."""
-        return np.array([sample.recall_with(reencoded[sample.rows], self.k) for sample in self.samples])
+    def recalls_with(self, reencoded: np.ndarray) -> Recalls:
+        """Of the way by whose order was drawn, once the targets of these rows ``(N,)``, a mask, are encoded again.
+
+        Where a corrector is bad it is too low: those that come up from far down are rarely drawn.
+        """
+        return Recalls.of(sample.recall_with(reencoded[sample.rows], self.k) for sample in self.samples)
+
+
+class Recalls(NamedTuple):
+    """Recalls for each query, ``(Q,)``.
+
+    Args:
+        likely: by all that was encoded.
+        at_least: counted so that targets from far down push out as many as they stand for; may be negative.
+    """
+
+    likely: np.ndarray
+    at_least: np.ndarray
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[float, float]]) -> Recalls:
+        """Of pairs for each query."""
+        return cls(*np.array(list(pairs)).T)
 
 
 class Sample(NamedTuple):
@@ -117,26 +137,30 @@ class Sample(NamedTuple):
     fresh: np.ndarray
     carried: np.ndarray
 
-    def recall(self, returned: np.ndarray, k: int) -> float:
-        """The share of the first ``k`` by fresh scores in what is returned.
+    def recall(self, returned: np.ndarray, k: int) -> tuple[float, float]:
+        """The share of the first ``k`` by fresh scores in what is returned: likely, and at least.
 
         Args:
             returned: how much of each is, from 0 to 1.
         """
-        inside, lowest = self._first(self.fresh, k)
-        from_far_down = (self.weights > _most(k)) & (self.fresh > self.fresh[lowest[-1]]) & (returned == 0)
+        inside, _ = self._first(self.fresh, k, self.weights > 0)
+        likely = float(self.weights @ np.minimum(inside, returned)) / k
+        near = self.weights <= _most(k)
+        inside, lowest = self._first(self.fresh, k, near)
+        from_far_down = ~near & (self.fresh > self.fresh[lowest[-1]]) & (returned == 0)
         pushed_out = self.weights[from_far_down].sum() * np.average(returned[lowest], weights=self.weights[lowest])
-        return float((self.weights * inside * returned).sum() - pushed_out) / k
+        kept = self.weights[near] @ np.minimum(inside, returned)[near]
+        return likely, min(likely, float(kept - pushed_out) / k)
 
-    def recall_with(self, reencoded: np.ndarray, k: int) -> float:
+    def recall_with(self, reencoded: np.ndarray, k: int) -> tuple[float, float]:
         """The same for what would be returned if some had fresh scores."""
-        returned, _ = self._first(np.where(reencoded, self.fresh, self.carried), k)
-        return self.recall(returned, k)
+        scores = np.where(reencoded, self.fresh, self.carried)
+        return self.recall(self._first(scores, k, self.weights > 0)[0], k)
 
-    def _first(self, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """How much of each target is among the first ``k``, judged by those that stand for few; the last ones."""
-        near = np.flatnonzero(self.weights <= _most(k))
-        order = near[np.argsort(-scores[near], kind="stable")]
+    def _first(self, scores: np.ndarray, k: int, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How much of each target is among the first ``k`` of those ``among`` which they are sought; the last ones."""
+        sought = np.flatnonzero(among)
+        order = sought[np.argsort(-scores[sought], kind="stable")]
         above = np.cumsum(self.weights[order])
         inside = np.zeros(len(scores))
         inside[order] = np.clip((k - (above - self.weights[order])) / self.weights[order], 0, 1)
@@ -145,7 +169,7 @@ class Sample(NamedTuple):
 
 
 def _most(k: int) -> float:
-    """How many targets one stands for, at most, by which the first ``k`` are judged."""
+    """How many targets one stands for, at most, that is not from far down."""
     return max(1.0, k / 2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,9 +54,11 @@ def _run(args: argparse.Namespace) -> int:
 
     from ..carry_over.certificate import certify, encode_queries
     from ..carry_over.fitting import drawn
+    from ..carry_over.mapping import IndexMap
     from ..carry_over.opening import open_vectors
     from ..carry_over.query_adapter import FITTED_ON, LEAST_QUERIES, QueryAdapter
     from ..carry_over.sampling import LEAST_QUERIES as LEAST_JUDGING
+    from ..carry_over.sampling import require
     from ..correctors import Corrector
     from ..storage.files import make_folder
 
@@ -64,6 +67,10 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError(f"{args.output} exists already: choose another name, or move it away.")
     vectors.require_rows()
     corpus, model = open_corpus(args), open_model(args)
+    if vectors.count != len(corpus):
+        raise InputError(
+            f"{args.index} has {vectors.count:,} rows, the corpus {len(corpus):,} targets: --max_targets cuts it."
+        )
     queries = read_queries(args, corpus)
     judging = min(args.judged, len(queries) // 2)
     if judging < LEAST_JUDGING or len(queries) - judging < LEAST_QUERIES:
@@ -71,14 +78,22 @@ def _run(args: argparse.Namespace) -> int:
             f"{len(queries):,} queries are too few: {LEAST_QUERIES} are needed to fit an adapter, and {LEAST_JUDGING} "
             "others to judge it."
         )
+    require(judging, args.k, len(corpus) - len(corpus.withdrawn))
+    corrector = Corrector.from_pretrained(args.corrector)
+    vectors.check(IndexMap(corrector))
     shuffled = [queries[n] for n in np.random.default_rng(0).permutation(len(queries))]
     stale = vectors.take(drawn(vectors.count, FITTED_ON, seed=0))
-    corrector = Corrector.from_pretrained(args.corrector)
     adapter = QueryAdapter.from_corrector(corrector, encode_queries(model, shuffled[judging:], args.batch_size), stale)
     adapted = adapter.append_to(model)
-    make_folder(args.output.parent)
-    adapted.save_pretrained(str(args.output))
     found = certify(vectors, model, corpus, shuffled[:judging], corrector, adapter, args.k, batch_size=args.batch_size)
+    make_folder(args.output.parent)
+    partial = args.output.with_name(f".{args.output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        adapted.save_pretrained(str(partial))
+        partial.rename(args.output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     if args.json:
         show({"output": str(args.output), "certificate": asdict(found)})
         return 0

@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError
 
@@ -67,27 +67,33 @@ def add_judging(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def amount(text: str) -> float:
-    """``"5%"`` or ``"4000"``: a share below 0, a number above.
+class Amount(NamedTuple):
+    """A share of the targets, or a number of them."""
+
+    value: float
+    is_share: bool
+
+    def of(self, count: int) -> int:
+        """How many of ``count`` it is, at least one."""
+        return max(1, round(self.value * count)) if self.is_share else min(count, int(self.value))
+
+
+def amount(text: str) -> Amount:
+    """``"5%"`` or ``"4000"``.
 
     Raises:
         argparse.ArgumentTypeError: it is neither.
     """
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip()):
         if 0 < float(match[1]) <= 100:
-            return -float(match[1]) / 100
+            return Amount(float(match[1]) / 100, is_share=True)
     elif text.strip().isdigit() and int(text):
-        return float(int(text))
+        return Amount(int(text), is_share=False)
     raise argparse.ArgumentTypeError(f"{text!r} is neither a share of the targets, such as 5%, nor a number of them")
 
 
-def amount_of(wanted: float, count: int) -> int:
-    """How many of ``count`` an :func:`amount` is."""
-    return min(count, max(1, round(-wanted * count)) if wanted < 0 else int(wanted))
-
-
 def read_queries(args: argparse.Namespace, corpus: Corpus | None) -> list[str]:
-    """The queries that the arguments name.
+    """The queries that the arguments name, each once.
 
     Raises:
         InputError: there are none, or the file is not text.
@@ -95,12 +101,13 @@ def read_queries(args: argparse.Namespace, corpus: Corpus | None) -> list[str]:
     if args.queries is None:
         if corpus is None:
             raise InputError("Which queries? Pass --queries, or --corpus for those of its --split.")
-        return list(corpus.qrels(args.split).queries["text"])
+        return list(dict.fromkeys(corpus.qrels(args.split).queries["text"]))
     try:
         lines = args.queries.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{args.queries} is not UTF-8 text ({error}).") from error
-    queries = [line.strip() for line in lines if line.strip()]
+    # A log repeats them: one that teaches may not judge.
+    queries = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if len(queries) < 2:
         raise InputError(f"{args.queries} has {len(queries)} queries: expected many, one per line.")
     return queries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from ..errors import InputError
@@ -55,6 +56,8 @@ def _run(args: argparse.Namespace) -> int:
     folder = next((each for each in (args.run / "final", args.run) if (each / "modules.json").exists()), None)
     if folder is None:
         raise InputError(f"There is no model in {args.run} or {args.run / 'final'}: expected a run's folder.")
+    run = next((each for each in (args.run, args.run.parent) if (each / FILE).exists()), None)
+    record = None if run is None else RunRecord.load(run)
     vectors = open_vectors(args.index, args.tensor)
     vectors.require_rows()
     corpus = open_corpus(args)
@@ -70,12 +73,13 @@ def _run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
     )
     found = plan.as_dict()
-    if (args.run / FILE).exists():
-        record = RunRecord.load(args.run)
-        record.serving = Serving(**found | {"choices": [ServingChoice(**each) for each in found["choices"]]})
-        record.save(args.run)
     if args.json:
         show(found)
     else:
         print(plan)
+    if run is None or record is None:
+        print(f"{args.run} has no record of a run: the plan is not kept for a report.", file=sys.stderr)
+    else:
+        record.serving = Serving(**found | {"choices": [ServingChoice(**each) for each in found["choices"]]})
+        record.save(run)
     return 0

@@ -18,7 +18,6 @@ from .arguments import (
     add_model,
     add_queries,
     amount,
-    amount_of,
     open_corpus,
     open_model,
     read_queries,
@@ -78,12 +77,13 @@ def add_to(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from ..carry_over.certificate import UNCHANGED, UPGRADED, certificate, encode_queries, encoder_of, unchanged
+    from ..carry_over.certificate import UNCHANGED, UPGRADED, as_served, certificate, encode_queries, encoder_of
     from ..carry_over.fitting import drawn, fit_to_pairs, require_fitted
-    from ..carry_over.mapping import IndexMap
+    from ..carry_over.mapping import IndexMap, by_cosine
     from ..carry_over.opening import open_vectors
     from ..carry_over.reencoding import encoded_again, reencoding_order
     from ..carry_over.sampling import Judged, require
+    from ..carry_over.ways import Way
     from ..correctors import Corrector, Frames
     from ..data.encoding import DocumentEncoder
 
@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace) -> int:
         others = np.setdiff1d(np.arange(vectors.count), corpus.withdrawn)
         rows = others[drawn(len(others), args.fit_sample, seed=0)]
         print(f"Encoding {len(rows):,} targets to fit the corrector on.", file=sys.stderr)
-        fresh, unit = encode(rows), model.similarity_fn_name == "cosine"
+        fresh, unit = encode(rows), by_cosine(model)
         corrector = fit_to_pairs(vectors.take(rows), fresh, args.fit, unit=unit)
         corrector.frames = Frames(vectors.fingerprint, DocumentEncoder(model, corpus).fingerprint(model), unit)
         how = IndexMap(corrector, rows=rows, fresh=fresh)
@@ -126,14 +126,16 @@ def _run(args: argparse.Namespace) -> int:
     if args.reencode is not None:
         order = reencoding_order(how, vectors, asked[judging:], corpus.withdrawn)
         order = order[~np.isin(order, how.rows)]
-        rows = np.sort(order[: amount_of(args.reencode, len(order))])
+        rows = np.sort(order[: args.reencode.of(vectors.count)])
         print(f"Encoding {len(rows):,} targets again.", file=sys.stderr)
-        how = encoded_again(how, vectors, rows, encode)
+        how = encoded_again(how, vectors, rows, encode) if len(rows) else how
     vectors.upgrade(how, args.output)
-    new = vectors.at(args.output)
-    ways = {UPGRADED: unchanged(new, asked[:judging], model)}
-    if vectors.dim == new.dim:
-        ways = {UNCHANGED: unchanged(vectors, asked[:judging], model), **ways}
+    try:
+        ways = {UPGRADED: as_served(vectors.at(args.output), asked[:judging], model)}
+    except InputError:  # an index that does not give its vectors back
+        ways = {UPGRADED: Way(asked[:judging], vectors, how)}
+    if vectors.dim == how.new_dim:
+        ways = {UNCHANGED: as_served(vectors, asked[:judging], model), **ways}
     found = Judged.draw(ways, UPGRADED, asked[:judging], encode, args.k, corpus.withdrawn)
     return _said(args, vectors.count, how, certificate(found, confidence=0.95))
 

@@ -106,6 +106,12 @@ def test_upgrade_index_encodes_again_what_matters_most(served, capsys):
     assert recalls[1] + 0.05 < recalls[80] < recalls[200] <= 1
 
 
+def test_nothing_is_left_to_encode_again_where_a_corrector_was_fitted_on_all(served, capsys):
+    command = ["upgrade-index", str(served / "old.npy"), str(served / "new.npy"), "--fit", "ridge", "--reencode", "5%"]
+    assert main([*command, "--model", str(served / "model"), "--corpus", str(served / "data"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["certificate"]["recall"]["upgraded"][0] == 1
+
+
 def test_upgrade_index_with_a_trained_corrector(served, capsys):
     old = np.load(served / "old.npy")
     fitted = fit_to_pairs(torch.from_numpy(old), all_of(moved(), Corpus.from_beir(served / "data")))
@@ -191,6 +197,10 @@ def test_adapter_gives_a_model_whose_queries_search_the_old_index(served, run, c
     found = (torch.from_numpy(adapted.encode_query(texts)) @ old.T).topk(10).indices
     assert overlap_at_k(found, reference).mean().item() == pytest.approx(recall["query adapter"][0], abs=0.1)
     assert main(command) == 1 and "exists already" in capsys.readouterr().err
+    command[2] = str(served / "another")
+    for wrong, message in ((["--max_targets", "50"], "400 rows, the corpus 50"), (["--k", "999"], "k must be from 1")):
+        assert main([*command, *wrong]) == 1 and message in capsys.readouterr().err
+    assert not list(served.glob("*another*"))
 
 
 def test_serve_plan_recommends_the_cheapest_that_is_good_enough_and_says_so_in_the_report(served, run, capsys):
@@ -206,9 +216,12 @@ def test_serve_plan_recommends_the_cheapest_that_is_good_enough_and_says_so_in_t
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert "The index that serves" in page and f"{found['recommended']} (recommended)" in page
+    RunRecord({"name": "another"}, {}, {}).save(run)
+    command[1] = str(run / "final")
     assert main([*command, "--recall", "0.9"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"Recommended: .*, the cheapest whose recall@10 is at least 90 %", printed)
+    assert RunRecord.load(run).serving.wanted == 0.9
     assert main([*command, "--recall", "1.5"]) == 1 and "are shares" in capsys.readouterr().err
     assert main(["serve-plan", str(served), *command[2:]]) == 1 and "There is no model" in capsys.readouterr().err
 

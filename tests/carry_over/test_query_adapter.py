@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from support.encoders import moved
 
 from st_corrector import AffineMap, IdentityCorrector, IndexMap, InputError, MLPCorrector, QueryAdapter, RidgeCorrector
+from st_corrector.correctors import Frames
 from st_corrector.search.fidelity import overlap_at_k
 
 
@@ -89,7 +90,12 @@ def test_what_an_adapter_cannot_be_fitted_on_is_refused(queries, stale, message)
         QueryAdapter.from_corrector(turned(RidgeCorrector, normalize=True), queries, stale)
 
 
-@pytest.mark.parametrize("make", [lambda folder: moved(), make_bert_model])
+def long_vectors() -> SentenceTransformer:
+    """It compares by cosine, and has no Normalize: its vectors have lengths."""
+    return SentenceTransformer(modules=list(moved().children())[:-1], device="cpu")
+
+
+@pytest.mark.parametrize("make", [lambda folder: long_vectors(), make_bert_model])
 def test_a_model_with_an_adapter_is_loaded_without_this_package(make, tmp_path):
     model, texts = make(tmp_path / "start"), ["word1 word2", "word3 word4 word5"]
     model.prompts = {"query": "word9 ", "document": ""}
@@ -97,7 +103,8 @@ def test_a_model_with_an_adapter_is_loaded_without_this_package(make, tmp_path):
     weight = torch.randn(width, 12, generator=torch.Generator().manual_seed(0))
     adapter = QueryAdapter(weight, torch.linspace(-1, 1, 12))
     adapted = adapter.append_to(model)
-    expected = adapter(model.encode_query(texts, convert_to_tensor=True))
+    # As a certificate asks, which brings queries to unit length where they are compared by cosine.
+    expected = adapter(F.normalize(model.encode_query(texts, convert_to_tensor=True), dim=-1))
     torch.testing.assert_close(adapted.encode_query(texts, convert_to_tensor=True), expected)
     for name in ("encode", "encode_document"):
         assert np.array_equal(getattr(adapted, name)(texts), getattr(model, name)(texts)), name
@@ -133,3 +140,26 @@ def test_maps_in_turn_must_fit_one_another():
     assert torch.equal(found[[3, 7]], fresh) and torch.equal(found[:3], RidgeCorrector(24)(old[:3]))
     assert torch.equal(how(old[4:], np.arange(4, 9))[3], fresh[1]) and torch.equal(how(old), RidgeCorrector(24)(old))
     assert how.digest != IndexMap(RidgeCorrector(24)).digest
+    assert IndexMap(RidgeCorrector(24)).digest != IndexMap(RidgeCorrector(24, normalize=False)).digest
+
+
+def test_the_model_that_is_given_is_left_as_it_is(tmp_path):
+    model = make_bert_model(tmp_path).bfloat16()
+    model[0].auto_model.register_buffer("angles", torch.tensor([0.1], dtype=torch.float32))
+    texts, modules = ["word1 word2"], len(model)
+    before = model.encode_document(texts)
+    width = model.get_embedding_dimension()
+    adapted = QueryAdapter(torch.eye(width), torch.zeros(width)).append_to(model)
+    assert model[0].auto_model.angles.dtype == torch.float32 and len(model) == modules
+    assert np.array_equal(model.encode_document(texts), before)
+    assert np.array_equal(adapted.encode_document(texts), before) and adapted.encode_query(texts).shape == (1, width)
+
+
+def test_corrected_embeddings_that_are_compared_by_cosine_are_brought_to_unit_length():
+    """A ridge without normalisation, as it is faster in training, of a model that compares by cosine."""
+    corrector = turned(RidgeCorrector)
+    corrector.frames = Frames({}, {}, True)
+    how, old = IndexMap(corrector), unit(60, 24)
+    torch.testing.assert_close(how(old).norm(dim=-1), torch.ones(60))
+    with pytest.raises(InputError, match="pass queries and stale"):
+        QueryAdapter.from_corrector(corrector)
