@@ -18,6 +18,7 @@ FLOORS = (  # from the ground up; a module imports from its own wing and from th
     ("negatives",),
     ("losses",),
     ("evaluation", "carry_over", "mining"),
+    ("stores",),
     ("reporting",),
     ("training",),
     ("cli",),

@@ -42,8 +42,8 @@ class NumpyVectors(Vectors):
     def take(self, rows: Rows) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(self._array[rows], dtype=np.float32))
 
-    def at(self, path: Path) -> NumpyVectors:
-        return NumpyVectors(path)
+    def at(self, path: str | Path | None) -> NumpyVectors:
+        return NumpyVectors(Path(str(path)))
 
     def write(self, path: Path, how: IndexMap, blocks: Iterable[Tensor]) -> None:
         with whole(path) as partial:
@@ -86,8 +86,8 @@ class SafetensorsVectors(Vectors):
         mapped: Tensor = self._file.get_tensor(self.name)  # only these rows are read
         return mapped[torch.from_numpy(rows)].float()
 
-    def at(self, path: Path) -> SafetensorsVectors:
-        return SafetensorsVectors(path, self.name)
+    def at(self, path: str | Path | None) -> SafetensorsVectors:
+        return SafetensorsVectors(Path(str(path)), self.name)
 
     def write(self, path: Path, how: IndexMap, blocks: Iterable[Tensor]) -> None:
         with whole(path) as partial:
@@ -132,8 +132,8 @@ class CacheVectors(Vectors):
     def take(self, rows: Rows) -> Tensor:
         return self.cache[rows].cpu()
 
-    def at(self, path: Path) -> CacheVectors:
-        return CacheVectors(path)
+    def at(self, path: str | Path | None) -> CacheVectors:
+        return CacheVectors(Path(str(path)))
 
     def write(self, path: Path, how: IndexMap, blocks: Iterable[Tensor]) -> None:
         frames = how.correctors[-1].frames

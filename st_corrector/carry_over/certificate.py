@@ -93,7 +93,7 @@ def certify(
 
     Args:
         index: the served embeddings, rows as in the corpus: a tensor, an array, or what
-            :func:`~st_corrector.carry_over.opening.open_vectors` opens.
+            :func:`~st_corrector.stores.opening.open_vectors` opens.
         new: the new model; it encodes queries and the sample.
         corpus: the targets.
         queries: real user queries; a hundred or two.

@@ -155,8 +155,8 @@ class FaissVectors(Vectors):
                 "the new one is to be made otherwise, with factory=…, or --factory."
             )
 
-    def at(self, path: Path) -> FaissVectors:
-        return FaissVectors(path, self._factory)
+    def at(self, path: str | Path | None) -> FaissVectors:
+        return FaissVectors(Path(str(path)), self._factory)
 
     def write(self, path: Path, how: IndexMap, blocks: Iterable[Tensor]) -> None:
         faiss, ids = self._faiss, self._ids

@@ -24,7 +24,7 @@ Rows = np.ndarray[Any, np.dtype[np.int64]]
 def upgrade_embeddings(embeddings: Embeddings, corrector: Corrector) -> Tensor:
     """Map embeddings of an earlier model to a newer one's: float32, ``(n, d) → (n, d')``.
 
-    Files and indices of any size: :func:`~st_corrector.carry_over.opening.open_vectors`, or
+    Files and indices of any size: :func:`~st_corrector.stores.opening.open_vectors`, or
     ``st-corrector upgrade-index``.
 
     Args:

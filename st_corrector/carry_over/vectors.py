@@ -37,8 +37,12 @@ class Vectors(ABC):
         """The embeddings of these rows: float32, ``(len(rows), d)``."""
 
     @abstractmethod
-    def at(self, path: Path) -> Vectors:
+    def at(self, path: str | Path | None) -> Vectors:
         """What :meth:`upgrade` has written into ``path``."""
+
+    def before(self, path: str | Path | None) -> Vectors:
+        """What served before :meth:`upgrade` wrote into ``path``."""
+        return self
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -67,15 +71,20 @@ class Vectors(ABC):
                 f"{self.path} holds embeddings of {self.dim} dimensions, the corrector maps from {how.dim}."
             )
 
-    def upgrade(self, how: Corrector | IndexMap, path: Path, progress: bool = True) -> None:
+    def upgrade(self, how: Corrector | IndexMap, path: str | Path | None, progress: bool = True) -> None:
         """Write what takes the place of the embeddings into ``path``, block by block; the originals stay unchanged.
+
+        Args:
+            path: a new file or folder, or for a store the address of a new table; None for in place, in a store.
 
         Raises:
             InputError: the map does not fit, or ``path`` exists.
             NonFiniteError: an embedding is NaN or infinite, or becomes so.
             StorageError: ``path`` cannot be written; partial output is removed.
         """
-        how = IndexMap.of(how)
+        if path is None:
+            raise InputError(f"{self.path} is a file: it is never written over. Say where the new one is to be.")
+        how, path = IndexMap.of(how), Path(path)
         self.check(how)
         if path.exists():
             raise InputError(f"{path} exists already: choose another name, or move it away.")
@@ -102,7 +111,7 @@ class TensorVectors(Vectors):
     def take(self, rows: Rows) -> Tensor:
         return self._embeddings[torch.from_numpy(rows)].float().cpu()
 
-    def at(self, path: Path) -> Vectors:
+    def at(self, path: str | Path | None) -> Vectors:
         raise InputError(f"Embeddings in memory are not those of {path}.")
 
     def write(self, path: Path, how: IndexMap, blocks: Iterable[Tensor]) -> None:

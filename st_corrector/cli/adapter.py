@@ -38,7 +38,7 @@ def add_to(commands: Commands) -> None:
     made = add_command(
         commands, "adapter", "give a new model's queries an adapter with which they search the old index", _run, _EPILOG
     )
-    made.add_argument("index", type=Path, help="the embeddings that are served now, as for upgrade-index")
+    made.add_argument("index", help="the embeddings that are served now, as for upgrade-index")
     made.add_argument("output", type=Path, help="a folder for the model with its adapter; it must not exist")
     made.add_argument("--corrector", required=True, help="the trained corrector: a folder or a Hub id")
     made.add_argument("--tensor", help="the tensor's name in a safetensors file")
@@ -55,18 +55,19 @@ def _run(args: argparse.Namespace) -> int:
     from ..carry_over.certificate import certify, encode_queries
     from ..carry_over.fitting import drawn
     from ..carry_over.mapping import IndexMap
-    from ..carry_over.opening import open_vectors
     from ..carry_over.query_adapter import FITTED_ON, LEAST_QUERIES, QueryAdapter
     from ..carry_over.sampling import LEAST_QUERIES as LEAST_JUDGING
     from ..carry_over.sampling import require
     from ..correctors import Corrector
     from ..storage.files import make_folder
+    from ..stores.opening import open_vectors
 
-    vectors = open_vectors(args.index, args.tensor)
     if args.output.exists():
         raise InputError(f"{args.output} exists already: choose another name, or move it away.")
+    corpus = open_corpus(args)
+    vectors = open_vectors(args.index, args.tensor, ids=corpus.ids(range(len(corpus))))
     vectors.require_rows()
-    corpus, model = open_corpus(args), open_model(args)
+    model = open_model(args)
     if vectors.count != len(corpus):
         raise InputError(
             f"{args.index} has {vectors.count:,} rows, the corpus {len(corpus):,} targets: --max_targets cuts it."

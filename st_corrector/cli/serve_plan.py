@@ -35,7 +35,7 @@ def add_to(commands: Commands) -> None:
         commands, "serve-plan", "measure what to do with the index that serves, and recommend one thing", _run, _EPILOG
     )
     made.add_argument("run", type=Path, help="the run's folder, or that of its model (RUN/final)")
-    made.add_argument("--index", type=Path, required=True, help="the embeddings that are served now")
+    made.add_argument("--index", required=True, help="the embeddings that are served now")
     made.add_argument("--tensor", help="the tensor's name in a safetensors file")
     made.add_argument("--recall", type=float, default=0.9, help="the recall that is wanted (default: 0.9)")
     made.add_argument("--batch_size", type=int, default=64, metavar="N", help="texts in one forward pass")
@@ -48,19 +48,19 @@ def add_to(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> int:
     from sentence_transformers import SentenceTransformer
 
-    from ..carry_over.opening import open_vectors
     from ..carry_over.plan import serve_plan
     from ..correctors import Corrector
     from ..reporting.record import FILE, RunRecord, Serving, ServingChoice
+    from ..stores.opening import open_vectors
 
     folder = next((each for each in (args.run / "final", args.run) if (each / "modules.json").exists()), None)
     if folder is None:
         raise InputError(f"There is no model in {args.run} or {args.run / 'final'}: expected a run's folder.")
     run = next((each for each in (args.run, args.run.parent) if (each / FILE).exists()), None)
     record = None if run is None else RunRecord.load(run)
-    vectors = open_vectors(args.index, args.tensor)
-    vectors.require_rows()
     corpus = open_corpus(args)
+    vectors = open_vectors(args.index, args.tensor, ids=corpus.ids(range(len(corpus))))
+    vectors.require_rows()
     plan = serve_plan(
         vectors,
         SentenceTransformer(str(folder)),

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from ..carry_over.certificate import Certificate
     from ..carry_over.mapping import IndexMap
 
+IN_PLACE = "in-place"
 _EPILOG = """
 INDEX is a .npy or .safetensors file of shape (targets, dimension), the folder of an embedding cache, or (by any other
-name) a FAISS index whose vectors can be reconstructed. It is only read.
+name) a FAISS index whose vectors can be reconstructed. It is only read. Or it is a table of PostgreSQL with pgvector,
+postgresql://user@host/database#table: then OUTPUT is another table, or in-place.
 
   st-corrector upgrade-index old.npy new.npy --corrector outputs/nq/final
       with the corrector that was trained together with the new model
@@ -58,8 +60,10 @@ def add_to(commands: Commands) -> None:
         _run,
         _EPILOG,
     )
-    made.add_argument("index", type=Path, help="the embeddings that are served now")
-    made.add_argument("output", type=Path, help="where the new ones are written, in the same format; it must not exist")
+    made.add_argument("index", help="the embeddings that are served now")
+    made.add_argument(
+        "output", help="where the new ones are written, in the same format; it must not exist. Of a table: in-place"
+    )
     how = made.add_mutually_exclusive_group(required=True)
     how.add_argument("--corrector", help="a trained corrector: a folder or a Hub id")
     how.add_argument("--fit", metavar="KIND", help="fit a corrector on targets that --model encodes: ridge, mlp, …")
@@ -80,27 +84,36 @@ def _run(args: argparse.Namespace) -> int:
     from ..carry_over.certificate import UNCHANGED, UPGRADED, as_served, certificate, encode_queries, encoder_of
     from ..carry_over.fitting import drawn, fit_to_pairs, require_fitted
     from ..carry_over.mapping import IndexMap, by_cosine
-    from ..carry_over.opening import open_vectors
     from ..carry_over.reencoding import encoded_again, reencoding_order
     from ..carry_over.sampling import Judged, require
     from ..carry_over.ways import Way
     from ..correctors import Corrector, Frames
     from ..data.encoding import DocumentEncoder
+    from ..stores.opening import is_store, open_vectors
 
     if args.fit is not None:
         require_fitted(args.fit)
     if (args.model is None) != (args.corpus is None) or ((args.fit or args.reencode) and args.model is None):
         raise InputError("--model and --corpus go together, and --fit and --reencode need both.")
-    vectors = open_vectors(args.index, args.tensor, args.factory)
-    if args.output.exists():
+    corpus = None if args.corpus is None else open_corpus(args)
+    vectors = open_vectors(
+        args.index, args.tensor, args.factory, None if corpus is None else corpus.ids(range(len(corpus)))
+    )
+    if is_store(args.index):
+        output = None if args.output == IN_PLACE else args.output
+    elif args.output == IN_PLACE:
+        raise InputError(f"{args.index} is no store, and is never written over: say where the new one is to be.")
+    elif Path(args.output).exists():
         raise InputError(f"{args.output} exists already: choose another name, or move it away.")
-    if args.model is None:
+    else:
+        output = args.output
+    if corpus is None:
         how = IndexMap(Corrector.from_pretrained(args.corrector))
-        vectors.upgrade(how, args.output)
+        vectors.upgrade(how, output)
         print("What this keeps was not certified: pass --model and --corpus.", file=sys.stderr)
         return _said(args, vectors.count, how, None)
     vectors.require_rows()
-    corpus, model = open_corpus(args), open_model(args)
+    model = open_model(args)
     if vectors.count != len(corpus):
         raise InputError(
             f"{args.index} has {vectors.count:,} rows, the corpus {len(corpus):,} targets: --max_targets cuts it."
@@ -129,13 +142,13 @@ def _run(args: argparse.Namespace) -> int:
         rows = np.sort(order[: args.reencode.of(vectors.count)])
         print(f"Encoding {len(rows):,} targets again.", file=sys.stderr)
         how = encoded_again(how, vectors, rows, encode) if len(rows) else how
-    vectors.upgrade(how, args.output)
+    vectors.upgrade(how, output)
     try:
-        ways = {UPGRADED: as_served(vectors.at(args.output), asked[:judging], model)}
+        ways = {UPGRADED: as_served(vectors.at(output), asked[:judging], model)}
     except InputError:  # an index that does not give its vectors back
         ways = {UPGRADED: Way(asked[:judging], vectors, how)}
     if vectors.dim == how.new_dim:
-        ways = {UNCHANGED: as_served(vectors, asked[:judging], model), **ways}
+        ways = {UNCHANGED: as_served(vectors.before(output), asked[:judging], model), **ways}
     found = Judged.draw(ways, UPGRADED, asked[:judging], encode, args.k, corpus.withdrawn)
     return _said(args, vectors.count, how, certificate(found, confidence=0.95))
 

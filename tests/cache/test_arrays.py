@@ -11,8 +11,8 @@ from support.arrays import CONVERTED, KEPT, REFUSED
 from st_corrector import AffineMap, CacheError, EmbeddingCache, InputError, NonFiniteError, upgrade_embeddings
 from st_corrector.cache.arrays import as_tensor
 from st_corrector.carry_over.fitting import fit_to_pairs
-from st_corrector.carry_over.opening import open_vectors
 from st_corrector.correctors import Corrector
+from st_corrector.stores.opening import open_vectors
 
 ROWS, DIM = 60, 8
 FORMS = {**KEPT, **CONVERTED}

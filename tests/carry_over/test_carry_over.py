@@ -25,9 +25,9 @@ from st_corrector import (
     upgrade_embeddings,
 )
 from st_corrector.carry_over.fitting import FITTED, fit_to_pairs
-from st_corrector.carry_over.opening import open_vectors
 from st_corrector.correctors import Frames
 from st_corrector.data.encoding import DocumentEncoder
+from st_corrector.stores.opening import open_vectors
 
 
 def narrower(model: SentenceTransformer, dim: int = 16) -> SentenceTransformer:

@@ -12,9 +12,9 @@ from support.indices import CARRIED_OVER, REFUSED, as_kept, faiss_index, odd, on
 
 from st_corrector import AffineMap, Corpus, Corrector, EmbeddingCache, InputError, upgrade_embeddings
 from st_corrector.carry_over.fitting import fit_to_pairs
-from st_corrector.carry_over.opening import open_vectors
 from st_corrector.cli import main
 from st_corrector.search.fidelity import overlap_at_k
+from st_corrector.stores.opening import open_vectors
 
 faiss = pytest.importorskip("faiss", reason="FAISS is optional: pip install 'st-corrector[faiss-cpu]'")
 COUNT = 300

@@ -1,0 +1,143 @@
+"""What all vector stores share: rows are known by keys, and carried over while the store serves."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..carry_over.mapping import IndexMap, Rows
+from ..carry_over.vectors import Vectors
+from ..correctors import Corrector
+from ..errors import InputError, NonFiniteError, StorageError
+
+AT_ONCE = 4_096
+"""Rows, read and written together."""
+_ROUNDS = 20  # through rows that were written meanwhile
+
+Place = TypeVar("Place")
+"""Where new vectors go."""
+
+
+class Store(Vectors, Generic[Place]):
+    """Embeddings in a vector store, one per target, known by a key.
+
+    Beside each new vector stands a digest of the one that it was made of, until all are done: so a run that was killed
+    goes on, and rows that are added or changed meanwhile are done again.
+
+    Args:
+        address: of the collection, ``…#collection``.
+    """
+
+    def __init__(self, address: str) -> None:
+        super().__init__(Path(address))
+        self.address = address
+
+    def known_by(self, keys: list[Any], ids: Sequence[str] | None) -> None:
+        """Set the rows: in the order of ``ids``, or of the keys.
+
+        Raises:
+            InputError: the keys, as text, are others than the ids.
+        """
+        self.count = len(keys)
+        if ids is not None:
+            by_id = {str(key): key for key in keys}
+            missing = [each for each in ids if each not in by_id]
+            if missing or len(ids) != len(keys):
+                some = ", ".join(map(repr, missing[:3])) or "none"
+                raise InputError(
+                    f"{self.address} has {len(keys):,} rows, the corpus {len(ids):,} targets, of which "
+                    f"{len(missing):,} are not there ({some}): the ids of the corpus must be the keys of the store."
+                )
+            keys = [by_id[each] for each in ids]
+        self.keys = keys
+        self.row_of = {key: row for row, key in enumerate(keys)}
+
+    def take(self, rows: Rows) -> Tensor:
+        """The embeddings of these rows: float32, ``(len(rows), d)``.
+
+        Raises:
+            InputError: one has been deleted meanwhile.
+        """
+        found = []
+        for start in range(0, len(rows), AT_ONCE):
+            keys = [self.keys[row] for row in rows[start : start + AT_ONCE]]
+            read, _ = self.read(keys)
+            if gone := [key for key in keys if key not in read]:
+                raise InputError(f"{self.address}: row {gone[0]!r} has been deleted meanwhile.")
+            found.append(np.stack([read[key] for key in keys]))
+        return torch.from_numpy(np.concatenate(found) if found else np.empty((0, self.dim), dtype=np.float32))
+
+    def write(self, path: Path, how: IndexMap, blocks: Iterable[Tensor]) -> None:
+        raise InputError("A store is written row by row: see upgrade.")
+
+    def upgrade(self, how: Corrector | IndexMap, path: str | Path | None = None, progress: bool = True) -> None:
+        """Write what takes the place of the embeddings, while the store serves.
+
+        Args:
+            path: the address of a new collection in the same store; None for in place.
+
+        Raises:
+            InputError: the map does not fit, the output is no new collection, another process is at it, or there is no
+                right to write.
+            StorageError: the store has failed, or rows are written faster than they are mapped. What is done is kept.
+        """
+        how = IndexMap.of(how)
+        self.check(how)
+        with self.alone():
+            place = self.begun(path, how)
+            todo = self.todo(place)
+            with tqdm(total=len(todo), desc="Carrying over", unit=" targets", disable=not progress) as bar:
+                for _ in range(_ROUNDS):
+                    for start in range(0, len(todo), AT_ONCE):
+                        self.carry_over(place, how, todo[start : start + AT_ONCE])
+                        bar.update(len(todo[start : start + AT_ONCE]))
+                    if not (todo := self.todo(place)):
+                        break
+                else:
+                    raise StorageError(f"{self.address} is written faster than it can be carried over: go on later.")
+            self.finish(place)
+
+    def carry_over(self, place: Place, how: IndexMap, keys: list[Any]) -> None:
+        """One block."""
+        read, digests = self.read(keys)
+        keys = [key for key in keys if key in read]  # others have been deleted meanwhile
+        if not keys:
+            return
+        # Rows that have come since are no targets of the map: each gets a number of its own that is none.
+        rows = np.array([self.row_of.get(key, -1 - n) for n, key in enumerate(keys)])
+        new = how(torch.from_numpy(np.stack([read[key] for key in keys])), rows).numpy()
+        if not np.isfinite(new).all():
+            raise NonFiniteError("An embedding becomes NaN or infinite.")
+        self.put(place, keys, new, [digests[key] for key in keys])
+
+    @abstractmethod
+    def read(self, keys: list[Any]) -> tuple[dict[Any, np.ndarray], dict[Any, Any]]:
+        """Vectors, float32, of those keys that are there, and digests of them."""
+
+    @abstractmethod
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other processes out."""
+
+    @abstractmethod
+    def begun(self, path: str | Path | None, how: IndexMap) -> Place:
+        """Where new vectors go, made where it is not there yet."""
+
+    @abstractmethod
+    def todo(self, place: Place) -> list[Any]:
+        """Keys of rows that have no new vector yet, or one that was made of another."""
+
+    @abstractmethod
+    def put(self, place: Place, keys: list[Any], vectors: np.ndarray, digests: list[Any]) -> None:
+        """Write a block, with all that belongs to its rows, and read it back."""
+
+    @abstractmethod
+    def finish(self, place: Place) -> None:
+        """Let what is new serve."""

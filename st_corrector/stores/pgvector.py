@@ -1,0 +1,392 @@
+"""Served embeddings in PostgreSQL with pgvector."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..carry_over.mapping import IndexMap
+from ..errors import InputError, StorageError
+from .base import Store
+
+try:
+    import psycopg
+    from pgvector import Vector
+    from pgvector.psycopg import register_vector
+    from psycopg import sql
+except ImportError as error:
+    raise InputError("PostgreSQL needs psycopg and pgvector: pip install 'st-corrector[pgvector]'") from error
+
+_TYPE = "vector"  # halfvec, which pgvector has from 0.7 on, is not supported
+# Indices that compare otherwise rank otherwise than the model, unless all embeddings are of unit length.
+_FOR_DOT = "vector_ip_ops"
+_NEW, _OF, _BEFORE = "_upgraded", "_upgraded_of", "_before"
+
+
+class _Place(NamedTuple):
+    """A column of vectors.
+
+    Args:
+        table: as PostgreSQL writes it, with its schema where that is needed.
+        column: of vectors.
+        of: of the digests of the vectors that these were made of.
+    """
+
+    table: str
+    column: str
+    of: str
+
+
+class PgVectors(Store[_Place]):
+    """A column of vectors of a PostgreSQL table: ``postgresql://user@host/database#table`` or ``…#table:column``.
+
+    Rows are in the order of the primary key, or of ``ids``. The table needs a primary key of one column, of any type;
+    as text it is the target's id in the corpus. It is upgraded while it serves:
+
+    - into a new table, which gets all columns, constraints and indices of the old one;
+    - in place (without an output): into a new column of the same table, with indices like the old one's, which takes
+      the old one's name in one short transaction at the end. The old column stays, as ``<column>_before``: dropping it
+      is up to you, and until then it can be renamed back.
+
+    Vectors are read, mapped and written in blocks, each in a transaction, and read back. Beside each new vector stands
+    a digest of the one that it was made of, so that a run that was killed goes on, and rows that are added or changed
+    meanwhile are done again. An advisory lock keeps a second process out.
+
+    Args:
+        address: of the table.
+        ids: of targets, by which rows are ordered; all of them must be there, and no others.
+
+    Raises:
+        InputError: there is no such server, table or column, no primary key of one column, or the ids are others.
+    """
+
+    def __init__(self, address: str, ids: Sequence[str] | None = None) -> None:
+        super().__init__(address)
+        self._dsn, table, column = _parsed(address)
+        self._connection = _connected(self._dsn, address)
+        with _explained(address):
+            found = self._row("SELECT to_regclass(%s)::text", table)[0]
+            if found is None:
+                raise InputError(f"{address}: there is no table {table} in this database.")
+            self.table: str = found
+            self.column = self._column(column)
+            self.key, self._key_type = self._primary_key()
+            declared = self._declared()
+            null = self._row(f"SELECT count(*) FROM {self.table} WHERE {self._quoted(self.column)} IS NULL")[0]
+            if null:
+                raise InputError(f"{address}: {null:,} rows have no vector: fill or delete them.")
+            first = self._connection.execute(
+                f"SELECT vector_dims({self._quoted(self.column)}) FROM {self.table} LIMIT 1"
+            ).fetchone()
+            if first is None:
+                raise InputError(f"{address}: the table has no rows.")
+            self.dim = declared or int(first[0])
+            keys = self._connection.execute(f"SELECT {self._quoted(self.key)} FROM {self.table} ORDER BY 1").fetchall()
+        self.known_by([key for (key,) in keys], ids)
+
+    # ------------------------------------------------------------------ what there is
+
+    def _row(self, query: str, *values: Any) -> Any:
+        return self._connection.execute(query, values).fetchone()
+
+    def _quoted(self, name: str) -> str:
+        return sql.Identifier(name).as_string(self._connection)
+
+    def _column(self, wanted: str | None) -> str:
+        columns = self._connection.execute(
+            "SELECT attname FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid WHERE attrelid = %s::regclass AND "
+            "typname = ANY(%s) AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
+            (self.table, [_TYPE]),
+        ).fetchall()
+        if wanted in [name for (name,) in columns]:
+            return str(wanted)
+        names = [name for (name,) in columns if not name.endswith((_NEW, _BEFORE))]
+        if wanted is not None or len(names) != 1:
+            raise InputError(
+                f"{self.address}: which column holds the embeddings? Name it, as in #{self.table}:embedding; of type "
+                f"vector there are {names or 'none'}."
+            )
+        return str(names[0])
+
+    def _primary_key(self) -> tuple[str, str]:
+        found = self._connection.execute(
+            "SELECT attname, format_type(atttypid, NULL) FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND "
+            "attnum = ANY(indkey) WHERE indrelid = %s::regclass AND indisprimary",
+            (self.table,),
+        ).fetchall()
+        if len(found) != 1:
+            raise InputError(
+                f"{self.address}: the table has no primary key of one column, by which rows could be told apart."
+            )
+        return str(found[0][0]), str(found[0][1])
+
+    def _declared(self) -> int | None:
+        """The dimension that the column is declared with, if any."""
+        query = "SELECT atttypmod FROM pg_attribute WHERE attrelid = %s::regclass AND attname = %s"
+        dim = int(self._row(query, self.table, self.column)[0])
+        return dim if dim > 0 else None
+
+    def read(self, keys: list[Any]) -> tuple[dict[Any, np.ndarray], dict[Any, Any]]:
+        column, key = self._quoted(self.column), self._quoted(self.key)
+        query = f"SELECT {key}, {column}, {_digest(column)} FROM {self.table} WHERE {key} = ANY(%s)"
+        with _explained(self.address):
+            got = self._connection.cursor(binary=True).execute(query, (keys,)).fetchall()
+        vectors = {key: np.asarray(vector.to_numpy(), dtype=np.float32) for key, vector, _ in got}
+        return vectors, {key: digest for key, _, digest in got}
+
+    def at(self, path: str | Path | None) -> PgVectors:
+        """What :meth:`upgrade` has written."""
+        return PgVectors(self.address if path is None else str(path), list(map(str, self.keys)))
+
+    def before(self, path: str | Path | None) -> PgVectors:
+        """What served before: in place it is in another column now."""
+        if path is not None:
+            return self
+        return PgVectors(f"{self._dsn}#{self.table}:{self.column + _BEFORE}", list(map(str, self.keys)))
+
+    def check(self, how: IndexMap) -> None:
+        """Refuse a map from other embeddings, or indices by which its output would be ranked otherwise.
+
+        Raises:
+            InputError: the dimension differs, or an index of the column does not compare as the model does.
+        """
+        super().check(how)
+        if how.unit:
+            return  # of unit length, by all metrics alike
+        for _, definition, classes in self._indices(self.table):
+            if wrong := [each for each in classes if each != _FOR_DOT]:
+                raise InputError(
+                    f"{self.address} has an index by {wrong[0]}, and the model compares by dot product: make it with "
+                    f"{_FOR_DOT}. It is: {definition}"
+                )
+
+    def _indices(self, table: str) -> list[tuple[str, str, list[str]]]:
+        """Name, definition and operator classes of the indices on a table's column of vectors."""
+        found = self._connection.execute(
+            "SELECT relname, pg_get_indexdef(indexrelid), ARRAY(SELECT opcname::text FROM pg_opclass WHERE oid = "
+            "ANY(indclass)) FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid JOIN pg_attribute ON attrelid = "
+            "indrelid AND attnum = ANY(indkey) WHERE indrelid = %s::regclass AND attname = %s",
+            (table, self.column),
+        ).fetchall()
+        return [(str(name), str(definition), list(classes)) for name, definition, classes in found]
+
+    # ------------------------------------------------------------------ upgrading
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """An advisory lock on the table, which goes with the connection."""
+        lock = "(hashtext('st_corrector'), hashtext(%s))"
+        with _explained(self.address):
+            if not self._row(f"SELECT pg_try_advisory_lock{lock}", self.table)[0]:
+                raise InputError(f"{self.address}: another process is carrying this table over.")
+            try:
+                yield
+            finally:
+                if not self._connection.closed:
+                    self._connection.execute(f"SELECT pg_advisory_unlock{lock}", (self.table,))
+
+    def begun(self, path: str | Path | None, how: IndexMap) -> _Place:
+        kind, told = f"{_TYPE}({how.new_dim})", f"st_corrector: carried over by {how.digest}"
+        if path is None:
+            if self._has(self.table, self.column + _BEFORE):
+                raise InputError(
+                    f"{self.address} was upgraded in place already: {self.column + _BEFORE} holds what was there "
+                    "before. Drop that column to upgrade again."
+                )
+            place = _Place(self.table, self.column + _NEW, self.column + _OF)
+        else:
+            dsn, table, column = _parsed(str(path))
+            if dsn != self._dsn or column not in (None, self.column):
+                raise InputError(
+                    f"{path} must be another table of the database of {self.address}, with the same column."
+                )
+            place = _Place(_name(table, self._connection), self.column, self.column + _OF)
+            if self._row("SELECT to_regclass(%s)", place.table)[0] is not None and not self._has(place.table, place.of):
+                raise InputError(f"{path} exists already: choose another name, or drop it.")
+        if not self._has(place.table, place.of):
+            with self._connection.transaction():
+                if path is not None:
+                    self._connection.execute(f"CREATE TABLE {place.table} (LIKE {self.table} INCLUDING ALL)")
+                    for name, _, _ in self._indices(place.table):
+                        self._connection.execute(f"DROP INDEX {self._quoted(name)}")
+                    self._connection.execute(
+                        f"ALTER TABLE {place.table} ALTER COLUMN {self._quoted(place.column)} TYPE {kind}"
+                    )
+                else:
+                    self._connection.execute(f"ALTER TABLE {place.table} ADD {self._quoted(place.column)} {kind}")
+                self._connection.execute(f"ALTER TABLE {place.table} ADD {self._quoted(place.of)} bigint")
+                self._connection.execute(
+                    sql.SQL("COMMENT ON COLUMN {}.{} IS {}").format(
+                        sql.SQL(place.table),
+                        sql.Identifier(place.of),
+                        sql.Literal(told),
+                    )
+                )
+        comment = self._row(
+            "SELECT col_description(attrelid, attnum) FROM pg_attribute WHERE attrelid = %s::regclass AND attname = %s",
+            place.table,
+            place.of,
+        )[0]
+        if comment != told:
+            raise InputError(
+                f"{place.table} was begun with another corrector, or with other targets encoded again: go on with "
+                f"those, or drop {'the table' if path is not None else f'its columns {place.column} and {place.of}'}."
+            )
+        return place
+
+    def _has(self, table: str, column: str) -> bool:
+        found = self._row(
+            "SELECT count(*) FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attname = %s AND NOT attisdropped",
+            table,
+            column,
+        )
+        return bool(found[0])
+
+    def todo(self, place: _Place) -> list[Any]:
+        key, of = self._quoted(self.key), self._quoted(place.of)
+        now = _digest(f"o.{self._quoted(self.column)}")
+        if place.table == self.table:
+            query = f"SELECT o.{key} FROM {self.table} o WHERE o.{of} IS DISTINCT FROM {now}"
+        else:
+            self._connection.execute(
+                f"DELETE FROM {place.table} n WHERE NOT EXISTS (SELECT 1 FROM {self.table} o WHERE o.{key} = n.{key})"
+            )
+            query = (
+                f"SELECT o.{key} FROM {self.table} o LEFT JOIN {place.table} n USING ({key}) WHERE n.{of} IS DISTINCT "
+                f"FROM {now}"
+            )
+        return [each for (each,) in self._connection.execute(query + " ORDER BY 1").fetchall()]
+
+    def put(self, place: _Place, keys: list[Any], vectors: np.ndarray, digests: list[Any]) -> None:
+        key, of, column = self._quoted(self.key), self._quoted(place.of), self._quoted(place.column)
+        with self._connection.transaction():
+            self._connection.execute(
+                f"CREATE TEMPORARY TABLE carried (key {self._key_type}, vector {_TYPE}, of bigint) ON COMMIT DROP"
+            )
+            with self._connection.cursor().copy("COPY carried FROM STDIN (FORMAT BINARY)") as copy:
+                copy.set_types([self._key_type, _TYPE, "int8"])
+                for each, vector, digest in zip(keys, vectors, digests, strict=True):
+                    copy.write_row((each, Vector(vector), digest))
+            if place.table == self.table:
+                self._connection.execute(
+                    f"UPDATE {self.table} o SET {column} = c.vector, {of} = c.of FROM carried c WHERE o.{key} = c.key"
+                )
+            else:
+                self._insert(place)
+            wrong = self._row(
+                f"SELECT count(*) FROM carried c LEFT JOIN {place.table} n ON n.{key} = c.key WHERE n.{column} IS "
+                f"DISTINCT FROM c.vector AND EXISTS (SELECT 1 FROM {self.table} o WHERE o.{key} = c.key)"
+            )[0]
+            if wrong:
+                raise StorageError(f"{wrong:,} vectors of {place.table} are not what was written into it.")
+
+    def _insert(self, place: _Place) -> None:
+        """The block's rows, with all other columns as they are in the old table."""
+        columns = [
+            self._quoted(name)
+            for (name,) in self._connection.execute(
+                "SELECT attname FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped "
+                "AND attgenerated = '' AND attname <> %s ORDER BY attnum",
+                (self.table, self.column),
+            ).fetchall()
+        ]
+        key, of, column = self._quoted(self.key), self._quoted(place.of), self._quoted(place.column)
+        others = ", ".join(columns)
+        self._connection.execute(f"DELETE FROM {place.table} n USING carried c WHERE n.{key} = c.key")
+        self._connection.execute(
+            f"INSERT INTO {place.table} ({others}, {column}, {of}) OVERRIDING SYSTEM VALUE SELECT "
+            f"{', '.join(f'o.{name}' for name in columns)}, c.vector, c.of FROM carried c JOIN {self.table} o "
+            f"ON o.{key} = c.key"
+        )
+
+    def finish(self, place: _Place) -> None:
+        """Indices like those of the old column, then the new one in its place."""
+        for name, definition, _ in self._indices(self.table):
+            made = self._quoted(f"{name}{_NEW}")
+            if self._row("SELECT to_regclass(%s)", made)[0] is None:
+                written = self._row("SELECT quote_ident(%s), quote_ident(%s)", self.column, place.column)
+                self._connection.execute(_index_like(definition, made, place.table, written))
+        with self._connection.transaction():
+            self._connection.execute(f"LOCK TABLE {self.table} IN ACCESS EXCLUSIVE MODE")
+            if self.todo(place):
+                raise StorageError(f"{self.address} was written at the last moment: go on by the same command.")
+            self._connection.execute(f"ALTER TABLE {place.table} DROP COLUMN {self._quoted(place.of)}")
+            if place.table == self.table:
+                now, before, new = map(self._quoted, (self.column, self.column + _BEFORE, place.column))
+                required = "SELECT attnotnull FROM pg_attribute WHERE attrelid = %s::regclass AND attname = %s"
+                if self._row(required, self.table, self.column)[0]:  # of the one that is written from now on
+                    self._connection.execute(
+                        f"ALTER TABLE {self.table} ALTER {now} DROP NOT NULL, ALTER {new} SET NOT NULL"
+                    )
+                self._connection.execute(f"ALTER TABLE {self.table} RENAME COLUMN {now} TO {before}")
+                self._connection.execute(f"ALTER TABLE {self.table} RENAME COLUMN {new} TO {now}")
+
+
+def _parsed(address: str) -> tuple[str, str, str | None]:
+    """The database's own address, the table, and the column if it is named.
+
+    Raises:
+        InputError: no table is named.
+    """
+    dsn, mark, named = address.partition("#")
+    table, _, column = named.partition(":")
+    if not mark or not table:
+        raise InputError(f"{address}: which table? Name it, as in {dsn}#documents, or {dsn}#documents:embedding.")
+    return dsn, table, column or None
+
+
+def _name(table: str, connection: psycopg.Connection[Any]) -> str:
+    """A table's name, quoted part by part."""
+    return sql.Identifier(*table.split(".")).as_string(connection)
+
+
+def _connected(dsn: str, address: str) -> psycopg.Connection[Any]:
+    with _explained(address):
+        connection = psycopg.connect(dsn, autocommit=True)
+        try:
+            register_vector(connection)
+        except psycopg.ProgrammingError as error:
+            connection.close()
+            raise InputError(f"{address}: this database has no pgvector (CREATE EXTENSION vector).") from error
+    return connection
+
+
+@contextmanager
+def _explained(address: str) -> Iterator[None]:
+    """PostgreSQL's errors as this package's."""
+    try:
+        yield
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise InputError(f"{address}: there is no right to do this ({_said(error)}).") from error
+    except psycopg.OperationalError as error:
+        raise StorageError(f"{address}: the server cannot be reached, or has failed ({_said(error)}).") from error
+    except psycopg.Error as error:
+        raise InputError(f"{address}: PostgreSQL refuses ({_said(error)}).") from error
+
+
+def _said(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _digest(column: str) -> str:
+    """Of a vector, as an expression: 64 bits."""
+    return f"hashtextextended(encode(vector_send({column}), 'hex'), 0)"
+
+
+def _index_like(definition: str, name: str, table: str, columns: tuple[str, str]) -> str:
+    """The definition of an index, for another column.
+
+    Args:
+        columns: the old and the new one, as PostgreSQL writes them.
+    """
+    _, _, how = definition.partition(" USING ")
+    how, replaced = re.subn(rf"(?<=[(,\s]){re.escape(columns[0])}(?=[\s,)])", lambda _: columns[1], how, count=1)
+    if not replaced:
+        raise InputError(f"An index like this cannot be made for the new column: {definition}. Drop it first.")
+    unique = "UNIQUE " if definition.startswith("CREATE UNIQUE") else ""
+    return f"CREATE {unique}INDEX {name} ON {table} USING {how}"

@@ -1,0 +1,322 @@
+"""A table of PostgreSQL is upgraded while it serves: nothing is lost, nothing is done twice, and payloads stay."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+pgserver = pytest.importorskip("pgserver", reason="it carries a PostgreSQL with pgvector")
+psycopg = pytest.importorskip("psycopg")
+
+from conftest import make_static_model  # noqa: E402
+from pgvector.psycopg import register_vector  # noqa: E402
+from support.encoders import moved  # noqa: E402
+from support.layouts import write_beir  # noqa: E402
+
+from st_corrector import Corpus, IndexMap, InputError, RidgeCorrector, StorageError  # noqa: E402
+from st_corrector.carry_over.fitting import fit_to_pairs  # noqa: E402
+from st_corrector.cli import main  # noqa: E402
+from st_corrector.data.encoding import DocumentEncoder  # noqa: E402
+from st_corrector.search.fidelity import overlap_at_k  # noqa: E402
+from st_corrector.stores.pgvector import PgVectors  # noqa: E402
+
+DIM = 16
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A real server, on a socket of its own."""
+    found = pgserver.get_server(tmp_path_factory.mktemp("postgres"))
+    with psycopg.connect(found.get_uri(), autocommit=True) as connection:
+        connection.execute("CREATE EXTENSION vector")
+    yield found.get_uri()
+    found.cleanup()
+
+
+@pytest.fixture
+def database(server):
+    """A connection to it; tables are dropped afterwards."""
+    with psycopg.connect(server, autocommit=True) as connection:
+        register_vector(connection)
+        yield connection
+        connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public; CREATE EXTENSION IF NOT EXISTS vector")
+
+
+def vectors(count: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(count, DIM, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def filled(database, count: int = 500, key: str = "bigint", metric: str = "cosine") -> torch.Tensor:
+    """A table with payload, and an index."""
+    stored = vectors(count)
+    database.execute(
+        f"CREATE TABLE docs (id {key} PRIMARY KEY, title text NOT NULL, tags jsonb, embedding vector({DIM}) NOT NULL)"
+    )
+    with database.cursor().copy("COPY docs FROM STDIN") as copy:
+        for n, each in enumerate(stored.tolist()):
+            copy.write_row((n if key == "bigint" else f"d{n:05}", f"title {n}", json.dumps({"n": n}), str(each)))
+    database.execute(f"CREATE INDEX docs_hnsw ON docs USING hnsw (embedding vector_{metric}_ops) WITH (m = 8)")
+    return stored
+
+
+def turned(normalize: bool = True, seed: int = 1) -> RidgeCorrector:
+    made = RidgeCorrector(DIM, normalize=normalize)
+    made.weight = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(seed)) / 3
+    return made
+
+
+def rows(database, table: str = "docs", column: str = "embedding") -> dict:
+    found = database.execute(f"SELECT id, {column}, title, tags FROM {table}").fetchall()
+    return {
+        key: (np.array(vector.to_list() if hasattr(vector, "to_list") else vector), title, tags)
+        for key, vector, title, tags in found
+    }
+
+
+def indices(database, table: str) -> list[str]:
+    return [each for (each,) in database.execute("SELECT indexdef FROM pg_indexes WHERE tablename = %s", (table,))]
+
+
+@pytest.mark.parametrize("key", ["bigint", "text", "varchar(9)"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_table_is_upgraded_with_its_payload_and_its_indices(database, server, key, in_place):
+    stored = filled(database, key=key)
+    before, how = rows(database), turned()
+    opened = PgVectors(f"{server}#docs")
+    assert (opened.count, opened.dim) == (500, DIM)
+    torch.testing.assert_close(opened.take(np.array([3, 499, 7])), stored[[3, 499, 7]], atol=1e-6, rtol=0)
+    output = None if in_place else f"{server}#docs_new"
+    opened.upgrade(how, output, progress=False)
+    table = "docs" if in_place else "docs_new"
+    after = rows(database, table)
+    expected = how(stored)
+    assert after.keys() == before.keys()
+    for n, (name, (vector, *payload)) in enumerate(sorted(after.items())):
+        np.testing.assert_allclose(vector, expected[n], atol=2e-6)
+        assert payload == list(before[name][1:])
+    assert any("USING hnsw (embedding " in each and "m='8'" in each for each in indices(database, table))
+    kept = rows(database, "docs", "embedding_before" if in_place else "embedding")
+    assert all(np.array_equal(kept[name][0], before[name][0]) for name in before), "what was there is there"
+    columns = [
+        each
+        for (each,) in database.execute(
+            "SELECT column_name FROM information_schema.columns WHERE table_name = %s", (table,)
+        )
+    ]
+    assert not [each for each in columns if "upgraded" in each]
+    torch.testing.assert_close(opened.at(output).take(np.arange(9)), expected[:9], atol=2e-6, rtol=0)
+    with pytest.raises(InputError, match="in place already" if in_place else "exists already"):
+        PgVectors(f"{server}#docs").upgrade(how, output, progress=False)
+
+
+def test_rows_are_those_of_the_corpus_and_encoded_ones_take_their_places(database, server):
+    stored = filled(database)
+    order = np.random.default_rng(0).permutation(500)
+    opened = PgVectors(f"{server}#docs", [str(n) for n in order])
+    torch.testing.assert_close(opened.take(np.arange(500)), stored[order])
+    fresh = vectors(2, seed=5)
+    opened.upgrade(IndexMap(turned(), rows=np.array([4, 9]), fresh=fresh), f"{server}#docs_new", progress=False)
+    after = rows(database, "docs_new")
+    for place, each in zip((4, 9), fresh, strict=True):
+        np.testing.assert_allclose(after[order[place]][0], each, atol=1e-6)
+    with pytest.raises(InputError, match=r"1 are not there \('x'\): the ids of the corpus must be the keys"):
+        PgVectors(f"{server}#docs", [*(str(n) for n in range(499)), "x"])
+    with pytest.raises(InputError, match="500 rows, the corpus 499 targets"):
+        PgVectors(f"{server}#docs", [str(n) for n in range(499)])
+
+
+def test_rows_that_are_written_meanwhile_are_carried_over_too(database, server, monkeypatch):
+    stored, how = filled(database), turned()
+    for output, late in ((f"{server}#docs_new", vectors(2, seed=9)), (None, vectors(2, seed=10))):
+        opened, carry_over, calls = PgVectors(f"{server}#docs"), PgVectors.carry_over, []
+
+        def while_it_runs(self, place, how, keys, carry_over=carry_over, calls=calls, late=late):
+            carry_over(self, place, how, keys)
+            if not calls:  # changed, new, gone
+                database.execute("UPDATE docs SET embedding = %s WHERE id = 0", (late[0].numpy(),))
+                database.execute("INSERT INTO docs VALUES (900, 'late', NULL, %s)", (late[1].numpy(),))
+                database.execute("DELETE FROM docs WHERE id = 1")
+            calls.append(keys)
+
+        monkeypatch.setattr(PgVectors, "carry_over", while_it_runs)
+        opened.upgrade(how, output, progress=False)
+        monkeypatch.undo()
+        assert [len(each) for each in calls] == [500, 2], "the rest, once"
+        after = rows(database, "docs_new" if output else "docs")
+        assert after.keys() == {0, *range(2, 500), 900} and after[900][1] == "late"
+        for name, vector in ((0, late[0]), (900, late[1]), (5, stored[5])):
+            np.testing.assert_allclose(after[name][0], how(vector[None])[0], atol=1e-6)
+        database.execute("DELETE FROM docs WHERE id = 900")
+        database.execute("INSERT INTO docs (id, title, embedding) VALUES (1, 'again', %s)", (stored[1].numpy(),))
+
+
+def test_commands_on_a_table_that_a_corpus_knows_by_its_ids(database, server, tmp_path, capsys):
+    """Everything at once: the plan, an upgrade in place with some encoded again, and what was certified is true."""
+    model, texts = moved(), [f"word{n} word{n + 7} word{2 * n}" for n in range(400)]
+    targets = [{"_id": f"t{n}", "text": text} for n, text in enumerate(texts)]
+    queries = [{"_id": f"q{n}", "text": f"word{n + 7} word{2 * n}"} for n in range(400)]
+    folder = write_beir(tmp_path, targets, queries, {"dev": [(f"q{n}", f"t{n}", 1) for n in range(400)]})
+    corpus = Corpus.from_beir(folder)
+    rows_of = np.arange(400)
+    old, fresh = (
+        DocumentEncoder(each, corpus, progress=False).encode(each, rows_of) for each in (make_static_model(), model)
+    )
+    database.execute("CREATE TABLE texts (id text PRIMARY KEY, embedding vector(24) NOT NULL)")
+    for n in np.random.default_rng(0).permutation(400):
+        database.execute("INSERT INTO texts VALUES (%s, %s)", (f"t{n}", old[n].numpy()))
+    model.save_pretrained(str(tmp_path / "run"))
+    fit_to_pairs(old[:60], fresh[:60]).save_pretrained(tmp_path / "run")
+    address = f"{server}#texts"
+    assert main(["serve-plan", str(tmp_path / "run"), "--index", address, "--corpus", str(folder)]) == 0
+    assert "Recommended" in capsys.readouterr().out
+    command = [
+        "upgrade-index",
+        address,
+        "in-place",
+        "--corrector",
+        str(tmp_path / "run"),
+        "--reencode",
+        "20%",
+        "--json",
+    ]
+    assert main([*command, "--model", str(tmp_path / "run"), "--corpus", str(folder)]) == 0
+    recall = json.loads(capsys.readouterr().out)["certificate"]["recall"]
+    found = dict(database.execute("SELECT id, embedding FROM texts").fetchall())
+    new = torch.from_numpy(np.stack([found[f"t{n}"].to_numpy() for n in range(400)]).astype(np.float32))
+    assert ((new - fresh).abs().amax(1) < 1e-5).sum() == 80
+    asked = model.encode_query([each["text"] for each in queries], convert_to_tensor=True)
+    reference = (asked @ fresh.T).topk(10).indices
+    for name, index in (("unchanged", old), ("upgraded", new)):
+        truth = overlap_at_k((asked @ index.T).topk(10).indices, reference).mean().item()
+        assert recall[name][0] == pytest.approx(truth, abs=0.06), name
+    assert recall["upgraded"][1] > recall["unchanged"][2]
+    assert main(["upgrade-index", "old.npy", "in-place", "--corrector", "x"]) == 1
+
+
+def test_two_processes_do_not_write_at_once(database, server):
+    filled(database)
+    one, other = PgVectors(f"{server}#docs"), PgVectors(f"{server}#docs")
+    with one.alone(), pytest.raises(InputError, match="another process is carrying this table over"):
+        other.upgrade(turned(), progress=False)
+    other.upgrade(turned(), progress=False)
+
+
+def test_what_was_begun_with_another_corrector_is_not_gone_on_with(database, server, monkeypatch):
+    filled(database)
+    monkeypatch.setattr(PgVectors, "finish", lambda self, place: None)
+    PgVectors(f"{server}#docs").upgrade(turned(), progress=False)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="begun with another corrector"):
+        PgVectors(f"{server}#docs").upgrade(turned(seed=2), progress=False)
+    before = rows(database)
+    assert all(np.allclose(before[n][0], vectors(500)[n], atol=1e-6) for n in range(500)), "what serves is as it was"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "address", "message"),
+    [
+        ("", "#nothing", "there is no table nothing"),
+        ("", "", "which table"),
+        ("", "#docs:title", "which column holds the embeddings"),
+        (
+            "ALTER TABLE docs ADD other vector(3)",
+            "#docs",
+            r"of type vector there are \['embedding', 'other'\]",
+        ),
+        ("ALTER TABLE docs DROP CONSTRAINT docs_pkey", "#docs", "no primary key of one column"),
+        ("DELETE FROM docs", "#docs", "has no rows"),
+        (
+            "ALTER TABLE docs ALTER embedding DROP NOT NULL; UPDATE docs SET embedding = NULL WHERE id < 3",
+            "#docs",
+            "3 rows have no vector",
+        ),
+    ],
+)
+def test_what_cannot_be_opened(database, server, prepare, address, message):
+    filled(database, 20)
+    if prepare:
+        database.execute(prepare)
+    with pytest.raises(InputError, match=message):
+        PgVectors(f"{server}{address}")
+
+
+def test_a_server_that_is_not_there_and_a_database_without_pgvector(server, tmp_path):
+    with pytest.raises(StorageError, match="cannot be reached"):
+        PgVectors(f"postgresql://postgres@/postgres?host={tmp_path}#docs")
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE plain")
+    with pytest.raises(InputError, match="no pgvector"):
+        PgVectors(server.replace("@/postgres?", "@/plain?") + "#docs")
+
+
+def test_what_does_not_fit_leaves_the_table_as_it_was(database, server):
+    filled(database, metric="l2")
+    before, columns = rows(database), "SELECT count(*) FROM information_schema.columns WHERE table_name = 'docs'"
+    count = database.execute(columns).fetchone()
+    opened = PgVectors(f"{server}#docs")
+    with pytest.raises(InputError, match="the corrector maps from 24"):
+        opened.upgrade(RidgeCorrector(24), progress=False)
+    with pytest.raises(InputError, match="an index by vector_l2_ops, and the model compares by dot product"):
+        opened.upgrade(turned(normalize=False), progress=False)
+    with pytest.raises(InputError, match="must be another table of the database"):
+        opened.upgrade(turned(), "postgresql://elsewhere/db#docs_new", progress=False)
+    database.execute("CREATE ROLE reader LOGIN; GRANT USAGE ON SCHEMA public TO reader; GRANT SELECT ON docs TO reader")
+    reading = PgVectors(server.replace("postgres:@", "reader@", 1) + "#docs")
+    for output in (None, reading.address.replace("#docs", "#docs_new")):
+        with pytest.raises(InputError, match="no right to do this"):
+            reading.upgrade(turned(), output, progress=False)
+    after = rows(database)
+    assert all(np.array_equal(after[n][0], before[n][0]) for n in before)
+    assert database.execute(columns).fetchone() == count
+    database.execute("DROP OWNED BY reader; DROP ROLE reader")
+
+
+def _upgrade(address: str, output: str | None) -> None:
+    torch.set_num_threads(1)
+    import st_corrector.stores.base as module
+
+    module.AT_ONCE = 512
+    PgVectors(address).upgrade(turned(), output, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("count", "kills"), [(6_000, 2), pytest.param(100_000, 20, marks=[pytest.mark.long, pytest.mark.timeout(3_000)])]
+)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_run_that_is_killed_goes_on(database, server, in_place, count, kills):
+    stored, output = filled(database, count), None if in_place else f"{server}#docs_new"
+    before, draw = rows(database), random.Random(0)
+    context = multiprocessing.get_context("spawn")
+    killed = 0
+    for _ in range(kills):
+        process = context.Process(target=_upgrade, args=(f"{server}#docs", output))
+        process.start()
+        # Not before it has begun to write, nor when it would be done.
+        done = "SELECT count(*) FROM pg_attribute WHERE attname = 'embedding_upgraded_of' AND NOT attisdropped"
+        while process.is_alive() and not database.execute(done).fetchone()[0]:
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.1 if count < 10_000 else 1.0))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.join()
+        serving = rows(database)
+        assert all(np.array_equal(serving[each][0], before[each][0]) for each in before) or process.exitcode == 0
+    assert killed, "something was interrupted"
+    finished = database.execute(
+        "SELECT count(*) FROM pg_attribute WHERE attname = 'embedding_upgraded_of' AND NOT attisdropped"
+    ).fetchone()[0]
+    if finished:
+        _upgrade(f"{server}#docs", output)
+    after = rows(database, "docs" if in_place else "docs_new")
+    assert after.keys() == before.keys() and len(after) == count
+    expected = turned()(stored).numpy()
+    assert max(np.abs(after[n][0] - expected[n]).max() for n in after) < 1e-6
+    assert all(after[n][1:] == before[n][1:] for n in before)
