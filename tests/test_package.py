@@ -60,6 +60,9 @@ def test_the_extras_are_declared():
         "peft",
         "demo",
         "report",
+        "pgvector",
+        "lancedb",
+        "qdrant",
         "docs",
         "dev",
     }

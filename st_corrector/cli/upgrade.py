@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 IN_PLACE = "in-place"
 _EPILOG = """
 INDEX is a .npy or .safetensors file of shape (targets, dimension), the folder of an embedding cache, or (by any other
-name) a FAISS index whose vectors can be reconstructed. It is only read. Or it is a table of PostgreSQL with pgvector,
-postgresql://user@host/database#table: then OUTPUT is another table, or in-place.
+name) a FAISS index whose vectors can be reconstructed. It is only read. Or it is a table, of PostgreSQL with pgvector
+(postgresql://user@host/database#table) or of LanceDB (lancedb:folder#table), or a collection of Qdrant
+(qdrant:folder#collection, qdrant:http://host:6333#collection): then OUTPUT is another one, or in-place.
 
   st-corrector upgrade-index old.npy new.npy --corrector outputs/nq/final
       with the corrector that was trained together with the new model

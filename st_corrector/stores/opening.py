@@ -11,12 +11,12 @@ from ..carry_over.faiss_files import FaissVectors
 from ..carry_over.vectors import Vectors
 from ..errors import InputError
 
-POSTGRESQL = ("postgresql://", "postgres://")
+POSTGRESQL, LANCEDB, QDRANT = ("postgresql://", "postgres://"), "lancedb:", "qdrant:"
 
 
 def is_store(address: str | os.PathLike[str]) -> bool:
     """Whether this is the address of a vector store, and no file or folder."""
-    return str(address).startswith(POSTGRESQL)
+    return str(address).startswith((*POSTGRESQL, LANCEDB, QDRANT))
 
 
 def open_vectors(
@@ -25,8 +25,12 @@ def open_vectors(
     factory: str | None = None,
     ids: Sequence[str] | None = None,
 ) -> Vectors:
-    """Open ``path``: a ``.npy`` or ``.safetensors`` file, the folder of an :class:`EmbeddingCache`, a table of
-    PostgreSQL (``postgresql://…#table``), or, with any other name, a FAISS index whose vectors can be reconstructed.
+    """Open embeddings that are served.
+
+    - a ``.npy`` or ``.safetensors`` file, or the folder of an :class:`EmbeddingCache`;
+    - a table of PostgreSQL (``postgresql://…#table``) or LanceDB (``lancedb:…#table``), a collection of Qdrant
+      (``qdrant:…#collection``);
+    - with any other name a FAISS index whose vectors can be reconstructed.
 
     Args:
         tensor: name of the tensor in a safetensors file; by default the only two-dimensional one.
@@ -41,6 +45,14 @@ def open_vectors(
     if is_store(path):
         if tensor is not None or factory is not None:
             raise InputError("tensor and factory are for files.")
+        if str(path).startswith(LANCEDB):
+            from .lance import LanceVectors
+
+            return LanceVectors(str(path), ids)
+        if str(path).startswith(QDRANT):
+            from .qdrant import QdrantVectors
+
+            return QdrantVectors(str(path), ids)
         from .pgvector import PgVectors
 
         return PgVectors(str(path), ids)

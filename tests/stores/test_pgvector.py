@@ -84,7 +84,7 @@ def indices(database, table: str) -> list[str]:
     return [each for (each,) in database.execute("SELECT indexdef FROM pg_indexes WHERE tablename = %s", (table,))]
 
 
-@pytest.mark.parametrize("key", ["bigint", "text", "varchar(9)"])
+@pytest.mark.parametrize("key", ["bigint", pytest.param("text", marks=pytest.mark.long), "varchar(9)"])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_table_is_upgraded_with_its_payload_and_its_indices(database, server, key, in_place):
     stored = filled(database, key=key)
@@ -289,7 +289,7 @@ def _upgrade(address: str, output: str | None) -> None:
 @pytest.mark.parametrize(
     ("count", "kills"), [(6_000, 2), pytest.param(100_000, 20, marks=[pytest.mark.long, pytest.mark.timeout(3_000)])]
 )
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("in_place", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_run_that_is_killed_goes_on(database, server, in_place, count, kills):
     stored, output = filled(database, count), None if in_place else f"{server}#docs_new"
     before, draw = rows(database), random.Random(0)

@@ -1,0 +1,274 @@
+"""Served embeddings in LanceDB."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from ..carry_over.mapping import IndexMap
+from ..errors import InputError, StorageError
+from .base import Store
+
+try:
+    import lancedb
+    import lancedb.index
+except ImportError as error:
+    raise InputError("LanceDB needs its package: pip install 'st-corrector[lancedb]'") from error
+
+SCHEME = "lancedb:"
+_OF, _STAGED = "_made_of", "_upgraded"
+_AT_ONCE = 8_192  # rows of a batch that is streamed
+_KINDS = {
+    "IVF_FLAT": lancedb.index.IvfFlat,
+    "IVF_PQ": lancedb.index.IvfPq,
+    "IVF_SQ": lancedb.index.IvfSq,
+    "IVF_RQ": lancedb.index.IvfRq,
+    "IVF_HNSW_FLAT": lancedb.index.HnswFlat,
+    "IVF_HNSW_PQ": lancedb.index.HnswPq,
+    "IVF_HNSW_SQ": lancedb.index.HnswSq,
+}
+
+
+class LanceVectors(Store[Any]):
+    """A column of a LanceDB table: ``lancedb:folder#table``, ``…#table:column`` or ``…#table:column@id``.
+
+    The ids are in the column ``id`` unless it is named, and are distinct. The table is upgraded while it serves:
+
+    - into a new table, which gets all columns;
+    - in place (without an output): into a table beside it, ``<table>_upgraded``, which at the end becomes the next
+      version of the table in one commit. Earlier versions stay, until LanceDB cleans them up: ``table.restore`` goes
+      back.
+
+    Indices on the column are made again, of the same kind and metric, with LanceDB's own defaults otherwise. A lock
+    file in a local folder keeps a second process out.
+
+    Args:
+        address: of the table.
+        ids: of targets, by which rows are ordered; all of them must be there, and no others.
+
+    Raises:
+        InputError: there is no such folder, table or column, ids are missing or repeat, or they are others.
+    """
+
+    def __init__(self, address: str, ids: Sequence[str] | None = None) -> None:
+        super().__init__(address)
+        self._where, self.name, column, self.id = _parsed(address)
+        if "://" not in self._where and not Path(self._where).is_dir():
+            raise InputError(f"{address}: there is no folder {self._where}.")
+        self._database = lancedb.connect(self._where)
+        try:
+            self._table = self._database.open_table(self.name)
+        except (ValueError, FileNotFoundError, RuntimeError) as error:
+            raise InputError(f"{address}: there is no table {self.name} in this database.") from error
+        self._table.checkout(self._table.version)  # so that rows keep their places
+        schema = self._table.schema
+        widths = {
+            field.name: field.type.list_size
+            for field in schema
+            if pa.types.is_fixed_size_list(field.type) and pa.types.is_floating(field.type.value_type)
+        }
+        if self.id not in schema.names:
+            raise InputError(
+                f"{address}: there is no column {self.id} with ids. Name it, as in #{self.name}:vector@key."
+            )
+        if (column is None and len(widths) != 1) or (column is not None and column not in widths):
+            raise InputError(
+                f"{address}: which column holds the embeddings? Name it, as in #{self.name}:vector; of vectors there "
+                f"are {sorted(widths) or 'none'}."
+            )
+        self.column = column or next(iter(widths))
+        self.dim = widths[self.column]
+        self._places = self._read_places()
+        if not self._places:
+            raise InputError(f"{address}: the table has no rows.")
+        self.known_by(list(self._places), ids)
+
+    def _read_places(self) -> dict[Any, int]:
+        """Where the row of each id is, in the version that is read."""
+        found = self._table.search().select([self.id]).limit(self._table.count_rows()).to_arrow()[self.id]
+        if found.null_count or len(found.unique()) != len(found):
+            raise InputError(f"{self.address}: in the column {self.id} some ids are missing or repeat.")
+        return {key: place for place, key in enumerate(found.to_pylist())}
+
+    def _rows(self, keys: list[Any], columns: list[str] | None = None) -> pa.Table:
+        """The rows of those keys that are there."""
+        query = self._table.take_offsets([self._places[key] for key in keys if key in self._places])
+        found: pa.Table = (query if columns is None else query.select(columns)).to_arrow()
+        return found
+
+    def read(self, keys: list[Any]) -> tuple[dict[Any, np.ndarray], dict[Any, Any]]:
+        found = self._rows(keys, [self.id, self.column])
+        vectors = self._matrix(found)
+        names = found[self.id].to_pylist()
+        return dict(zip(names, vectors, strict=True)), dict(zip(names, map(_digest, vectors), strict=True))
+
+    def _matrix(self, found: pa.Table) -> np.ndarray:
+        """Vectors, float32, ``(n, d)``.
+
+        Raises:
+            InputError: one is missing.
+        """
+        column = found[self.column].combine_chunks()
+        if column.null_count:
+            raise InputError(f"{self.address}: {column.null_count:,} rows have no vector: fill or delete them.")
+        flat = column.flatten().to_numpy(zero_copy_only=False)
+        return np.asarray(flat, dtype=np.float32).reshape(len(found), -1)
+
+    def at(self, path: str | Path | None) -> LanceVectors:
+        """What :meth:`upgrade` has written."""
+        return LanceVectors(self.address if path is None else str(path), list(map(str, self.keys)))
+
+    def check(self, how: IndexMap) -> None:
+        """Refuse a map from other embeddings, or indices by which its output would be ranked otherwise.
+
+        Raises:
+            InputError: the dimension differs, or an index of the column does not compare as the model does.
+        """
+        super().check(how)
+        for kind, metric in self._indices():
+            if kind not in _KINDS:
+                raise InputError(
+                    f"{self.address} has an index of the kind {kind}, which is not known here: drop it first."
+                )
+            if not how.unit and metric != "dot":
+                raise InputError(
+                    f"{self.address} has an index ({kind}) by {metric}, and the model compares by dot product."
+                )
+
+    def _indices(self) -> list[tuple[str, str]]:
+        """Kind and metric of the indices on the column."""
+        found = [each for each in self._table.list_indices() if list(each.columns) == [self.column]]
+        stats = [self._table.index_stats(each.name) for each in found]
+        return [(str(each.index_type), str(each.distance_type).lower()) for each in stats if each is not None]
+
+    # ------------------------------------------------------------------ upgrading
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """A lock file, where the database is a folder."""
+        lock = FileLock(Path(self._where) / f".{self.name}.lock") if "://" not in self._where else nullcontext()
+        try:
+            if isinstance(lock, FileLock):
+                lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(f"{self.address}: another process is carrying this table over.") from error
+        except OSError as error:
+            raise InputError(f"{self.address}: there is no right to write ({error}).") from error
+        try:
+            yield
+        finally:
+            if isinstance(lock, FileLock):
+                lock.release()
+
+    def begun(self, path: str | Path | None, how: IndexMap) -> Any:
+        told = f"{self.name}, carried over by {how.digest}".encode()
+        name = self.name + _STAGED
+        if path is not None:
+            where, name, column, key = _parsed(str(path))
+            if where != self._where or column not in (None, self.column) or key != self.id or name == self.name:
+                raise InputError(f"{path} must be another table of the database of {self.address}.")
+        if name not in self._database.list_tables().tables:
+            vector = pa.field(self.column, pa.list_(pa.float32(), how.new_dim))
+            fields = [vector if each.name == self.column else each for each in self._table.schema]
+            schema = pa.schema([*fields, pa.field(_OF, pa.int64())], {b"st_corrector": told})
+            return self._database.create_table(name, schema=schema)
+        staged = self._database.open_table(name)
+        if _OF not in staged.schema.names:
+            raise InputError(f"{path} exists already: choose another name, or drop it.")
+        if (staged.schema.metadata or {}).get(b"st_corrector") != told:
+            raise InputError(
+                f"The table {name} was begun with another corrector, or with other targets encoded again: go on with "
+                "those, or drop it."
+            )
+        return staged
+
+    def todo(self, place: Any) -> list[Any]:
+        self._table = self._database.open_table(self.name)
+        self._table.checkout(self._table.version)
+        self._places = self._read_places()
+        done = place.search().select([self.id, _OF]).limit(max(1, place.count_rows())).to_arrow()
+        made_of = dict(zip(done[self.id].to_pylist(), done[_OF].to_pylist(), strict=True))
+        if gone := [each for each in made_of if each not in self._places]:
+            for start in range(0, len(gone), 1_000):
+                place.delete(f"{self.id} IN ({', '.join(map(_literal, gone[start : start + 1_000]))})")
+        missing = []
+        query = self._table.search().select([self.id, self.column]).limit(self._table.count_rows())
+        for batch in query.to_batches(_AT_ONCE):
+            found = pa.Table.from_batches([batch])
+            for key, vector in zip(found[self.id].to_pylist(), self._matrix(found), strict=True):
+                if made_of.get(key) != _digest(vector):
+                    missing.append(key)
+        return missing
+
+    def put(self, place: Any, keys: list[Any], vectors: np.ndarray, digests: list[Any]) -> None:
+        found = self._rows(keys)
+        order = {key: n for n, key in enumerate(keys)}
+        rows = np.array([order[key] for key in found[self.id].to_pylist()])
+        kind = place.schema.field(self.column).type
+        stored = pa.FixedSizeListArray.from_arrays(pa.array(vectors[rows].ravel()), kind.list_size)
+        found = found.set_column(found.schema.get_field_index(self.column), place.schema.field(self.column), stored)
+        found = found.append_column(_OF, pa.array([digests[n] for n in rows], pa.int64()))
+        merged = place.merge_insert(self.id).when_matched_update_all().when_not_matched_insert_all()
+        merged.execute(found.cast(place.schema.remove_metadata()))
+        some = ", ".join(map(_literal, keys))
+        written = (
+            place.search()
+            .where(f"{self.id} IN ({some})")
+            .select([self.id, self.column])
+            .limit(2 * len(keys))
+            .to_arrow()
+        )
+        there = dict(zip(written[self.id].to_pylist(), self._matrix(written), strict=True))
+        if len(written) != len(found) or not all(np.array_equal(there[key], vectors[order[key]]) for key in there):
+            raise StorageError(f"Vectors of {place.name} are not what was written into it.")
+
+    def finish(self, place: Any) -> None:
+        indices = self._indices()
+        if place.name == self.name + _STAGED:
+            names = [each for each in place.schema.names if each != _OF]
+            schema = pa.schema([place.schema.field(name) for name in names], self._table.schema.metadata)
+            query = place.search().select(names).limit(place.count_rows())
+            latest = self._database.open_table(self.name)
+            if latest.version != self._table.version:
+                raise StorageError(f"{self.address} was written at the last moment: go on by the same command.")
+            batches = (batch.cast(schema) for batch in query.to_batches(_AT_ONCE))
+            reader = pa.RecordBatchReader.from_batches(schema, batches)
+            made = self._database.create_table(self.name, reader, mode="overwrite")
+            self._database.drop_table(place.name)
+        else:
+            place.drop_columns([_OF])
+            made = place
+        for kind, metric in indices:
+            made.create_index(self.column, config=_KINDS[kind](distance_type=metric))
+
+
+def _parsed(address: str) -> tuple[str, str, str | None, str]:
+    """The database, the table, the column if it is named, and the column of ids.
+
+    Raises:
+        InputError: no table is named.
+    """
+    where, _, named = address.removeprefix(SCHEME).partition("#")
+    named, _, key = named.partition("@")
+    table, _, column = named.partition(":")
+    if not table:
+        raise InputError(f"{address}: which table? Name it, as in {SCHEME}folder#documents.")
+    return where, table, column or None, key or "id"
+
+
+def _digest(vector: np.ndarray) -> int:
+    """Of a vector: 64 bits."""
+    found = hashlib.blake2b(vector.tobytes(), digest_size=8).digest()
+    return int.from_bytes(found, "little", signed=True)
+
+
+def _literal(key: Any) -> str:
+    """A key in LanceDB's SQL."""
+    return str(key) if isinstance(key, int) else "'" + str(key).replace("'", "''") + "'"

@@ -1,0 +1,218 @@
+"""A table of LanceDB is upgraded while it serves: nothing is lost, nothing is done twice, and payloads stay."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.nn.functional as F
+
+lancedb = pytest.importorskip("lancedb")
+pytest.importorskip("lancedb.index")
+
+from st_corrector import IndexMap, InputError, RidgeCorrector  # noqa: E402
+from st_corrector.stores.lance import LanceVectors  # noqa: E402
+from st_corrector.stores.opening import open_vectors  # noqa: E402
+
+DIM = 16
+
+
+def vectors(count: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(count, DIM, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def columns(names: list, stored: torch.Tensor, key: str = "id") -> pa.Table:
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(stored.numpy().ravel()), DIM)
+    return pa.table({key: names, "title": [f"title {n}" for n in names], "vector": lists})
+
+
+def filled(folder: Path, count: int = 500, key: str = "id") -> torch.Tensor:
+    stored = vectors(count)
+    lancedb.connect(folder).create_table("docs", columns([f"d'{n}" for n in range(count)], stored, key))
+    return stored
+
+
+def turned(normalize: bool = True, seed: int = 1) -> RidgeCorrector:
+    made = RidgeCorrector(DIM, normalize=normalize)
+    made.weight = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(seed)) / 3
+    return made
+
+
+def rows(folder: Path, table: str = "docs", key: str = "id", version: int | None = None) -> dict:
+    opened = lancedb.connect(folder).open_table(table)
+    if version is not None:
+        opened.checkout(version)
+    found = opened.to_arrow()
+    assert set(found.schema.names) == {key, "title", "vector"}
+    names, lists, titles = (found[each].to_pylist() for each in (key, "vector", "title"))
+    return {
+        name: (np.array(vector, np.float32), title) for name, vector, title in zip(names, lists, titles, strict=True)
+    }
+
+
+def index(folder: Path, metric: str) -> None:
+    config = lancedb.index.IvfFlat(distance_type=metric, num_partitions=2)
+    lancedb.connect(folder).open_table("docs").create_index("vector", config=config)
+
+
+@pytest.mark.parametrize("key", ["id", "doc"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_table_is_upgraded_with_its_payload_and_its_index(tmp_path, key, in_place):
+    stored, how = filled(tmp_path, key=key), turned()
+    index(tmp_path, "cosine")
+    before = rows(tmp_path, key=key)
+    address = f"lancedb:{tmp_path}#docs" + ("" if key == "id" else ":vector@doc")
+    opened = open_vectors(address)
+    assert isinstance(opened, LanceVectors) and (opened.count, opened.dim) == (500, DIM)
+    some = [opened.keys.index(f"d'{n}") for n in (3, 499, 7)]
+    torch.testing.assert_close(opened.take(np.array(some)), stored[[3, 499, 7]])
+    version = lancedb.connect(tmp_path).open_table("docs").version
+    output = None if in_place else address.replace("#docs", "#docs_new")
+    opened.upgrade(how, output, progress=False)
+    table, expected = "docs" if in_place else "docs_new", how(stored)
+    after = rows(tmp_path, table, key)
+    assert after.keys() == before.keys()
+    for n in range(500):
+        np.testing.assert_allclose(after[f"d'{n}"][0], expected[n], atol=1e-6)
+        assert after[f"d'{n}"][1] == before[f"d'{n}"][1]
+    was = rows(tmp_path, "docs", key, version)
+    assert all(np.array_equal(was[name][0], before[name][0]) for name in before), "the version before is there"
+    torch.testing.assert_close(opened.before(output).take(np.array(some)), stored[[3, 499, 7]])
+    torch.testing.assert_close(opened.at(output).take(np.array(some)), expected[[3, 499, 7]], atol=1e-6, rtol=0)
+    made = lancedb.connect(tmp_path).open_table(table)
+    assert [made.index_stats(each.name).distance_type for each in made.list_indices()] == ["cosine"]
+    assert set(lancedb.connect(tmp_path).list_tables().tables) == {"docs"} | ({table} - {"docs"})
+    if not in_place:
+        with pytest.raises(InputError, match="exists already"):
+            LanceVectors(address).upgrade(how, output, progress=False)
+
+
+def test_rows_are_those_of_the_corpus_and_encoded_ones_take_their_places(tmp_path):
+    stored, order = filled(tmp_path), np.random.default_rng(0).permutation(500)
+    opened = LanceVectors(f"lancedb:{tmp_path}#docs", [f"d'{n}" for n in order])
+    torch.testing.assert_close(opened.take(np.arange(500)), stored[order])
+    fresh = vectors(2, seed=5)
+    opened.upgrade(IndexMap(turned(), rows=np.array([4, 9]), fresh=fresh), None, progress=False)
+    after = rows(tmp_path)
+    for place, each in zip((4, 9), fresh, strict=True):
+        np.testing.assert_allclose(after[f"d'{order[place]}"][0], each, atol=1e-6)
+    with pytest.raises(InputError, match="the ids of the corpus must be the keys"):
+        LanceVectors(f"lancedb:{tmp_path}#docs", ["x"])
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_rows_that_are_written_meanwhile_are_carried_over_too(tmp_path, monkeypatch, in_place):
+    stored, how, late, calls = filled(tmp_path), turned(), vectors(2, seed=9), []
+    opened, carry_over = LanceVectors(f"lancedb:{tmp_path}#docs"), LanceVectors.carry_over
+
+    def while_it_runs(self, place, how, keys):
+        carry_over(self, place, how, keys)
+        if not calls:  # changed, new, gone
+            table = lancedb.connect(tmp_path).open_table("docs")
+            table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(
+                columns(["d'0", "late"], late)
+            )
+            table.delete("id = 'd''1'")
+        calls.append(keys)
+
+    monkeypatch.setattr(LanceVectors, "carry_over", while_it_runs)
+    opened.upgrade(how, None if in_place else f"lancedb:{tmp_path}#docs_new", progress=False)
+    assert [len(each) for each in calls] == [500, 2], "the rest, once"
+    after = rows(tmp_path, "docs" if in_place else "docs_new")
+    assert after.keys() == {"d'0", "late", *(f"d'{n}" for n in range(2, 500))}
+    for name, vector in (("d'0", late[0]), ("late", late[1]), ("d'5", stored[5])):
+        np.testing.assert_allclose(after[name][0], how(vector[None])[0], atol=1e-6)
+
+
+def test_two_processes_do_not_write_at_once_and_others_correctors_are_refused(tmp_path, monkeypatch):
+    filled(tmp_path)
+    one, other = (LanceVectors(f"lancedb:{tmp_path}#docs") for _ in range(2))
+    with one.alone(), pytest.raises(InputError, match="another process is carrying this table over"):
+        other.upgrade(turned(), progress=False)
+    monkeypatch.setattr(LanceVectors, "finish", lambda self, place: None)
+    other.upgrade(turned(), progress=False)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="begun with another corrector"):
+        LanceVectors(f"lancedb:{tmp_path}#docs").upgrade(turned(seed=2), progress=False)
+    assert all(np.array_equal(rows(tmp_path)[f"d'{n}"][0], vectors(500)[n]) for n in range(9)), "it serves as it did"
+
+
+def test_what_cannot_be_opened_or_does_not_fit(tmp_path):
+    filled(tmp_path, 300)
+    database = lancedb.connect(tmp_path)
+    database.create_table(
+        "two",
+        database.open_table("docs").to_arrow().append_column("other", columns(["a"] * 300, vectors(300))["vector"]),
+    )
+    database.create_table("none", schema=database.open_table("docs").schema)
+    database.create_table("twice", columns(["a", "a"], vectors(2)))
+    for address, message in (
+        ("/nowhere#docs", "there is no folder"),
+        (f"{tmp_path}", "which table"),
+        (f"{tmp_path}#nothing", "there is no table nothing"),
+        (f"{tmp_path}#docs:title", "which column holds the embeddings"),
+        (f"{tmp_path}#two", r"of vectors there are \['other', 'vector'\]"),
+        (f"{tmp_path}#docs:vector@key", "there is no column key with ids"),
+        (f"{tmp_path}#none", "has no rows"),
+        (f"{tmp_path}#twice", "some ids are missing or repeat"),
+    ):
+        with pytest.raises(InputError, match=message):
+            LanceVectors(f"lancedb:{address}")
+    index(tmp_path, "l2")
+    opened, before = LanceVectors(f"lancedb:{tmp_path}#docs"), rows(tmp_path)
+    with pytest.raises(InputError, match="the corrector maps from 24"):
+        opened.upgrade(RidgeCorrector(24), progress=False)
+    with pytest.raises(InputError, match="by l2, and the model compares by dot product"):
+        opened.upgrade(turned(normalize=False), progress=False)
+    for output in ("lancedb:/elsewhere#docs_new", f"lancedb:{tmp_path}#docs", f"lancedb:{tmp_path}#new:title"):
+        with pytest.raises(InputError, match="must be another table of the database"):
+            opened.upgrade(turned(), output, progress=False)
+    assert set(database.list_tables().tables) == {"docs", "two", "none", "twice"}
+    assert all(np.array_equal(rows(tmp_path)[name][0], before[name][0]) for name in before)
+
+
+def _upgrade(address: str, output: str | None) -> None:
+    torch.set_num_threads(1)
+    import st_corrector.stores.base as module
+
+    module.AT_ONCE = 512
+    LanceVectors(address).upgrade(turned(), output, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("count", "kills"), [(6_000, 2), pytest.param(100_000, 20, marks=[pytest.mark.long, pytest.mark.timeout(3_000)])]
+)
+@pytest.mark.parametrize("in_place", [pytest.param(False, marks=pytest.mark.long), True])
+def test_a_run_that_is_killed_goes_on(tmp_path, in_place, count, kills):
+    stored, address = filled(tmp_path, count), f"lancedb:{tmp_path}#docs"
+    output, before, draw = None if in_place else f"lancedb:{tmp_path}#docs_new", rows(tmp_path), random.Random(0)
+    context, killed = multiprocessing.get_context("spawn"), 0
+    staged = tmp_path / ("docs_upgraded.lance" if in_place else "docs_new.lance")
+    for _ in range(kills):
+        process = context.Process(target=_upgrade, args=(address, output))
+        process.start()
+        while process.is_alive() and not staged.exists():
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.3 if count < 10_000 else 2.0))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.join()
+        if process.exitcode == 0:
+            break
+        serving = rows(tmp_path)
+        assert all(np.array_equal(serving[each][0], before[each][0]) for each in before), "it serves as it did"
+    else:
+        _upgrade(address, output)
+    assert killed, "something was interrupted"
+    after = rows(tmp_path, "docs" if in_place else "docs_new")
+    assert after.keys() == before.keys() and len(after) == count
+    expected = turned()(stored).numpy()
+    assert max(np.abs(after[f"d'{n}"][0] - expected[n]).max() for n in range(count)) < 1e-6
+    assert all(after[name][1] == before[name][1] for name in before)

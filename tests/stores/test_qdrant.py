@@ -1,0 +1,230 @@
+"""A collection of Qdrant is upgraded while it serves: nothing is lost, nothing is done twice, and payloads stay."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("qdrant_client")
+
+from qdrant_client import QdrantClient, models
+
+from st_corrector import IndexMap, InputError, RidgeCorrector, StorageError
+from st_corrector.stores.opening import open_vectors
+from st_corrector.stores.qdrant import QdrantVectors
+
+DIM = 16
+
+
+def vectors(count: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(count, DIM, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def params(distance=models.Distance.COSINE, size: int = DIM) -> models.VectorParams:
+    return models.VectorParams(size=size, distance=distance, hnsw_config=models.HnswConfigDiff(m=8))
+
+
+@pytest.fixture
+def client(tmp_path):
+    """The client's embedded mode."""
+    made = QdrantClient(path=str(tmp_path / "qdrant"))
+    yield made
+    made.close()
+
+
+def filled(client, count: int = 60, name: str | None = None, distance=models.Distance.COSINE) -> torch.Tensor:
+    stored = vectors(count)
+    config = params(distance) if name is None else {name: params(distance), "other": params(size=3)}
+    client.create_collection("docs", vectors_config=config)
+    points = [
+        models.PointStruct(
+            id=n,
+            vector=each.tolist() if name is None else {name: each.tolist(), "other": [1.0, 0.0, 0.0]},
+            payload={"title": f"title {n}", "tags": [n]},
+        )
+        for n, each in enumerate(stored)
+    ]
+    client.upsert("docs", points)
+    return stored
+
+
+def turned(normalize: bool = True, seed: int = 1) -> RidgeCorrector:
+    made = RidgeCorrector(DIM, normalize=normalize)
+    made.weight = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(seed)) / 3
+    return made
+
+
+def points(client, collection: str = "docs") -> dict:
+    found, offset = {}, None
+    while True:
+        some, offset = client.scroll(collection, limit=1_000, offset=offset, with_vectors=True)
+        found |= {each.id: (each.vector, each.payload) for each in some}
+        if offset is None:
+            return found
+
+
+def opened(client, tmp_path, collection: str = "docs", ids=None) -> QdrantVectors:
+    return QdrantVectors(f"qdrant:{tmp_path / 'qdrant'}#{collection}", ids, client)
+
+
+@pytest.mark.parametrize("name", [pytest.param(None, marks=pytest.mark.long), "text"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_collection_is_upgraded_with_its_payload(client, tmp_path, name, in_place):
+    stored, how = filled(client, name=name), turned()
+    change = models.CreateAlias(collection_name="docs", alias_name="live")
+    client.update_collection_aliases([models.CreateAliasOperation(create_alias=change)])
+    before = points(client)
+    source = opened(client, tmp_path, ("live" if in_place else "docs") + (f":{name}" if name else ""))
+    assert (source.count, source.dim) == (60, DIM)
+    torch.testing.assert_close(source.take(np.array([3, 59, 7])), stored[[3, 59, 7]], atol=1e-6, rtol=0)
+    output = None if in_place else f"qdrant:{tmp_path / 'qdrant'}#docs_new"
+    source.upgrade(how, output, progress=False)
+    after, expected = points(client, "live" if in_place else "docs_new"), how(stored)
+    assert after.keys() == before.keys()
+    for n, (vector, payload) in after.items():
+        np.testing.assert_allclose(vector if name is None else vector["text"], expected[n], atol=1e-5)
+        assert payload == before[n][1] and (name is None or vector["other"] == before[n][0]["other"])
+    assert points(client) == before, "the old collection is as it was"
+    made = client.get_collection("live" if in_place else "docs_new").config.params.vectors
+    assert (made if name is None else made["text"]) == params()
+    if not in_place:
+        torch.testing.assert_close(
+            source.at(output + (f":{name}" if name else "")).take(np.arange(9)), expected[:9], atol=1e-5, rtol=0
+        )
+        with pytest.raises(InputError, match="exists already"):
+            source.upgrade(how, output, progress=False)
+
+
+def test_rows_are_those_of_the_corpus_and_encoded_ones_take_their_places(client, tmp_path):
+    stored, order = filled(client), np.random.default_rng(0).permutation(60)
+    source = opened(client, tmp_path, ids=[str(n) for n in order])
+    torch.testing.assert_close(source.take(np.arange(60)), stored[order], atol=1e-6, rtol=0)
+    fresh = vectors(2, seed=5)
+    output = f"qdrant:{tmp_path / 'qdrant'}#docs_new"
+    source.upgrade(IndexMap(turned(), rows=np.array([4, 9]), fresh=fresh), output, progress=False)
+    after = points(client, "docs_new")
+    for place, each in zip((4, 9), fresh, strict=True):
+        np.testing.assert_allclose(after[int(order[place])][0], each, atol=1e-5)
+    with pytest.raises(InputError, match="the ids of the corpus must be the keys"):
+        opened(client, tmp_path, ids=["x"])
+
+
+def test_points_that_are_written_meanwhile_are_carried_over_too(client, tmp_path, monkeypatch):
+    stored, how, late, calls = filled(client), turned(), vectors(2, seed=9), []
+    source, carry_over = opened(client, tmp_path), QdrantVectors.carry_over
+
+    def while_it_runs(self, place, how, keys):
+        carry_over(self, place, how, keys)
+        if not calls:  # changed, new, gone
+            made = [models.PointStruct(id=n, vector=late[i].tolist(), payload={}) for i, n in enumerate((0, 900))]
+            client.upsert("docs", made)
+            client.delete("docs", models.PointIdsList(points=[1]))
+        calls.append(keys)
+
+    monkeypatch.setattr(QdrantVectors, "carry_over", while_it_runs)
+    source.upgrade(how, f"qdrant:{tmp_path / 'qdrant'}#docs_new", progress=False)
+    assert [len(each) for each in calls] == [60, 2], "the rest, once"
+    after = points(client, "docs_new")
+    assert after.keys() == {0, *range(2, 60), 900}
+    for name, vector in ((0, late[0]), (900, late[1]), (5, stored[5])):
+        np.testing.assert_allclose(after[name][0], how(vector[None])[0], atol=1e-5)
+
+
+def test_what_another_corrector_has_begun_is_made_again(client, tmp_path, monkeypatch):
+    stored, output = filled(client), f"qdrant:{tmp_path / 'qdrant'}#docs_new"
+    monkeypatch.setattr(QdrantVectors, "finish", lambda self, place: None)
+    opened(client, tmp_path).upgrade(turned(seed=2), output, progress=False)
+    monkeypatch.undo()
+    opened(client, tmp_path).upgrade(turned(), output, progress=False)
+    expected = turned()(stored)
+    for n, (vector, payload) in points(client, "docs_new").items():
+        np.testing.assert_allclose(vector, expected[n], atol=1e-5)
+        assert payload.keys() == {"title", "tags"}
+
+
+def test_what_cannot_be_opened_or_does_not_fit(client, tmp_path):
+    filled(client, 20)
+    client.create_collection("two", vectors_config={"a": params(), "b": params()})
+    client.create_collection("none", vectors_config=params())
+    for name, message in (
+        ("nothing", "there is no collection nothing"),
+        ("", "which collection"),
+        ("two", r"there are \['a', 'b'\]"),
+        ("docs:x", "which vectors"),
+        ("none", "has no points"),
+    ):
+        with pytest.raises(InputError, match=message):
+            opened(client, tmp_path, name)
+    with pytest.raises(InputError, match="there is no folder"):
+        open_vectors("qdrant:/nowhere#docs")
+    with pytest.raises(InputError, match="another process is at this folder"):
+        open_vectors(f"qdrant:{tmp_path / 'qdrant'}#docs")
+    with pytest.raises(StorageError, match="cannot be reached"):
+        open_vectors("qdrant:http://127.0.0.1:9#docs")
+    source, before = opened(client, tmp_path), points(client)
+    with pytest.raises(InputError, match="the corrector maps from 24"):
+        source.upgrade(RidgeCorrector(24), f"{source.address}_new", progress=False)
+    with pytest.raises(InputError, match="compares by Cosine, and the model by dot product"):
+        source.upgrade(turned(normalize=False), f"{source.address}_new", progress=False)
+    with pytest.raises(InputError, match="let an alias serve"):
+        source.upgrade(turned(), None, progress=False)
+    with pytest.raises(InputError, match="must be another collection beside"):
+        source.upgrade(turned(), "qdrant:/elsewhere#docs", progress=False)
+    assert points(client) == before and {each.name for each in client.get_collections().collections} == {
+        "docs",
+        "two",
+        "none",
+    }
+
+
+def _upgrade(address: str, output: str) -> None:
+    torch.set_num_threads(1)
+    import st_corrector.stores.base as module
+
+    module.AT_ONCE = 64
+    open_vectors(address).upgrade(turned(), output, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("count", "kills"),
+    [
+        pytest.param(400, 2, marks=pytest.mark.long),
+        pytest.param(20_000, 20, marks=[pytest.mark.long, pytest.mark.timeout(3_000)]),
+    ],
+)
+def test_a_run_that_is_killed_goes_on(tmp_path, count, kills):
+    folder = tmp_path / "qdrant"
+    client = QdrantClient(path=str(folder))
+    stored, before = filled(client, count), points(client)
+    client.close()
+    address, output, draw = f"qdrant:{folder}#docs", f"qdrant:{folder}#docs_new", random.Random(0)
+    context, killed = multiprocessing.get_context("spawn"), 0
+    for _ in range(kills):
+        process = context.Process(target=_upgrade, args=(address, output))
+        process.start()
+        while process.is_alive() and not (folder / "collection" / "docs_new").exists():
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0.2, 1.0 if count < 10_000 else 20.0))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.join()
+        if process.exitcode == 0:
+            break
+    else:
+        _upgrade(address, output)
+    assert killed, "something was interrupted"
+    client = QdrantClient(path=str(folder))
+    after, expected = points(client, "docs_new"), turned()(stored).numpy()
+    kept = points(client)
+    assert after.keys() == before.keys() == kept.keys()
+    assert all(np.allclose(kept[n][0], before[n][0], atol=1e-6) and kept[n][1] == before[n][1] for n in before)
+    assert max(np.abs(np.array(after[n][0]) - expected[n]).max() for n in after) < 1e-5
+    assert all(after[n][1] == before[n][1] for n in before)
+    client.close()
