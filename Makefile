@@ -67,6 +67,7 @@ report: $(VENV)/.installed  ## the report of committed results, from their JSON
 	$(BIN)/python benchmarks/step_report.py
 	$(BIN)/python benchmarks/reliability_report.py
 	$(BIN)/python benchmarks/labels_report.py
+	$(BIN)/python benchmarks/serving_report.py
 	test ! -d benchmarks/results/evidence || $(BIN)/python benchmarks/evidence_report.py
 	test ! -d $(GPU_RESULTS)/study || $(BIN)/python benchmarks/report.py --results $(GPU_RESULTS)/study
 
