@@ -339,7 +339,7 @@ PRESETS = {
     ],
     # The most telling first: low coverage with a transformer; then what one would pick instead, corpus by corpus.
     "evidence": [
-        Block("minilm-2-layers-all-passages", ("stale-write-back", "mlp-pull-back"), (0, 1, 2)),
+        Block("minilm-2-layers-all-passages", ("stale-write-back", "mlp-pull-back"), (0, 1, 2, 3, 4)),
         *(
             Block(
                 f"{name}-2-layers-choice",
