@@ -146,7 +146,10 @@ def _run(args: argparse.Namespace) -> int:
     vectors.upgrade(how, output)
     try:
         ways = {UPGRADED: as_served(vectors.at(output), asked[:judging], model)}
-    except InputError:  # an index that does not give its vectors back
+    except InputError:
+        if is_store(args.index):
+            raise
+        # A FAISS index that does not give its vectors back.
         ways = {UPGRADED: Way(asked[:judging], vectors, how)}
     if vectors.dim == how.new_dim:
         ways = {UNCHANGED: as_served(vectors.before(output), asked[:judging], model), **ways}

@@ -41,22 +41,21 @@ class Store(Vectors, Generic[Place]):
         self.address = address
 
     def known_by(self, keys: list[Any], ids: Sequence[str] | None) -> None:
-        """Set the rows: in the order of ``ids``, or of the keys.
+        """Set the rows: in the order of ``ids``, or of the keys. Others are carried over, too, but are no rows.
 
         Raises:
-            InputError: the keys, as text, are others than the ids.
+            InputError: some of the ids, as text, are no keys.
         """
-        self.count = len(keys)
         if ids is not None:
             by_id = {str(key): key for key in keys}
-            missing = [each for each in ids if each not in by_id]
-            if missing or len(ids) != len(keys):
-                some = ", ".join(map(repr, missing[:3])) or "none"
+            if missing := [each for each in ids if each not in by_id]:
                 raise InputError(
                     f"{self.address} has {len(keys):,} rows, the corpus {len(ids):,} targets, of which "
-                    f"{len(missing):,} are not there ({some}): the ids of the corpus must be the keys of the store."
+                    f"{len(missing):,} are not there ({', '.join(map(repr, missing[:3]))}): the ids of the corpus must "
+                    "be the keys of the store."
                 )
             keys = [by_id[each] for each in ids]
+        self.count = len(keys)
         self.keys = keys
         self.row_of = {key: row for row, key in enumerate(keys)}
 
@@ -91,6 +90,7 @@ class Store(Vectors, Generic[Place]):
         """
         how = IndexMap.of(how)
         self.check(how)
+        self._encoded_from: dict[Any, Any] = {}
         with self.alone():
             place = self.begun(path, how)
             todo = self.todo(place)
@@ -111,8 +111,10 @@ class Store(Vectors, Generic[Place]):
         keys = [key for key in keys if key in read]  # others have been deleted meanwhile
         if not keys:
             return
-        # Rows that have come since are no targets of the map: each gets a number of its own that is none.
-        rows = np.array([self.row_of.get(key, -1 - n) for n, key in enumerate(keys)])
+        # A row that has come since is none of the map's, nor is one that has changed: what was encoded again was the
+        # target as it was. Each gets a number of its own that is none.
+        same = {key: self._encoded_from.setdefault(key, digests[key]) == digests[key] for key in keys}
+        rows = np.array([self.row_of.get(key, -1 - n) if same[key] else -1 - n for n, key in enumerate(keys)])
         new = how(torch.from_numpy(np.stack([read[key] for key in keys])), rows).numpy()
         if not np.isfinite(new).all():
             raise NonFiniteError("An embedding becomes NaN or infinite.")
@@ -120,7 +122,7 @@ class Store(Vectors, Generic[Place]):
 
     @abstractmethod
     def read(self, keys: list[Any]) -> tuple[dict[Any, np.ndarray], dict[Any, Any]]:
-        """Vectors, float32, of those keys that are there, and digests of them."""
+        """Vectors, float32, of those keys that are there, and digests of all that is carried over with them."""
 
     @abstractmethod
     def alone(self) -> AbstractContextManager[None]:

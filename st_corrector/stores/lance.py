@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,7 +24,7 @@ except ImportError as error:
     raise InputError("LanceDB needs its package: pip install 'st-corrector[lancedb]'") from error
 
 SCHEME = "lancedb:"
-_OF, _STAGED = "_made_of", "_upgraded"
+_OF, _STAGED, _DONE = "_made_of", "_upgraded", b"st_corrector_upgraded"
 _AT_ONCE = 8_192  # rows of a batch that is streamed
 _KINDS = {
     "IVF_FLAT": lancedb.index.IvfFlat,
@@ -104,10 +105,15 @@ class LanceVectors(Store[Any]):
         return found
 
     def read(self, keys: list[Any]) -> tuple[dict[Any, np.ndarray], dict[Any, Any]]:
-        found = self._rows(keys, [self.id, self.column])
+        found = self._rows(keys)
         vectors = self._matrix(found)
         names = found[self.id].to_pylist()
-        return dict(zip(names, vectors, strict=True)), dict(zip(names, map(_digest, vectors), strict=True))
+        return dict(zip(names, vectors, strict=True)), dict(zip(names, self._digests(found), strict=True))
+
+    def _digests(self, found: pa.Table) -> list[int]:
+        """Of rows, with all that belongs to them: 64 bits each."""
+        others = found.drop_columns([self.column]).to_pylist()
+        return [_digest(vector, row) for vector, row in zip(self._matrix(found), others, strict=True)]
 
     def _matrix(self, found: pa.Table) -> np.ndarray:
         """Vectors, float32, ``(n, d)``.
@@ -170,6 +176,13 @@ class LanceVectors(Store[Any]):
     def begun(self, path: str | Path | None, how: IndexMap) -> Any:
         told = f"{self.name}, carried over by {how.digest}".encode()
         name = self.name + _STAGED
+        if path is None:
+            self._refuse_a_second_time()
+            if others := [each.name for each in self._table.list_indices() if list(each.columns) != [self.column]]:
+                raise InputError(
+                    f"{self.address} has indices on other columns ({', '.join(others)}), which its next version would "
+                    "not have: name a new table instead of in place."
+                )
         if path is not None:
             where, name, column, key = _parsed(str(path))
             if where != self._where or column not in (None, self.column) or key != self.id or name == self.name:
@@ -189,6 +202,31 @@ class LanceVectors(Store[Any]):
             )
         return staged
 
+    def _refuse_a_second_time(self) -> None:
+        """In place once: what is there now was made by a corrector, and is not what one maps from.
+
+        Raises:
+            InputError: it was upgraded in place. What that run may have left undone, if it was killed, is done first.
+        """
+        done = (self._table.schema.metadata or {}).get(_DONE)
+        if done is None:
+            return
+        made = self._database.open_table(self.name)
+        if self.name + _STAGED in self._database.list_tables().tables:
+            self._database.drop_table(self.name + _STAGED)
+        self._index(made, json.loads(done))
+        raise InputError(
+            f"{self.address} was upgraded in place already; earlier versions are in its history (table.restore). To "
+            "upgrade it once more, name a new table."
+        )
+
+    def _index(self, table: Any, indices: list[list[str]]) -> None:
+        """Make indices that are not there yet."""
+        there = [list(each.columns) for each in table.list_indices()]
+        for kind, metric in indices:
+            if [self.column] not in there:
+                table.create_index(self.column, config=_KINDS[kind](distance_type=metric))
+
     def todo(self, place: Any) -> list[Any]:
         self._table = self._database.open_table(self.name)
         self._table.checkout(self._table.version)
@@ -199,11 +237,10 @@ class LanceVectors(Store[Any]):
             for start in range(0, len(gone), 1_000):
                 place.delete(f"{self.id} IN ({', '.join(map(_literal, gone[start : start + 1_000]))})")
         missing = []
-        query = self._table.search().select([self.id, self.column]).limit(self._table.count_rows())
-        for batch in query.to_batches(_AT_ONCE):
+        for batch in self._table.search().limit(self._table.count_rows()).to_batches(_AT_ONCE):
             found = pa.Table.from_batches([batch])
-            for key, vector in zip(found[self.id].to_pylist(), self._matrix(found), strict=True):
-                if made_of.get(key) != _digest(vector):
+            for key, digest in zip(found[self.id].to_pylist(), self._digests(found), strict=True):
+                if made_of.get(key) != digest:
                     missing.append(key)
         return missing
 
@@ -230,23 +267,22 @@ class LanceVectors(Store[Any]):
             raise StorageError(f"Vectors of {place.name} are not what was written into it.")
 
     def finish(self, place: Any) -> None:
-        indices = self._indices()
-        if place.name == self.name + _STAGED:
-            names = [each for each in place.schema.names if each != _OF]
-            schema = pa.schema([place.schema.field(name) for name in names], self._table.schema.metadata)
-            query = place.search().select(names).limit(place.count_rows())
-            latest = self._database.open_table(self.name)
-            if latest.version != self._table.version:
-                raise StorageError(f"{self.address} was written at the last moment: go on by the same command.")
-            batches = (batch.cast(schema) for batch in query.to_batches(_AT_ONCE))
-            reader = pa.RecordBatchReader.from_batches(schema, batches)
-            made = self._database.create_table(self.name, reader, mode="overwrite")
-            self._database.drop_table(place.name)
-        else:
+        indices = [list(each) for each in self._indices()]
+        if place.name != self.name + _STAGED:
             place.drop_columns([_OF])
-            made = place
-        for kind, metric in indices:
-            made.create_index(self.column, config=_KINDS[kind](distance_type=metric))
+            self._index(place, indices)
+            return
+        names = [each for each in place.schema.names if each != _OF]
+        told = {**(self._table.schema.metadata or {}), _DONE: json.dumps(indices).encode()}
+        schema = pa.schema([place.schema.field(name) for name in names], told)
+        batches = place.search().select(names).limit(place.count_rows()).to_batches(_AT_ONCE)
+        reader = pa.RecordBatchReader.from_batches(schema, (batch.cast(schema) for batch in batches))
+        made = self._database.create_table(self.name, reader, mode="overwrite")
+        if made.version != self._table.version + 1:
+            made.restore(made.version - 1)  # what somebody has written meanwhile
+            raise StorageError(f"{self.address} was written at the last moment: go on by the same command.")
+        self._database.drop_table(place.name)
+        self._index(made, indices)
 
 
 def _parsed(address: str) -> tuple[str, str, str | None, str]:
@@ -263,9 +299,9 @@ def _parsed(address: str) -> tuple[str, str, str | None, str]:
     return where, table, column or None, key or "id"
 
 
-def _digest(vector: np.ndarray) -> int:
-    """Of a vector: 64 bits."""
-    found = hashlib.blake2b(vector.tobytes(), digest_size=8).digest()
+def _digest(vector: np.ndarray, row: dict[str, Any]) -> int:
+    """Of a vector and the rest of its row."""
+    found = hashlib.blake2b(vector.tobytes() + repr(sorted(row.items())).encode(), digest_size=8).digest()
     return int.from_bytes(found, "little", signed=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -67,29 +68,35 @@ class PgVectors(Store[_Place]):
 
     def __init__(self, address: str, ids: Sequence[str] | None = None) -> None:
         super().__init__(address)
+        self._in_place = False
         self._dsn, table, column = _parsed(address)
         self._connection = _connected(self._dsn, address)
         with _explained(address):
-            found = self._row("SELECT to_regclass(%s)::text", table)[0]
+            # As it is written, or else as PostgreSQL reads it, which folds capitals.
+            quoted = _name(table, self._connection)
+            found = self._row("SELECT coalesce(to_regclass(%s), to_regclass(%s))::text", quoted, table)[0]
             if found is None:
                 raise InputError(f"{address}: there is no table {table} in this database.")
             self.table: str = found
             self.column = self._column(column)
             self.key, self._key_type = self._primary_key()
             declared = self._declared()
-            null = self._row(f"SELECT count(*) FROM {self.table} WHERE {self._quoted(self.column)} IS NULL")[0]
-            if null:
-                raise InputError(f"{address}: {null:,} rows have no vector: fill or delete them.")
-            first = self._connection.execute(
-                f"SELECT vector_dims({self._quoted(self.column)}) FROM {self.table} LIMIT 1"
-            ).fetchone()
+            vector = self._quoted(self.column)
+            first = self._row(f"SELECT vector_dims({vector}) FROM {self.table} WHERE {vector} IS NOT NULL LIMIT 1")
             if first is None:
-                raise InputError(f"{address}: the table has no rows.")
+                raise InputError(f"{address}: the table has no rows with a vector.")
             self.dim = declared or int(first[0])
             keys = self._connection.execute(f"SELECT {self._quoted(self.key)} FROM {self.table} ORDER BY 1").fetchall()
         self.known_by([key for (key,) in keys], ids)
 
     # ------------------------------------------------------------------ what there is
+
+    @property
+    def _digest(self) -> str:
+        """Of a row ``o``, as an expression: 64 bits. In place only the vector is written."""
+        if self._in_place:
+            return f"hashtextextended(encode(vector_send(o.{self._quoted(self.column)}), 'hex'), 0)"
+        return "hashtextextended(o::text, 0)"
 
     def _row(self, query: str, *values: Any) -> Any:
         return self._connection.execute(query, values).fetchone()
@@ -133,9 +140,11 @@ class PgVectors(Store[_Place]):
 
     def read(self, keys: list[Any]) -> tuple[dict[Any, np.ndarray], dict[Any, Any]]:
         column, key = self._quoted(self.column), self._quoted(self.key)
-        query = f"SELECT {key}, {column}, {_digest(column)} FROM {self.table} WHERE {key} = ANY(%s)"
+        query = f"SELECT {key}, {column}, {self._digest} FROM {self.table} o WHERE {key} = ANY(%s)"
         with _explained(self.address):
             got = self._connection.cursor(binary=True).execute(query, (keys,)).fetchall()
+        if none := [key for key, vector, _ in got if vector is None]:
+            raise InputError(f"{self.address}: row {none[0]!r} has no vector: fill or delete it.")
         vectors = {key: np.asarray(vector.to_numpy(), dtype=np.float32) for key, vector, _ in got}
         return vectors, {key: digest for key, _, digest in got}
 
@@ -156,9 +165,10 @@ class PgVectors(Store[_Place]):
             InputError: the dimension differs, or an index of the column does not compare as the model does.
         """
         super().check(how)
-        if how.unit:
-            return  # of unit length, by all metrics alike
         for _, definition, classes in self._indices(self.table):
+            self._index_like(definition, "", _Place(self.table, self.column, ""))
+            if how.unit:
+                continue  # of unit length, by all metrics alike
             if wrong := [each for each in classes if each != _FOR_DOT]:
                 raise InputError(
                     f"{self.address} has an index by {wrong[0]}, and the model compares by dot product: make it with "
@@ -168,9 +178,9 @@ class PgVectors(Store[_Place]):
     def _indices(self, table: str) -> list[tuple[str, str, list[str]]]:
         """Name, definition and operator classes of the indices on a table's column of vectors."""
         found = self._connection.execute(
-            "SELECT relname, pg_get_indexdef(indexrelid), ARRAY(SELECT opcname::text FROM pg_opclass WHERE oid = "
-            "ANY(indclass)) FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid JOIN pg_attribute ON attrelid = "
-            "indrelid AND attnum = ANY(indkey) WHERE indrelid = %s::regclass AND attname = %s",
+            "SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid), ARRAY(SELECT opcname::text FROM "
+            "pg_opclass WHERE oid = ANY(indclass)) FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND attnum "
+            "= ANY(indkey) WHERE indrelid = %s::regclass AND attname = %s",
             (table, self.column),
         ).fetchall()
         return [(str(name), str(definition), list(classes)) for name, definition, classes in found]
@@ -192,7 +202,13 @@ class PgVectors(Store[_Place]):
 
     def begun(self, path: str | Path | None, how: IndexMap) -> _Place:
         kind, told = f"{_TYPE}({how.new_dim})", f"st_corrector: carried over by {how.digest}"
+        self._in_place = path is None
         if path is None:
+            on_update = "tgrelid = %s::regclass AND NOT tgisinternal AND tgtype & 16 > 0"
+            if self._row(f"SELECT count(*) FROM pg_trigger WHERE {on_update}", self.table)[0]:
+                raise InputError(
+                    f"{self.address} has triggers that every UPDATE would fire: name a new table instead of in place."
+                )
             if self._has(self.table, self.column + _BEFORE):
                 raise InputError(
                     f"{self.address} was upgraded in place already: {self.column + _BEFORE} holds what was there "
@@ -213,7 +229,7 @@ class PgVectors(Store[_Place]):
                 if path is not None:
                     self._connection.execute(f"CREATE TABLE {place.table} (LIKE {self.table} INCLUDING ALL)")
                     for name, _, _ in self._indices(place.table):
-                        self._connection.execute(f"DROP INDEX {self._quoted(name)}")
+                        self._connection.execute(f"DROP INDEX {name}")
                     self._connection.execute(
                         f"ALTER TABLE {place.table} ALTER COLUMN {self._quoted(place.column)} TYPE {kind}"
                     )
@@ -249,7 +265,7 @@ class PgVectors(Store[_Place]):
 
     def todo(self, place: _Place) -> list[Any]:
         key, of = self._quoted(self.key), self._quoted(place.of)
-        now = _digest(f"o.{self._quoted(self.column)}")
+        now = self._digest
         if place.table == self.table:
             query = f"SELECT o.{key} FROM {self.table} o WHERE o.{of} IS DISTINCT FROM {now}"
         else:
@@ -305,26 +321,68 @@ class PgVectors(Store[_Place]):
         )
 
     def finish(self, place: _Place) -> None:
-        """Indices like those of the old column, then the new one in its place."""
-        for name, definition, _ in self._indices(self.table):
-            made = self._quoted(f"{name}{_NEW}")
-            if self._row("SELECT to_regclass(%s)", made)[0] is None:
-                written = self._row("SELECT quote_ident(%s), quote_ident(%s)", self.column, place.column)
-                self._connection.execute(_index_like(definition, made, place.table, written))
-        with self._connection.transaction():
-            self._connection.execute(f"LOCK TABLE {self.table} IN ACCESS EXCLUSIVE MODE")
-            if self.todo(place):
-                raise StorageError(f"{self.address} was written at the last moment: go on by the same command.")
-            self._connection.execute(f"ALTER TABLE {place.table} DROP COLUMN {self._quoted(place.of)}")
-            if place.table == self.table:
-                now, before, new = map(self._quoted, (self.column, self.column + _BEFORE, place.column))
-                required = "SELECT attnotnull FROM pg_attribute WHERE attrelid = %s::regclass AND attname = %s"
-                if self._row(required, self.table, self.column)[0]:  # of the one that is written from now on
-                    self._connection.execute(
-                        f"ALTER TABLE {self.table} ALTER {now} DROP NOT NULL, ALTER {new} SET NOT NULL"
-                    )
-                self._connection.execute(f"ALTER TABLE {self.table} RENAME COLUMN {now} TO {before}")
-                self._connection.execute(f"ALTER TABLE {self.table} RENAME COLUMN {new} TO {now}")
+        with _explained(self.address):
+            for _, definition, _ in self._indices(self.table):
+                self._make_index(definition, place)
+            with self._connection.transaction():
+                if place.table == self.table:
+                    # Against writers, while what was written last is looked for; readers wait for the renaming alone.
+                    self._connection.execute(f"LOCK TABLE {self.table} IN SHARE ROW EXCLUSIVE MODE")
+                if self.todo(place):
+                    raise StorageError(f"{self.address} was written at the last moment: go on by the same command.")
+                self._connection.execute(f"ALTER TABLE {place.table} DROP COLUMN {self._quoted(place.of)}")
+                if place.table == self.table:
+                    self._exchange(place)
+                else:
+                    self._go_on_counting(place)
+
+    def _make_index(self, definition: str, place: _Place) -> None:
+        """An index like one of the old column, unless it is there already."""
+        name = f"carried_{hashlib.blake2b(f'{definition} {place}'.encode(), digest_size=8).hexdigest()}"
+        valid = self._row(
+            "SELECT indisvalid FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid WHERE indrelid = %s::regclass "
+            "AND relname = %s",
+            place.table,
+            name,
+        )
+        if valid is not None and valid[0]:
+            return
+        if valid is not None:  # left by a run that was killed
+            namespace, _, _ = place.table.rpartition(".")
+            self._connection.execute(f"DROP INDEX {namespace + '.' if namespace else ''}{name}")
+        self._connection.execute(self._index_like(definition, f"CONCURRENTLY {name}", place))
+
+    def _index_like(self, definition: str, name: str, place: _Place) -> str:
+        """The definition of an index, for the column of new vectors.
+
+        Raises:
+            InputError: it names the column more than once.
+        """
+        old, new = self._row("SELECT quote_ident(%s), quote_ident(%s)", self.column, place.column)
+        _, _, how = definition.partition(" USING ")
+        named = rf"(?<![\w\"]){re.escape(old)}(?![\w\"])"
+        if len(re.findall(named, how)) != 1:
+            raise InputError(f"An index like this cannot be made for the new vectors: {definition}. Drop it first.")
+        unique = "UNIQUE " if definition.startswith("CREATE UNIQUE") else ""
+        return f"CREATE {unique}INDEX {name} ON {place.table} USING {re.sub(named, lambda _: new, how)}"
+
+    def _exchange(self, place: _Place) -> None:
+        """Let the new column have the old one's name."""
+        now, before, new = map(self._quoted, (self.column, self.column + _BEFORE, place.column))
+        required = "SELECT attnotnull FROM pg_attribute WHERE attrelid = %s::regclass AND attname = %s"
+        if self._row(required, self.table, self.column)[0]:  # of the one that is written from now on
+            self._connection.execute(f"ALTER TABLE {self.table} ALTER {now} DROP NOT NULL, ALTER {new} SET NOT NULL")
+        self._connection.execute(f"ALTER TABLE {self.table} RENAME COLUMN {now} TO {before}")
+        self._connection.execute(f"ALTER TABLE {self.table} RENAME COLUMN {new} TO {now}")
+
+    def _go_on_counting(self, place: _Place) -> None:
+        """Let a key that the table itself gives out follow those that were copied."""
+        key = self._quoted(self.key)
+        sequence = self._row("SELECT pg_get_serial_sequence(%s, %s)", place.table, self.key)[0]
+        identity = "SELECT attidentity <> '' FROM pg_attribute WHERE attrelid = %s::regclass AND attname = %s"
+        own = self._row(identity, place.table, self.key)[0]  # a serial key shares the old table's
+        if sequence is not None and own:
+            self._connection.execute(f"SELECT setval('{sequence}', (SELECT max({key}) FROM {place.table}))")
 
 
 def _parsed(address: str) -> tuple[str, str, str | None]:
@@ -371,22 +429,3 @@ def _explained(address: str) -> Iterator[None]:
 
 def _said(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _digest(column: str) -> str:
-    """Of a vector, as an expression: 64 bits."""
-    return f"hashtextextended(encode(vector_send({column}), 'hex'), 0)"
-
-
-def _index_like(definition: str, name: str, table: str, columns: tuple[str, str]) -> str:
-    """The definition of an index, for another column.
-
-    Args:
-        columns: the old and the new one, as PostgreSQL writes them.
-    """
-    _, _, how = definition.partition(" USING ")
-    how, replaced = re.subn(rf"(?<=[(,\s]){re.escape(columns[0])}(?=[\s,)])", lambda _: columns[1], how, count=1)
-    if not replaced:
-        raise InputError(f"An index like this cannot be made for the new column: {definition}. Drop it first.")
-    unique = "UNIQUE " if definition.startswith("CREATE UNIQUE") else ""
-    return f"CREATE {unique}INDEX {name} ON {table} USING {how}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ except ImportError as error:
 
 SCHEME = "qdrant:"
 _OF = "_st_corrector_made_of"
+_MADE = "_upgraded_"
+_MARKED = models.Filter(must_not=[models.IsEmptyCondition(is_empty=models.PayloadField(key=_OF))])
 _AT_ONCE = 1_024  # points of a request
 _CLOSE = 1e-5  # what Qdrant rounds where it brings vectors to unit length
 
@@ -107,13 +110,15 @@ class QdrantVectors(Store[_Place]):
 
     def read(self, keys: list[Any]) -> tuple[dict[Any, np.ndarray], dict[Any, Any]]:
         vectors: dict[Any, np.ndarray] = {}
+        digests: dict[Any, str] = {}
         for start in range(0, len(keys), _AT_ONCE):
             with _explained(self.address):
                 points = self._client.retrieve(
-                    self.name, keys[start : start + _AT_ONCE], with_payload=False, with_vectors=True
+                    self.name, keys[start : start + _AT_ONCE], with_payload=True, with_vectors=True
                 )
             vectors |= {point.id: self._vector_of(point) for point in points}
-        return vectors, {key: _digest(vector) for key, vector in vectors.items()}
+            digests |= {point.id: _digest(point) for point in points}
+        return vectors, digests
 
     def at(self, path: str | Path | None) -> QdrantVectors:
         """What :meth:`upgrade` has written."""
@@ -140,12 +145,20 @@ class QdrantVectors(Store[_Place]):
         yield
 
     def begun(self, path: str | Path | None, how: IndexMap) -> _Place:
-        alias, name = None, f"{self.name}_{how.digest[:8]}"
+        alias, name = None, f"{self.name}{_MADE}{how.digest[:8]}"
         if path is None:
             if self.alias is None:
                 raise InputError(
                     f"{self.address} is a collection, which cannot be exchanged while it serves: let an alias serve, "
                     "which can, or name a new collection."
+                )
+            if _MADE in self.name:
+                with _explained(self.address):  # what a run that was killed at the end has left
+                    marked = models.FilterSelector(filter=_MARKED)
+                    self._client.delete_payload(self.name, [_OF], points=marked, wait=True)
+                raise InputError(
+                    f"{self.address} was upgraded in place already: it stands for {self.name}. To upgrade it once "
+                    "more, name a new collection."
                 )
             alias = self.alias
         else:
@@ -155,10 +168,8 @@ class QdrantVectors(Store[_Place]):
         with _explained(self.address):
             if not self._client.collection_exists(name):
                 self._create(name, how)
-            else:
-                points, _ = self._client.scroll(name, limit=1, with_payload=[_OF])
-                if points and _OF not in (points[0].payload or {}):
-                    raise InputError(f"{path or name} exists already: choose another name, or delete it.")
+            elif path is not None and self._client.count(name).count and not self._client.count(name, _MARKED).count:
+                raise InputError(f"{path} exists already: choose another name, or delete it.")
         return _Place(name, alias, how.digest)
 
     def _create(self, name: str, how: IndexMap) -> None:
@@ -184,11 +195,13 @@ class QdrantVectors(Store[_Place]):
         )
 
     def todo(self, place: _Place) -> list[Any]:
+        with _explained(self.address):
+            self._require_serving(place)
         made_of = {point.id: (point.payload or {}).get(_OF) for point in self._scrolled(place.name, with_payload=[_OF])}
         missing, there = [], set()
-        for point in self._scrolled(with_vectors=True):
+        for point in self._scrolled(with_vectors=True, with_payload=True):
             there.add(point.id)
-            if made_of.get(point.id) != _made_of(_digest(self._vector_of(point)), place):
+            if made_of.get(point.id) != _made_of(_digest(point), place):
                 missing.append(point.id)
         if gone := [key for key in made_of if key not in there]:
             with _explained(self.address):
@@ -201,6 +214,7 @@ class QdrantVectors(Store[_Place]):
         for start in range(0, len(keys), _AT_ONCE):
             some = keys[start : start + _AT_ONCE]
             with _explained(self.address):
+                self._require_serving(place)
                 points = self._client.retrieve(self.name, some, with_payload=True, with_vectors=True)
                 written = [
                     models.PointStruct(
@@ -227,10 +241,19 @@ class QdrantVectors(Store[_Place]):
             return vector
         return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
+    def _require_serving(self, place: _Place) -> None:
+        """Refuse to write into a collection that serves already.
+
+        Raises:
+            InputError: another process has switched the alias.
+        """
+        aliases = {each.alias_name: each.collection_name for each in self._client.get_aliases().aliases}
+        if place.alias is not None and aliases.get(place.alias) != self.name:
+            raise InputError(f"{self.address} stands for another collection now: another process has carried it over.")
+
     def finish(self, place: _Place) -> None:
         with _explained(self.address):
-            every = models.FilterSelector(filter=models.Filter())
-            self._client.delete_payload(place.name, [_OF], points=every, wait=True)
+            self._require_serving(place)
             if place.alias is not None:
                 self._client.update_collection_aliases(
                     [
@@ -240,6 +263,7 @@ class QdrantVectors(Store[_Place]):
                         ),
                     ]
                 )
+            self._client.delete_payload(place.name, [_OF], points=models.FilterSelector(filter=_MARKED), wait=True)
 
 
 def _parsed(address: str) -> tuple[str, str, str | None]:
@@ -285,8 +309,10 @@ def _given(kind: Any, config: Any) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name in kind.model_fields}
 
 
-def _digest(vector: np.ndarray) -> str:
-    return hashlib.blake2b(vector.tobytes(), digest_size=8).hexdigest()
+def _digest(point: Any) -> str:
+    """Of a point, with all that belongs to it."""
+    told = json.dumps([point.vector, point.payload], sort_keys=True, default=str)
+    return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 
 def _made_of(digest: Any, place: _Place) -> str:

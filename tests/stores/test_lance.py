@@ -16,7 +16,7 @@ import torch.nn.functional as F
 lancedb = pytest.importorskip("lancedb")
 pytest.importorskip("lancedb.index")
 
-from st_corrector import IndexMap, InputError, RidgeCorrector  # noqa: E402
+from st_corrector import IndexMap, InputError, RidgeCorrector, StorageError  # noqa: E402
 from st_corrector.stores.lance import LanceVectors  # noqa: E402
 from st_corrector.stores.opening import open_vectors  # noqa: E402
 
@@ -119,15 +119,74 @@ def test_rows_that_are_written_meanwhile_are_carried_over_too(tmp_path, monkeypa
                 columns(["d'0", "late"], late)
             )
             table.delete("id = 'd''1'")
+            table.update("id = 'd''2'", {"title": "changed"})
         calls.append(keys)
 
     monkeypatch.setattr(LanceVectors, "carry_over", while_it_runs)
     opened.upgrade(how, None if in_place else f"lancedb:{tmp_path}#docs_new", progress=False)
-    assert [len(each) for each in calls] == [500, 2], "the rest, once"
+    assert [len(each) for each in calls] == [500, 3], "the rest, once"
     after = rows(tmp_path, "docs" if in_place else "docs_new")
     assert after.keys() == {"d'0", "late", *(f"d'{n}" for n in range(2, 500))}
+    assert after["d'2"][1] == "changed"
     for name, vector in (("d'0", late[0]), ("late", late[1]), ("d'5", stored[5])):
         np.testing.assert_allclose(after[name][0], how(vector[None])[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("step", ["overwritten", "dropped", "indexed"])
+def test_an_end_that_fails_is_made_good_and_nothing_is_mapped_twice(tmp_path, monkeypatch, step):
+    stored, how = filled(tmp_path), turned()
+    index(tmp_path, "cosine")
+    opened = LanceVectors(f"lancedb:{tmp_path}#docs")
+    name = {"overwritten": "create_table", "dropped": "drop_table"}.get(step)
+    owner = opened._database if name else LanceVectors
+    real = getattr(owner, name or "_index")
+
+    def fails(*given, **named):
+        if step == "dropped" or step == "indexed" or given[0] != "docs_upgraded":
+            if step == "overwritten":
+                real(*given, **named)
+            raise RuntimeError("killed")
+        return real(*given, **named)
+
+    monkeypatch.setattr(owner, name or "_index", fails)
+    with pytest.raises(RuntimeError, match="killed"):
+        opened.upgrade(how, None, progress=False)
+    monkeypatch.undo()
+    for _ in range(2):
+        with pytest.raises(InputError, match="upgraded in place already"):
+            LanceVectors(f"lancedb:{tmp_path}#docs").upgrade(how, None, progress=False)
+    after, expected = rows(tmp_path), how(stored)
+    assert all(np.allclose(after[f"d'{n}"][0], expected[n], atol=1e-6) for n in range(500)), "once"
+    database = lancedb.connect(tmp_path)
+    assert database.list_tables().tables == ["docs"]
+    assert [list(each.columns) for each in database.open_table("docs").list_indices()] == [["vector"]]
+
+
+def test_what_is_written_between_the_last_look_and_the_end_is_not_lost(tmp_path, monkeypatch):
+    stored, how = filled(tmp_path), turned()
+    opened = LanceVectors(f"lancedb:{tmp_path}#docs")
+    real = opened._database.create_table
+
+    def late(name, *given, **named):
+        if name == "docs":
+            lancedb.connect(tmp_path).open_table("docs").add(columns(["late"], vectors(1, seed=9)))
+        return real(name, *given, **named)
+
+    monkeypatch.setattr(opened._database, "create_table", late)
+    with pytest.raises(StorageError, match="at the last moment"):
+        opened.upgrade(how, None, progress=False)
+    assert np.array_equal(rows(tmp_path)["late"][0], vectors(1, seed=9)[0]) and len(rows(tmp_path)) == 501
+    LanceVectors(f"lancedb:{tmp_path}#docs").upgrade(how, None, progress=False)
+    np.testing.assert_allclose(rows(tmp_path)["late"][0], how(vectors(1, seed=9))[0], atol=1e-6)
+    np.testing.assert_allclose(rows(tmp_path)["d'5"][0], how(stored[5:6])[0], atol=1e-6)
+
+
+def test_indices_on_other_columns_are_not_lost(tmp_path):
+    filled(tmp_path)
+    lancedb.connect(tmp_path).open_table("docs").create_index("id", config=lancedb.index.BTree())
+    with pytest.raises(InputError, match=r"indices on other columns \(id_idx\)"):
+        LanceVectors(f"lancedb:{tmp_path}#docs").upgrade(turned(), None, progress=False)
+    assert lancedb.connect(tmp_path).list_tables().tables == ["docs"]
 
 
 def test_two_processes_do_not_write_at_once_and_others_correctors_are_refused(tmp_path, monkeypatch):
@@ -181,7 +240,7 @@ def _upgrade(address: str, output: str | None) -> None:
     torch.set_num_threads(1)
     import st_corrector.stores.base as module
 
-    module.AT_ONCE = 512
+    module.AT_ONCE = 256
     LanceVectors(address).upgrade(turned(), output, progress=False)
 
 
@@ -192,25 +251,30 @@ def _upgrade(address: str, output: str | None) -> None:
 def test_a_run_that_is_killed_goes_on(tmp_path, in_place, count, kills):
     stored, address = filled(tmp_path, count), f"lancedb:{tmp_path}#docs"
     output, before, draw = None if in_place else f"lancedb:{tmp_path}#docs_new", rows(tmp_path), random.Random(0)
-    context, killed = multiprocessing.get_context("spawn"), 0
-    staged = tmp_path / ("docs_upgraded.lance" if in_place else "docs_new.lance")
+    context, killed, done = multiprocessing.get_context("spawn"), 0, 0
+    staged = "docs_upgraded" if in_place else "docs_new"
+
+    def progress() -> int:
+        """How many rows have been written."""
+        database = lancedb.connect(tmp_path)
+        return database.open_table(staged).count_rows() if staged in database.list_tables().tables else 0
+
     for _ in range(kills):
         process = context.Process(target=_upgrade, args=(address, output))
         process.start()
-        while process.is_alive() and not staged.exists():
-            time.sleep(0.02)
-        time.sleep(draw.uniform(0, 0.3 if count < 10_000 else 2.0))
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            killed += 1
-        process.join()
-        if process.exitcode == 0:
+        while process.is_alive() and progress() <= done:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.1))
+        if not process.is_alive():
             break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        killed, done = killed + 1, progress()
+        assert 0 < done <= count, "it was writing"
         serving = rows(tmp_path)
         assert all(np.array_equal(serving[each][0], before[each][0]) for each in before), "it serves as it did"
-    else:
-        _upgrade(address, output)
-    assert killed, "something was interrupted"
+    assert killed == kills, "each was interrupted while it wrote"
+    _upgrade(address, output)
     after = rows(tmp_path, "docs" if in_place else "docs_new")
     assert after.keys() == before.keys() and len(after) == count
     expected = turned()(stored).numpy()

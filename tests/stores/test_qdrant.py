@@ -125,13 +125,15 @@ def test_points_that_are_written_meanwhile_are_carried_over_too(client, tmp_path
             made = [models.PointStruct(id=n, vector=late[i].tolist(), payload={}) for i, n in enumerate((0, 900))]
             client.upsert("docs", made)
             client.delete("docs", models.PointIdsList(points=[1]))
+            client.set_payload("docs", {"title": "changed"}, points=[2])
         calls.append(keys)
 
     monkeypatch.setattr(QdrantVectors, "carry_over", while_it_runs)
     source.upgrade(how, f"qdrant:{tmp_path / 'qdrant'}#docs_new", progress=False)
-    assert [len(each) for each in calls] == [60, 2], "the rest, once"
+    assert [len(each) for each in calls] == [60, 3], "the rest, once"
     after = points(client, "docs_new")
     assert after.keys() == {0, *range(2, 60), 900}
+    assert after[2][1]["title"] == "changed"
     for name, vector in ((0, late[0]), (900, late[1]), (5, stored[5])):
         np.testing.assert_allclose(after[name][0], how(vector[None])[0], atol=1e-5)
 
@@ -146,6 +148,30 @@ def test_what_another_corrector_has_begun_is_made_again(client, tmp_path, monkey
     for n, (vector, payload) in points(client, "docs_new").items():
         np.testing.assert_allclose(vector, expected[n], atol=1e-5)
         assert payload.keys() == {"title", "tags"}
+
+
+@pytest.mark.parametrize("step", ["update_collection_aliases", "delete_payload"])
+def test_an_end_that_fails_is_made_good_and_nothing_is_mapped_twice(client, tmp_path, monkeypatch, step):
+    stored, how = filled(client), turned()
+    change = models.CreateAlias(collection_name="docs", alias_name="live")
+    client.update_collection_aliases([models.CreateAliasOperation(create_alias=change)])
+
+    def fails(*given, **named):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(client, step, fails)
+    with pytest.raises(RuntimeError, match="killed"):
+        opened(client, tmp_path, "live").upgrade(how, None, progress=False)
+    monkeypatch.undo()
+    if step == "update_collection_aliases":
+        opened(client, tmp_path, "live").upgrade(how, None, progress=False)
+    for _ in range(2):
+        with pytest.raises(InputError, match="upgraded in place already"):
+            opened(client, tmp_path, "live").upgrade(how, None, progress=False)
+    expected = how(stored)
+    for n, (vector, payload) in points(client, "live").items():
+        np.testing.assert_allclose(vector, expected[n], atol=1e-5)
+        assert payload == {"title": f"title {n}", "tags": [n]}
 
 
 def test_what_cannot_be_opened_or_does_not_fit(client, tmp_path):
