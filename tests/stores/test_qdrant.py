@@ -244,7 +244,7 @@ def test_a_run_that_is_killed_goes_on(tmp_path, count, kills):
         if process.exitcode == 0:
             break
     else:
-        _upgrade(address, output)
+        open_vectors(address).upgrade(turned(), output, progress=False)
     assert killed, "something was interrupted"
     client = QdrantClient(path=str(folder))
     after, expected = points(client, "docs_new"), turned()(stored).numpy()
