@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from presets import LABELLED
-from report import load, machine, mean_sd, mrr
+from report import legend, load, machine, mean, mean_sd, mrr, panels, save
 from strategies import RESULTS
 from untrusted_teachers import TEACHERS
 
@@ -102,15 +102,21 @@ def difference(group: list[dict], reference: list[dict]) -> str:
     return f"{sum(apart) / len(apart):+.1f} (least {min(apart):+.1f})" if apart else ""
 
 
-def epochs(regimes: dict[str, dict[str, list[dict]]]) -> str:
-    """MRR@10 by how often the split's questions are gone through."""
+def epochs(regimes: dict[str, dict[str, list[dict]]], folder: Path) -> str:
+    """MRR@10 by how often the split's questions are gone through: a table and a curve."""
     found = {float(name.removeprefix(EPOCHS)): runs for name, runs in regimes.items() if name.startswith(EPOCHS)}
     if not found:
         return ""
     rows = [f"| epochs | {' | '.join(CURVE.values())} |", "|---" * (len(CURVE) + 1) + "|"]
     for count, runs in sorted(found.items()):
         rows.append(f"| {count:g} | {' | '.join(cell(runs.get(name, [])) for name in CURVE)} |")
-    return "\n".join(rows)
+    figure, axes = panels(["Natural Questions, 30,000 passages, static encoder"])
+    for name, title in CURVE.items():
+        points = {count: mean(runs[name], mrr) for count, runs in sorted(found.items()) if name in runs}
+        axes[0].plot(points.keys(), points.values(), "o-", markersize=4, label=title.strip("*"))
+    axes[0].set(xlabel="epochs", ylabel="MRR@10", xscale="log")
+    legend(axes)
+    return "\n".join(rows) + f"\n\n{save(figure, folder, 'epochs')}"
 
 
 def pools(folder: Path, regimes: dict[str, dict[str, list[dict]]]) -> str:
@@ -217,7 +223,7 @@ def page(folder: Path) -> str:
             choices(runs),
             trusted(runs),
         ]
-    if curve := epochs(regimes):
+    if curve := epochs(regimes, folder):
         parts += [
             "## One epoch, ten epochs",
             "30,000 passages, 8 negatives for each of 64 questions a step; 112 steps go once through the training "

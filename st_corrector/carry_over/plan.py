@@ -193,7 +193,7 @@ def serve_plan(
         encodings = round(share * len(others))
         if encodings > first:
             again = np.zeros(vectors.count, dtype=bool)
-            again[[*order[:encodings], *refined.rows]] = True
+            again[order[:encodings]] = again[refined.rows] = True
             name = f"{UPGRADED}, {encodings:,} encoded again"
             recalls[name], costs[name] = found.recalls_with(again), (encodings, costs[order_of][1], True)
     choices = [

@@ -52,10 +52,10 @@ class LanceVectors(Store[Any]):
 
     Args:
         address: of the table.
-        ids: of targets, by which rows are ordered; all of them must be there, and no others.
+        ids: of targets, by which rows are ordered; all of them must be there. Others are carried over, but are no rows.
 
     Raises:
-        InputError: there is no such folder, table or column, ids are missing or repeat, or they are others.
+        InputError: there is no such folder, table or column, ids are missing or repeat.
     """
 
     def __init__(self, address: str, ids: Sequence[str] | None = None) -> None:
@@ -98,10 +98,11 @@ class LanceVectors(Store[Any]):
             raise InputError(f"{self.address}: in the column {self.id} some ids are missing or repeat.")
         return {key: place for place, key in enumerate(found.to_pylist())}
 
-    def _rows(self, keys: list[Any], columns: list[str] | None = None) -> pa.Table:
+    def _rows(self, keys: list[Any]) -> pa.Table:
         """The rows of those keys that are there."""
-        query = self._table.take_offsets([self._places[key] for key in keys if key in self._places])
-        found: pa.Table = (query if columns is None else query.select(columns)).to_arrow()
+        found: pa.Table = self._table.take_offsets(
+            [self._places[key] for key in keys if key in self._places]
+        ).to_arrow()
         return found
 
     def read(self, keys: list[Any]) -> tuple[dict[Any, np.ndarray], dict[Any, Any]]:
@@ -183,7 +184,7 @@ class LanceVectors(Store[Any]):
                     f"{self.address} has indices on other columns ({', '.join(others)}), which its next version would "
                     "not have: name a new table instead of in place."
                 )
-        if path is not None:
+        else:
             where, name, column, key = _parsed(str(path))
             if where != self._where or column not in (None, self.column) or key != self.id or name == self.name:
                 raise InputError(f"{path} must be another table of the database of {self.address}.")

@@ -35,7 +35,7 @@ class _Place(NamedTuple):
     Args:
         table: as PostgreSQL writes it, with its schema where that is needed.
         column: of vectors.
-        of: of the digests of the vectors that these were made of.
+        of: of the digests of what these were made of.
     """
 
     table: str
@@ -55,15 +55,16 @@ class PgVectors(Store[_Place]):
       is up to you, and until then it can be renamed back.
 
     Vectors are read, mapped and written in blocks, each in a transaction, and read back. Beside each new vector stands
-    a digest of the one that it was made of, so that a run that was killed goes on, and rows that are added or changed
-    meanwhile are done again. An advisory lock keeps a second process out.
+    a digest of the row that it was made of (in place of the old vector), so that a run that was killed goes on, and
+    rows that are added or changed meanwhile are done again. An advisory lock keeps a second process out.
 
     Args:
         address: of the table.
-        ids: of targets, by which rows are ordered; all of them must be there, and no others.
+        ids: of targets, by which rows are ordered; all of them must be there. Others are carried over, but are no rows.
 
     Raises:
-        InputError: there is no such server, table or column, no primary key of one column, or the ids are others.
+        InputError: there is no such server, table or column, no primary key of one column, or some of the ids are not
+            there.
     """
 
     def __init__(self, address: str, ids: Sequence[str] | None = None) -> None:
@@ -321,20 +322,19 @@ class PgVectors(Store[_Place]):
         )
 
     def finish(self, place: _Place) -> None:
-        with _explained(self.address):
-            for _, definition, _ in self._indices(self.table):
-                self._make_index(definition, place)
-            with self._connection.transaction():
-                if place.table == self.table:
-                    # Against writers, while what was written last is looked for; readers wait for the renaming alone.
-                    self._connection.execute(f"LOCK TABLE {self.table} IN SHARE ROW EXCLUSIVE MODE")
-                if self.todo(place):
-                    raise StorageError(f"{self.address} was written at the last moment: go on by the same command.")
-                self._connection.execute(f"ALTER TABLE {place.table} DROP COLUMN {self._quoted(place.of)}")
-                if place.table == self.table:
-                    self._exchange(place)
-                else:
-                    self._go_on_counting(place)
+        for _, definition, _ in self._indices(self.table):
+            self._make_index(definition, place)
+        with self._connection.transaction():
+            if place.table == self.table:
+                # Against writers, while what was written last is looked for; readers wait for the renaming alone.
+                self._connection.execute(f"LOCK TABLE {self.table} IN SHARE ROW EXCLUSIVE MODE")
+            if self.todo(place):
+                raise StorageError(f"{self.address} was written at the last moment: go on by the same command.")
+            self._connection.execute(f"ALTER TABLE {place.table} DROP COLUMN {self._quoted(place.of)}")
+            if place.table == self.table:
+                self._exchange(place)
+            else:
+                self._go_on_counting(place)
 
     def _make_index(self, definition: str, place: _Place) -> None:
         """An index like one of the old column, unless it is there already."""

@@ -56,10 +56,11 @@ class QdrantVectors(Store[_Place]):
 
     Args:
         address: of the collection or alias.
-        ids: of targets, by which rows are ordered; all of them must be there, and no others.
+        ids: of targets, by which rows are ordered; all of them must be there. Others are carried over, but are no rows.
 
     Raises:
-        InputError: there is no such folder or collection, the vector must be named, or the ids are others.
+        InputError: there is no such folder or collection, the vector must be named, or some of the ids are not
+            there.
         StorageError: the server cannot be reached.
     """
 
