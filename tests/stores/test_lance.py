@@ -1,10 +1,5 @@
 """A table of LanceDB is upgraded while it serves: nothing is lost, nothing is done twice, and payloads stay."""
 
-import multiprocessing
-import os
-import random
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +10,8 @@ import torch.nn.functional as F
 
 lancedb = pytest.importorskip("lancedb")
 pytest.importorskip("lancedb.index")
+
+from support.kills import killed_while_it_writes  # noqa: E402
 
 from st_corrector import IndexMap, InputError, RidgeCorrector, StorageError  # noqa: E402
 from st_corrector.stores.lance import LanceVectors  # noqa: E402
@@ -250,8 +247,7 @@ def _upgrade(address: str, output: str | None) -> None:
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_run_that_is_killed_goes_on(tmp_path, in_place, count, kills):
     stored, address = filled(tmp_path, count), f"lancedb:{tmp_path}#docs"
-    output, before, draw = None if in_place else f"lancedb:{tmp_path}#docs_new", rows(tmp_path), random.Random(0)
-    context, killed, done = multiprocessing.get_context("spawn"), 0, 0
+    output, before = None if in_place else f"lancedb:{tmp_path}#docs_new", rows(tmp_path)
     staged = "docs_upgraded" if in_place else "docs_new"
 
     def progress() -> int:
@@ -259,21 +255,11 @@ def test_a_run_that_is_killed_goes_on(tmp_path, in_place, count, kills):
         database = lancedb.connect(tmp_path)
         return database.open_table(staged).count_rows() if staged in database.list_tables().tables else 0
 
-    for _ in range(kills):
-        process = context.Process(target=_upgrade, args=(address, output))
-        process.start()
-        while process.is_alive() and progress() <= done:
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.1))
-        if not process.is_alive():
-            break
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        killed, done = killed + 1, progress()
-        assert 0 < done <= count, "it was writing"
+    def check() -> None:
         serving = rows(tmp_path)
         assert all(np.array_equal(serving[each][0], before[each][0]) for each in before), "it serves as it did"
-    assert killed == kills, "each was interrupted while it wrote"
+
+    killed_while_it_writes(_upgrade, (address, output), kills, progress, check)
     LanceVectors(address).upgrade(turned(), output, progress=False)
     after = rows(tmp_path, "docs" if in_place else "docs_new")
     assert after.keys() == before.keys() and len(after) == count

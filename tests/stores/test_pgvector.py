@@ -1,11 +1,6 @@
 """A table of PostgreSQL is upgraded while it serves: nothing is lost, nothing is done twice, and payloads stay."""
 
 import json
-import multiprocessing
-import os
-import random
-import signal
-import time
 
 import numpy as np
 import pytest
@@ -18,6 +13,7 @@ psycopg = pytest.importorskip("psycopg")
 from conftest import make_static_model  # noqa: E402
 from pgvector.psycopg import register_vector  # noqa: E402
 from support.encoders import moved  # noqa: E402
+from support.kills import killed_while_it_writes  # noqa: E402
 from support.layouts import write_beir  # noqa: E402
 
 from st_corrector import Corpus, IndexMap, InputError, RidgeCorrector, StorageError  # noqa: E402
@@ -347,8 +343,7 @@ def _upgrade(address: str, output: str | None) -> None:
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_run_that_is_killed_goes_on(database, server, in_place, count, kills):
     stored, output = filled(database, count), None if in_place else f"{server}#docs_new"
-    before, draw = rows(database), random.Random(0)
-    context, killed, done = multiprocessing.get_context("spawn"), 0, 0
+    before, table = rows(database), "docs" if in_place else "docs_new"
 
     def progress() -> int:
         """How many rows have been written."""
@@ -359,28 +354,13 @@ def test_a_run_that_is_killed_goes_on(database, server, in_place, count, kills):
         except psycopg.errors.UndefinedColumn:
             return 0 if in_place else count
 
-    table = "docs" if in_place else "docs_new"
-    for _ in range(kills):
-        process = context.Process(target=_upgrade, args=(f"{server}#docs", output))
-        process.start()
-        while process.is_alive() and progress() <= done:
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.1))
-        if not process.is_alive():
-            break
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        killed, done = killed + 1, progress()
-        assert 0 < done <= count, "it was writing"
+    def check() -> None:
         serving = rows(database)
         assert all(np.array_equal(serving[each][0], before[each][0]) for each in before), "it serves as it did"
-    assert killed == kills, "each was interrupted while it wrote"
-    finished = database.execute(
-        "SELECT count(*) FROM pg_attribute WHERE attname = 'embedding_upgraded_of' AND NOT attisdropped"
-    ).fetchone()[0]
-    if finished:
-        PgVectors(f"{server}#docs").upgrade(turned(), output, progress=False)
-    after = rows(database, "docs" if in_place else "docs_new")
+
+    killed_while_it_writes(_upgrade, (f"{server}#docs", output), kills, progress, check)
+    PgVectors(f"{server}#docs").upgrade(turned(), output, progress=False)
+    after = rows(database, table)
     assert after.keys() == before.keys() and len(after) == count
     expected = turned()(stored).numpy()
     assert max(np.abs(after[n][0] - expected[n]).max() for n in after) < 1e-6
