@@ -44,8 +44,12 @@ def pairs_for(corpus: Corpus, args: CorrectorTrainingArguments) -> Dataset:
 
 
 def mine(model: SentenceTransformer, corpus: Corpus, pairs: Dataset, args: CorrectorTrainingArguments) -> Dataset:
-    """sentence-transformers' own mining by the model as it is, from the same corpus: n-tuples of texts."""
-    return mine_hard_negatives(
+    """sentence-transformers' own mining by the model as it is, from the same corpus: n-tuples of texts.
+
+    It leaves pairs out that have too few negatives among the nearest targets, which is told: where the encoder finds
+    little, they are most.
+    """
+    mined = mine_hard_negatives(
         pairs.select_columns(pairs.column_names[:2]),
         model,
         corpus=corpus.texts(range(len(corpus))),
@@ -57,6 +61,9 @@ def mine(model: SentenceTransformer, corpus: Corpus, pairs: Dataset, args: Corre
         verbose=False,
         **{name: getattr(args, name) for name in MINED_BY},
     )
+    if left_out := len(pairs) - len(mined):
+        print(f"Mining leaves {left_out:,} of {len(pairs):,} pairs out; a larger --range_max leaves out fewer.")
+    return mined
 
 
 def mined_trainer(
