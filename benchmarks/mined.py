@@ -33,6 +33,7 @@ from st_corrector import (
 )
 
 MARGIN = 0.05
+RANGE = 1_000  # among nearer targets alone mining would leave half of the questions out, as they have too few negatives
 
 
 def main() -> None:
@@ -60,7 +61,9 @@ def main() -> None:
             SentenceTransformerTrainer(model, arguments(args.outputs, seed, max_steps=steps), tuples, loss=loss).train()
             return float(evaluator(model)["mrr@10"])
 
-        settings = arguments(args.outputs, seed, max_steps=steps, own_pairs_share=0.0, relative_margin=MARGIN)
+        settings = arguments(
+            args.outputs, seed, max_steps=steps, own_pairs_share=0.0, relative_margin=MARGIN, range_max=RANGE
+        )
         started = time.perf_counter()
         by_untrained = mine(static_encoder(default_model(), seed), corpus, corpus.pairs("train"), settings)
         seconds_untrained = time.perf_counter() - started
