@@ -7,9 +7,11 @@ import json
 import multiprocessing
 import os
 import random
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -133,6 +135,34 @@ def pytest_unconfigure() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip(REASON)
+
+
+@pytest.fixture
+def quick_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite, as which Qdrant's embedded mode stores points, waits for the disk after each: here it does not. A process
+    that is killed loses nothing by that.
+    """
+    connect = sqlite3.connect
+
+    def without_waiting(*args: Any, **settings: Any) -> sqlite3.Connection:
+        made = connect(*args, **settings)
+        made.execute("PRAGMA synchronous=OFF")
+        return made
+
+    monkeypatch.setattr(sqlite3, "connect", without_waiting)
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory) -> Iterator[str]:
+    """The address of a real PostgreSQL with pgvector, on a socket of its own."""
+    pgserver = pytest.importorskip("pgserver", reason="it carries a PostgreSQL with pgvector")
+    import psycopg
+
+    server = pgserver.get_server(tmp_path_factory.mktemp("postgres"))
+    with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+        connection.execute("CREATE EXTENSION vector")
+    yield server.get_uri()
+    server.cleanup()
 
 
 @pytest.fixture(params=[os.environ.get("ACCELERATE_TORCH_DEVICE", "cpu"), pytest.param("cuda", marks=pytest.mark.gpu)])

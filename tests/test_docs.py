@@ -1,12 +1,13 @@
 """The documentation does what it says: every code block of README.md and docs/ runs, or its program understands it.
 
 - **python** runs as it stands: a page's blocks in their order, in one namespace, in a folder that holds what the pages
-  name (``data/nq``, ``pairs.jsonl``, …), 80 short texts of each. Nothing is patched: the models' names are found in a
+  name (``data/nq``, ``pairs.jsonl``, …), 168 short texts of each. Nothing is patched: the models' names are found in a
   cache of the Hub that holds a small stand-in (two narrow layers, a few hundred words, as many dimensions), and runs
   are short because the data are few. A block with ``title="train.py"`` is such a file as well.
-- **bash**: ``st-corrector cache …`` runs (and in ``make test-long`` ``torchrun`` of such a file). Other programs, which
-  take longer or need machines, are stopped when their own parsers have read the arguments; scripts behind a launcher
-  likewise. ``make`` plans its target (``--dry-run``), extras of ``pip install`` are looked up.
+- **bash**: the commands of ``st-corrector`` for caches and for what serves run, on a trained run and on real vector
+  stores (and in ``make test-long`` ``torchrun`` of such a file). Other programs, which take longer or need machines,
+  are stopped when their own parsers have read the arguments; scripts behind a launcher likewise. ``make`` plans its
+  target (``--dry-run``), extras of ``pip install`` are looked up.
 - **yaml** and **json** are parsed.
 - **text**, **bibtex** and **mermaid** are for the eye. Anything else is an error, so that nothing is left out silently.
 """
@@ -30,7 +31,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import faiss
 import huggingface_hub.constants
+import numpy as np
+import psycopg
 import pytest
 import torch
 import yaml
@@ -41,6 +45,7 @@ from sentence_transformers.base.modules import Dense
 from support.encoders import CHECKPOINTS, ENCODERS
 
 import st_corrector
+from st_corrector import Corpus, CorrectorTrainer, CorrectorTrainingArguments, EmbeddingCache
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -51,8 +56,10 @@ DOCS = ROOT / "docs"
 FIGURES = DOCS / "figures"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 FOR_THE_EYE = ("text", "bibtex", "mermaid")
-RUN = (("cache", "build"), ("cache", "info"), ("cache", "verify"), ("cache", "repair"), ("cache", "extend"))
+CACHES = (("cache", "build"), ("cache", "info"), ("cache", "verify"), ("cache", "repair"), ("cache", "extend"))
 """Commands of ``st-corrector`` that need nothing but what the page has made."""
+SERVING = ("serve-plan", "adapter", "upgrade-index")
+"""Commands that need a run, ``outputs/nq``, and what it started from, ``old.npy`` and ``old.faiss``."""
 STAND_IN, DECODER = "sentence-transformers/all-MiniLM-L6-v2", "Qwen/Qwen3-Embedding-0.6B"
 _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}) *(?P<language>[^\s`]*) *(?P<rest>[^`]*)$")
 _INCLUDED = re.compile(r'^ *--8<-- "(?P<path>[^":]+)(?::(?P<section>[-\w]+))?"$', re.MULTILINE)
@@ -168,7 +175,10 @@ class Runner:
         assert found, f"there is no program {name!r}"
         main = next(iter(found)).load()
         read = self.read(main, name, arguments)
-        if name == "st-corrector" and tuple(arguments[:2]) in RUN:
+        serves = name == "st-corrector" and arguments[0] in SERVING
+        if serves:
+            self.train()
+        if serves or (name == "st-corrector" and tuple(arguments[:2]) in CACHES):
             self.monkeypatch.setattr(sys, "argv", [name, *arguments])
             assert main() == 0, f"{shlex.join([name, *arguments])} has failed"
         if hasattr(read, "training_script"):
@@ -177,6 +187,24 @@ class Runner:
                 command = [sys.executable, "-m", "torch.distributed.run", *arguments]
                 done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder)
                 assert done.returncode == 0, done.stderr[-3000:]
+
+    def train(self) -> None:
+        """The run that commands for what serves begin with, as a recipe leaves it."""
+        if Path("outputs/nq").exists():
+            return
+        model, corpus = SentenceTransformer(STAND_IN, device="cpu"), Corpus.from_beir("data/nq")
+        cache = EmbeddingCache.build(model, corpus, "caches/untrained")
+        index = faiss.IndexFlatIP(cache.dim)
+        index.add(cache[range(len(corpus))].numpy())
+        faiss.write_index(index, "old.faiss")
+        np.save("old.npy", cache[range(len(corpus))].numpy())
+        args = CorrectorTrainingArguments(
+            "outputs/nq", max_steps=2, num_negatives=2, per_device_train_batch_size=8, save_strategy="no", use_cpu=True
+        )
+        trainer = CorrectorTrainer(model, args, corpus=corpus)
+        trainer.train()
+        trainer.model.save_pretrained("outputs/nq/final")
+        trainer.trained_corrector().save_pretrained("outputs/nq/final")
 
     def script(self, command: list[str]) -> None:
         """A Python file: one of this repository, or one that the page has shown."""
@@ -260,14 +288,14 @@ def shelf(tmp_path_factory) -> Path:
     shelf = tmp_path_factory.mktemp("shelf")
     data, nq = shelf / "data", shelf / "data" / "data" / "nq"
     (nq / "qrels").mkdir(parents=True)
-    queries, texts = make_texts(80)
+    queries, texts = make_texts(168)
     numbered = list(enumerate(zip(queries, texts, strict=True)))
     write_lines(nq / "corpus.jsonl", [{"_id": f"d{n}", "title": "", "text": text} for n, (_, text) in numbered])
     write_lines(
         nq / "queries.jsonl",
         [{"_id": f"q{n}", "text": query, "answers": [text.split()[0]]} for n, (query, text) in numbered],
     )
-    for split, members in (("train", range(64)), ("dev", range(64, 80))):
+    for split, members in (("train", range(64)), ("dev", range(64, 168))):
         lines = "".join(f"q{n}\td{n}\t1\n" for n in members)
         (nq / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + lines)
     write_lines(data / "pairs.jsonl", [{"question": query, "answer": text} for _, (query, text) in numbered])
@@ -295,6 +323,17 @@ def make_stand_in(folder: Path) -> SentenceTransformer:
 
 
 @pytest.fixture
+def shop(postgres, quick_sqlite, monkeypatch) -> Iterator[None]:
+    """The database that a page names, where a client looks for its server."""
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        monkeypatch.setenv("PGHOST", connection.info.host)
+        monkeypatch.setenv("PGUSER", connection.info.user)
+        connection.execute("CREATE DATABASE shop")
+        yield
+        connection.execute("DROP DATABASE shop WITH (FORCE)")
+
+
+@pytest.fixture
 def runner(shelf, tmp_path, monkeypatch) -> Runner:
     shutil.copytree(shelf / "data", tmp_path / "page")
     # Read when huggingface_hub is imported: for this process there, for others in the environment.
@@ -308,7 +347,9 @@ def runner(shelf, tmp_path, monkeypatch) -> Runner:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_code_block_does_what_it_shows(page, runner):
+def test_every_code_block_does_what_it_shows(page, runner, request):
+    if "postgresql:///shop" in page.read_text():
+        request.getfixturevalue("shop")
     if page.name == "llm-embedders.md" and not CHECKPOINTS:
         pytest.skip("sentence-transformers is too old for this transformers: gradient checkpointing fails")
     for block in blocks_of(page):
@@ -319,9 +360,9 @@ def test_every_code_block_does_what_it_shows(page, runner):
 
 
 @pytest.mark.long
-def test_the_script_for_many_processes_runs_in_two(runner):
+def test_the_script_for_many_processes_runs_in_two(runner, request):
     runner.launches = True
-    test_every_code_block_does_what_it_shows(DOCS / "multi-gpu.md", runner)
+    test_every_code_block_does_what_it_shows(DOCS / "multi-gpu.md", runner, request)
     assert list(runner.folder.glob("outputs/many/checkpoint-20/st_corrector/*-of-00002.safetensors"))
 
 
@@ -361,11 +402,11 @@ def test_the_stand_in_is_found_by_its_name_and_tells_texts_apart(runner):
     ],
     ids=lambda value: re.sub(r"\W+", "-", value) if len(value) < 30 else "",
 )
-def test_a_broken_block_is_found(text, complaint, runner):
+def test_a_broken_block_is_found(text, complaint, runner, request):
     page = runner.folder / "page.md"
     page.write_text(f"# A page\n\n{text}\n")
     with pytest.raises(AssertionError, match=re.escape(complaint)):
-        test_every_code_block_does_what_it_shows(page, runner)
+        test_every_code_block_does_what_it_shows(page, runner, request)
 
 
 def test_blocks_are_taken_as_they_are_shown(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,6 +27,12 @@ Place = TypeVar("Place")
 """Where new vectors go."""
 
 
+def by_keys(address: str) -> str:
+    """The address without the field that ids are looked up in: rows are told by the store's own keys."""
+    where, mark, named = address.partition("#")
+    return where + mark + named.partition("@")[0]
+
+
 class Store(Vectors, Generic[Place]):
     """Embeddings in a vector store, one per target, known by a key.
 
@@ -40,20 +47,32 @@ class Store(Vectors, Generic[Place]):
         super().__init__(Path(address))
         self.address = address
 
-    def known_by(self, keys: list[Any], ids: Sequence[str] | None) -> None:
+    def known_by(self, keys: list[Any], ids: Sequence[str] | None, names: Sequence[Any] | None = None) -> None:
         """Set the rows: in the order of ``ids``, or of the keys. Others are carried over, too, but are no rows.
 
+        Args:
+            names: the id in the corpus of each key, or None where there is none; by default the key itself.
+
         Raises:
-            InputError: some of the ids, as text, are no keys.
+            InputError: some of the ids are not there, or there twice.
         """
         if ids is not None:
-            by_id = {str(key): key for key in keys}
+            named = zip(keys if names is None else names, keys, strict=True)
+            known = [(str(name), key) for name, key in named if name is not None]
+            by_id = dict(known)
             if missing := [each for each in ids if each not in by_id]:
                 raise InputError(
                     f"{self.address} has {len(keys):,} rows, the corpus {len(ids):,} targets, of which "
                     f"{len(missing):,} are not there ({', '.join(map(repr, missing[:3]))}): the ids of the corpus must "
-                    "be the keys of the store."
+                    + (
+                        "be those of that field."
+                        if names is not None
+                        else "be the keys of the store. If another field holds them, name it, as in #collection@field."
+                    )
                 )
+            if len(by_id) < len(known):
+                twice = Counter(name for name, _ in known).most_common(1)[0][0]
+                raise InputError(f"{self.address}: several rows have the id {twice!r}; each target must have one.")
             keys = [by_id[each] for each in ids]
         self.count = len(keys)
         self.keys = keys

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..carry_over.mapping import IndexMap
 from ..errors import InputError, StorageError
-from .base import Store
+from .base import Store, by_keys
 
 try:
     import psycopg
@@ -44,10 +44,12 @@ class _Place(NamedTuple):
 
 
 class PgVectors(Store[_Place]):
-    """A column of vectors of a PostgreSQL table: ``postgresql://user@host/database#table`` or ``…#table:column``.
+    """A column of vectors of a PostgreSQL table: ``postgresql://user@host/database#table``, ``…#table:column`` or
+    ``…#table:column@id``.
 
     Rows are in the order of the primary key, or of ``ids``. The table needs a primary key of one column, of any type;
-    as text it is the target's id in the corpus. It is upgraded while it serves:
+    as text it is the target's id in the corpus, unless another column with ids is named. It is upgraded while it
+    serves:
 
     - into a new table, which gets all columns, constraints and indices of the old one;
     - in place (without an output): into a new column of the same table, with indices like the old one's, which takes
@@ -70,7 +72,7 @@ class PgVectors(Store[_Place]):
     def __init__(self, address: str, ids: Sequence[str] | None = None) -> None:
         super().__init__(address)
         self._in_place = False
-        self._dsn, table, column = _parsed(address)
+        self._dsn, table, column, named = _parsed(address)
         self._connection = _connected(self._dsn, address)
         with _explained(address):
             # As it is written, or else as PostgreSQL reads it, which folds capitals.
@@ -87,8 +89,11 @@ class PgVectors(Store[_Place]):
             if first is None:
                 raise InputError(f"{address}: the table has no rows with a vector.")
             self.dim = declared or int(first[0])
-            keys = self._connection.execute(f"SELECT {self._quoted(self.key)} FROM {self.table} ORDER BY 1").fetchall()
-        self.known_by([key for (key,) in keys], ids)
+            if named is not None and not self._has(self.table, named):
+                raise InputError(f"{address}: there is no column {named} with ids.")
+            wanted = f"{self._quoted(self.key)}, {self._quoted(named or self.key)}"
+            rows = self._connection.execute(f"SELECT {wanted} FROM {self.table} ORDER BY 1").fetchall()
+        self.known_by([key for key, _ in rows], ids, None if named is None else [name for _, name in rows])
 
     # ------------------------------------------------------------------ what there is
 
@@ -151,7 +156,7 @@ class PgVectors(Store[_Place]):
 
     def at(self, path: str | Path | None) -> PgVectors:
         """What :meth:`upgrade` has written."""
-        return PgVectors(self.address if path is None else str(path), list(map(str, self.keys)))
+        return PgVectors(by_keys(self.address if path is None else str(path)), list(map(str, self.keys)))
 
     def before(self, path: str | Path | None) -> PgVectors:
         """What served before: in place it is in another column now."""
@@ -217,7 +222,7 @@ class PgVectors(Store[_Place]):
                 )
             place = _Place(self.table, self.column + _NEW, self.column + _OF)
         else:
-            dsn, table, column = _parsed(str(path))
+            dsn, table, column, _ = _parsed(str(path))
             if dsn != self._dsn or column not in (None, self.column):
                 raise InputError(
                     f"{path} must be another table of the database of {self.address}, with the same column."
@@ -385,17 +390,18 @@ class PgVectors(Store[_Place]):
             self._connection.execute(f"SELECT setval('{sequence}', (SELECT max({key}) FROM {place.table}))")
 
 
-def _parsed(address: str) -> tuple[str, str, str | None]:
-    """The database's own address, the table, and the column if it is named.
+def _parsed(address: str) -> tuple[str, str, str | None, str | None]:
+    """The database's own address, the table, and the columns of vectors and of ids if they are named.
 
     Raises:
         InputError: no table is named.
     """
     dsn, mark, named = address.partition("#")
+    named, _, key = named.partition("@")
     table, _, column = named.partition(":")
     if not mark or not table:
         raise InputError(f"{address}: which table? Name it, as in {dsn}#documents, or {dsn}#documents:embedding.")
-    return dsn, table, column or None
+    return dsn, table, column or None, key or None
 
 
 def _name(table: str, connection: psycopg.Connection[Any]) -> str:

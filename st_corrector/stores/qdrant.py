@@ -13,7 +13,7 @@ import numpy as np
 
 from ..carry_over.mapping import IndexMap
 from ..errors import InputError, StorageError
-from .base import Store
+from .base import Store, by_keys
 
 try:
     from qdrant_client import QdrantClient, models
@@ -45,11 +45,13 @@ class _Place(NamedTuple):
 
 class QdrantVectors(Store[_Place]):
     """A Qdrant collection: ``qdrant:folder#collection`` in the client's embedded mode, ``qdrant:http://host:6333#…`` on
-    a server, ``…#collection:name`` for one of several named vectors.
+    a server, ``…#collection:name`` for one of several named vectors, ``…#collection@field`` or
+    ``…#collection:name@field`` where the payload has the ids.
 
-    A point's id, as text, is the target's id in the corpus. The collection is upgraded while it serves, into a new
-    collection with the same settings and payloads. In place, without an output, what is given must be an *alias*: a new
-    collection is made, to which the alias is switched in one operation. The old collection stays.
+    A point's id, as text, is the target's id in the corpus, unless a field of the payload is named. The collection is
+    upgraded while it serves, into a new collection with the same settings and payloads. In place, without an output,
+    what is given must be an *alias*: a new collection is made, to which the alias is switched in one operation. The old
+    collection stays.
 
     Each new point has a digest of what it was made of, and of how, in its payload until all are done. So a run that was
     killed goes on, what another corrector has made is made again, and two processes that run at once write the same.
@@ -66,7 +68,7 @@ class QdrantVectors(Store[_Place]):
 
     def __init__(self, address: str, ids: Sequence[str] | None = None, client: QdrantClient | None = None) -> None:
         super().__init__(address)
-        self._where, given, named = _parsed(address)
+        self._where, given, named, field = _parsed(address)
         self._client = client or _connected(self._where, address)
         with _explained(address):
             aliases = {each.alias_name: each.collection_name for each in self._client.get_aliases().aliases}
@@ -86,10 +88,11 @@ class QdrantVectors(Store[_Place]):
         self.vector = named if named is not None else next(iter(vectors))
         self._params: models.VectorParams = vectors[self.vector]
         self.dim = self._params.size
-        keys = [point.id for point in self._scrolled()]
-        if not keys:
+        found = list(self._scrolled(with_payload=[field] if field else False))
+        if not found:
             raise InputError(f"{address}: the collection has no points.")
-        self.known_by(keys, ids)
+        names = [(point.payload or {}).get(field) for point in found] if field else None
+        self.known_by([point.id for point in found], ids, names)
 
     def _scrolled(self, name: str | None = None, **wanted: Any) -> Iterator[Any]:
         """All points of a collection, in the order of their ids."""
@@ -124,7 +127,7 @@ class QdrantVectors(Store[_Place]):
     def at(self, path: str | Path | None) -> QdrantVectors:
         """What :meth:`upgrade` has written."""
         address = self.address if path is None else str(path)
-        return QdrantVectors(address, list(map(str, self.keys)), self._client)
+        return QdrantVectors(by_keys(address), list(map(str, self.keys)), self._client)
 
     def check(self, how: IndexMap) -> None:
         """Refuse a map from other embeddings, or a distance by which its output would be ranked otherwise.
@@ -163,7 +166,7 @@ class QdrantVectors(Store[_Place]):
                 )
             alias = self.alias
         else:
-            where, name, named = _parsed(str(path))
+            where, name, named, _ = _parsed(str(path))
             if where != self._where or named not in (None, self.vector):
                 raise InputError(f"{path} must be another collection beside {self.address}.")
         with _explained(self.address):
@@ -267,17 +270,18 @@ class QdrantVectors(Store[_Place]):
             self._client.delete_payload(place.name, [_OF], points=models.FilterSelector(filter=_MARKED), wait=True)
 
 
-def _parsed(address: str) -> tuple[str, str, str | None]:
-    """The folder or server, the collection, and the vectors' name if there is one.
+def _parsed(address: str) -> tuple[str, str, str | None, str | None]:
+    """The folder or server, the collection, the vectors' name and the field with ids, if there are any.
 
     Raises:
         InputError: no collection is named.
     """
     where, _, named = address.removeprefix(SCHEME).partition("#")
+    named, _, field = named.partition("@")
     collection, _, vector = named.partition(":")
     if not collection:
         raise InputError(f"{address}: which collection? Name it, as in {SCHEME}folder#documents.")
-    return where, collection, vector or None
+    return where, collection, vector or None, field or None
 
 
 def _connected(where: str, address: str) -> QdrantClient:

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pgserver = pytest.importorskip("pgserver", reason="it carries a PostgreSQL with pgvector")
 psycopg = pytest.importorskip("psycopg")
 
 from conftest import make_static_model  # noqa: E402
@@ -26,14 +25,9 @@ from st_corrector.stores.pgvector import PgVectors  # noqa: E402
 DIM = 16
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """A real server, on a socket of its own."""
-    found = pgserver.get_server(tmp_path_factory.mktemp("postgres"))
-    with psycopg.connect(found.get_uri(), autocommit=True) as connection:
-        connection.execute("CREATE EXTENSION vector")
-    yield found.get_uri()
-    found.cleanup()
+@pytest.fixture
+def server(postgres):
+    return postgres
 
 
 @pytest.fixture
@@ -127,6 +121,28 @@ def test_rows_are_those_of_the_corpus_and_encoded_ones_take_their_places(databas
     fewer = PgVectors(f"{server}#docs", [str(n) for n in range(499)])
     fewer.upgrade(turned(), progress=False)
     assert fewer.count == 499 and len(rows(database)) == 500, "others are carried over, too, but are no rows"
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_ids_may_be_in_another_column(database, server, in_place):
+    stored, how = filled(database), turned()
+    database.execute("ALTER TABLE docs ADD doc text; UPDATE docs SET doc = 'd' || id WHERE id < 498")
+    names = [f"d{n}" for n in reversed(range(498))]
+    opened = PgVectors(f"{server}#docs:embedding@doc", names)
+    torch.testing.assert_close(opened.take(np.arange(498)), stored[:498].flip(0))
+    output, fresh = None if in_place else f"{server}#docs_new@doc", vectors(1, seed=5)
+    opened.upgrade(IndexMap(how, rows=np.array([0]), fresh=fresh), output, progress=False)
+    after, expected = rows(database, "docs" if in_place else "docs_new"), how(stored)
+    expected[497] = fresh[0]
+    np.testing.assert_allclose(np.array([after[n][0] for n in range(500)]), expected, atol=2e-6)
+    torch.testing.assert_close(opened.at(output).take(np.arange(498)), expected[:498].flip(0), atol=2e-6, rtol=0)
+    with pytest.raises(InputError, match=r"1 are not there \('d498'\): the ids .* must be those of that field"):
+        PgVectors(f"{server}#docs:embedding@doc", ["d498"])
+    with pytest.raises(InputError, match="there is no column page with ids"):
+        PgVectors(f"{server}#docs:embedding@page", names)
+    database.execute("UPDATE docs SET doc = 'd3' WHERE id = 4")
+    with pytest.raises(InputError, match="several rows have the id 'd3'"):
+        PgVectors(f"{server}#docs:embedding@doc", [name for name in names if name != "d4"])
 
 
 def test_rows_that_are_written_meanwhile_are_carried_over_too(database, server, monkeypatch):

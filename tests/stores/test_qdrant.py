@@ -31,7 +31,7 @@ def params(distance=models.Distance.COSINE, size: int = DIM) -> models.VectorPar
 
 
 @pytest.fixture
-def client(tmp_path):
+def client(tmp_path, quick_sqlite):
     """The client's embedded mode."""
     made = QdrantClient(path=str(tmp_path / "qdrant"))
     yield made
@@ -113,6 +113,28 @@ def test_rows_are_those_of_the_corpus_and_encoded_ones_take_their_places(client,
         np.testing.assert_allclose(after[int(order[place])][0], each, atol=1e-5)
     with pytest.raises(InputError, match="the ids of the corpus must be the keys"):
         opened(client, tmp_path, ids=["x"])
+
+
+def test_ids_may_be_in_the_payload(client, tmp_path):
+    stored, how = filled(client), turned()
+    client.set_payload("docs", {"doc": "no target"}, points=[59])
+    for n in range(58):
+        client.set_payload("docs", {"doc": f"d{n}"}, points=[n])
+    names = [f"d{n}" for n in reversed(range(58))]
+    source = opened(client, tmp_path, "docs@doc", names)
+    torch.testing.assert_close(source.take(np.arange(58)), stored[:58].flip(0), atol=1e-6, rtol=0)
+    output, fresh = f"qdrant:{tmp_path / 'qdrant'}#docs_new@doc", vectors(1, seed=5)
+    source.upgrade(IndexMap(how, rows=np.array([0]), fresh=fresh), output, progress=False)
+    after, expected = points(client, "docs_new"), how(stored)
+    assert len(after) == 60 and after[3][1]["doc"] == "d3", "all points, also those that are no targets"
+    expected[57] = fresh[0]
+    np.testing.assert_allclose(np.array([after[n][0] for n in range(60)]), expected, atol=1e-5)
+    torch.testing.assert_close(source.at(output).take(np.arange(58)), expected[:58].flip(0), atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match=r"1 are not there \('d58'\): the ids .* must be those of that field"):
+        opened(client, tmp_path, "docs@doc", ["d58"])
+    client.set_payload("docs", {"doc": "d3"}, points=[58])
+    with pytest.raises(InputError, match="several rows have the id 'd3'"):
+        opened(client, tmp_path, "docs@doc", names)
 
 
 def test_points_that_are_written_meanwhile_are_carried_over_too(client, tmp_path, monkeypatch):
