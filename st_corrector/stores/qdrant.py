@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ except ImportError as error:
     raise InputError("Qdrant needs its client: pip install 'st-corrector[qdrant]'") from error
 
 SCHEME = "qdrant:"
+KEY = "QDRANT_API_KEY"
+"""The environment variable with a server's key."""
 _OF = "_st_corrector_made_of"
 _MADE = "_upgraded_"
 _MARKED = models.Filter(must_not=[models.IsEmptyCondition(is_empty=models.PayloadField(key=_OF))])
@@ -45,8 +48,9 @@ class _Place(NamedTuple):
 
 class QdrantVectors(Store[_Place]):
     """A Qdrant collection: ``qdrant:folder#collection`` in the client's embedded mode, ``qdrant:http://host:6333#…`` on
-    a server, ``…#collection:name`` for one of several named vectors, ``…#collection@field`` or
-    ``…#collection:name@field`` where the payload has the ids.
+    a server; ``…#collection:name`` for one of several named vectors, ``…#collection@field`` or
+    ``…#collection:name@field`` where the payload has the ids. If a server wants a key, it is in the environment variable
+    ``QDRANT_API_KEY``.
 
     A point's id, as text, is the target's id in the corpus, unless a field of the payload is named. The collection is
     upgraded while it serves, into a new collection with the same settings and payloads. In place, without an output,
@@ -287,13 +291,15 @@ def _parsed(address: str) -> tuple[str, str, str | None, str | None]:
 def _connected(where: str, address: str) -> QdrantClient:
     if where.startswith(("http://", "https://")):
         with _explained(address):
-            return QdrantClient(url=where)
+            return QdrantClient(url=where, api_key=os.environ.get(KEY))
     if not Path(where).is_dir():
         raise InputError(f"{address}: there is no folder {where}.")
     try:
         return QdrantClient(path=where)
     except RuntimeError as error:
         raise InputError(f"{address}: another process is at this folder ({error}).") from error
+    except OSError as error:
+        raise InputError(f"{address}: there is no right to write, which reading needs, too ({error}).") from error
 
 
 @contextmanager

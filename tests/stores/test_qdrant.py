@@ -2,6 +2,8 @@
 
 import sqlite3
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -227,6 +229,28 @@ def test_what_cannot_be_opened_or_does_not_fit(client, tmp_path):
         "two",
         "none",
     }
+
+
+def test_a_server_gets_the_key_and_what_it_refuses_is_told(monkeypatch):
+    keys = []
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            keys.append(self.headers["api-key"])
+            self.send_response(403)
+            self.end_headers()
+            self.wfile.write(b"Forbidden")
+
+        def log_message(self, *_) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("QDRANT_API_KEY", "a key")
+    with pytest.raises(InputError, match=r"Qdrant refuses .*403"):
+        open_vectors(f"qdrant:http://127.0.0.1:{server.server_port}#docs")
+    assert set(keys) == {"a key"}
+    server.shutdown()
 
 
 def _upgrade(address: str, output: str | None) -> None:

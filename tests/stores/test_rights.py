@@ -1,0 +1,65 @@
+"""Somebody who may only read."""
+
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+lancedb = pytest.importorskip("lancedb")
+pytest.importorskip("lancedb.index")
+pytest.importorskip("qdrant_client")
+
+from qdrant_client import QdrantClient  # noqa: E402
+
+from st_corrector.stores.opening import open_vectors  # noqa: E402
+
+
+def _tried(folder: str, told) -> None:
+    """In a process of its own, which gives its rights up."""
+    import test_lance
+    import test_qdrant
+
+    folder = Path(folder)
+    test_lance.filled(folder / "lance")
+    client = QdrantClient(path=str(folder / "qdrant"))
+    test_qdrant.filled(client, 20)
+    client.close()
+    lance, qdrant = f"lancedb:{folder / 'lance'}#docs", f"qdrant:{folder / 'qdrant'}#docs"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    if os.getuid() == 0:
+        os.setuid(65534)
+
+    def said(call) -> str:
+        try:
+            call()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
+
+    told.put(said(lambda: open_vectors(lance).upgrade(test_lance.turned(), None, progress=False)))
+    told.put(said(lambda: open_vectors(lance).upgrade(test_lance.turned(), f"{lance}_new", progress=False)))
+    told.put(said(lambda: open_vectors(qdrant)))
+    told.put({path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before)
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid"), reason="rights are those of POSIX")
+def test_who_may_not_write_is_told_so_and_everything_is_as_it_was():
+    context = multiprocessing.get_context("spawn")
+    told = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others
+        Path(folder).chmod(0o755)
+        process = context.Process(target=_tried, args=(folder, told))
+        process.start()
+        found = [told.get(timeout=120) for _ in range(4)]
+        process.join()
+        for path in [Path(folder), *Path(folder).rglob("*")]:
+            path.chmod(0o755)
+    in_place, new, opening, unchanged = found
+    assert in_place.startswith("InputError") and "there is no right to write" in in_place
+    assert new.startswith("InputError") and "there is no right to write" in new
+    assert opening.startswith("InputError") and "there is no right to write" in opening
+    assert unchanged
