@@ -49,8 +49,8 @@ class _Place(NamedTuple):
 class QdrantVectors(Store[_Place]):
     """A Qdrant collection: ``qdrant:folder#collection`` in the client's embedded mode, ``qdrant:http://host:6333#…`` on
     a server; ``…#collection:name`` for one of several named vectors, ``…#collection@field`` or
-    ``…#collection:name@field`` where the payload has the ids. If a server wants a key, it is in the environment variable
-    ``QDRANT_API_KEY``.
+    ``…#collection:name@field`` where the payload has the ids. If a server wants a key, the environment variable
+    ``QDRANT_API_KEY`` holds it.
 
     A point's id, as text, is the target's id in the corpus, unless a field of the payload is named. The collection is
     upgraded while it serves, into a new collection with the same settings and payloads. In place, without an output,
