@@ -292,7 +292,7 @@ for encoder, names in TUNED.items():
 def _choices(encoder: str) -> tuple[str, ...]:
     """Everything that is compared before anything is reported."""
     rates = (f"{name}-rate-{rate}" for name in TUNED[encoder] for rate in RATES[encoder])
-    return (*TUNED[encoder], "mined-margin-near", "mined-once", *rates)
+    return (*TUNED[encoder], *(["mined-margin-near"] if encoder == "static" else []), "mined-once", *rates)
 
 
 DECIDES_STATIC = (

@@ -204,6 +204,9 @@ class Measured:
                 order = reencoding_order(base, self.vectors, self.teaching, NONE, progress=False)
                 order = order[~np.isin(order, base.rows)]
             ways = {"in order": self.ordered(first, order, share), "at random": at_random}
+            if pair.corrector is not None:
+                by_use = use(first, self.vectors, self.teaching, NONE, progress=False).argsort(descending=True).numpy()
+                ways["in order, none at random"] = self.ordered(first, by_use, share)
             if pair.corrector is not None and share > SHARES[0]:
                 ways["in order, by uncertainty too"] = self.ordered(first, self.uncertain(first, rows), share)
             for name, how in ways.items():
@@ -212,7 +215,7 @@ class Measured:
                 self.add("query adapter", adapter(self.asked), pair.old, len(how.rows), **told)
                 self.add("upgraded", self.asked, how(pair.old, every), len(how.rows), **told)
                 # As it was before mixtures were calibrated.
-                if pair.corrector is not None and "uncertainty" not in name:
+                if pair.corrector is not None and name in ("in order", "at random"):
                     mixed = IndexMap(pair.corrector, rows=how.rows, fresh=how.fresh)
                     self.add("upgraded, not corrected again", self.asked, mixed(pair.old, every), len(how.rows), **told)
 

@@ -71,7 +71,7 @@ def plan(run: dict) -> str:
     truth = {
         (name, encoded): row["kept@10"]
         for (name, encoded, order), (row, *_) in rows_of([run]).items()
-        if order != "at random"
+        if order in ("", "in order")
     }
     lines = [
         "| choice | said of recall@10, with its 95 % interval | true | targets encoded | s |",
@@ -139,7 +139,7 @@ def plot(folder: Path, found: dict[str, list[dict]]) -> str:
             share = 100 * encoded / runs[0]["targets"]
             if name in ("re-embedded", "unchanged"):
                 axis.axhline(value, color="0.4", linestyle="-" if name == "re-embedded" else ":", label=name)
-            elif name == "upgraded" or (name == "query adapter" and order != "at random"):
+            elif (name == "upgraded" and "," not in order) or (name == "query adapter" and order in ("", "in order")):
                 for which in [order] if order else ["in order", "at random"]:
                     label = name if name == "query adapter" else f"{name}, {which}"
                     lines[label][share] = value

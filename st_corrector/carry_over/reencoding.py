@@ -16,6 +16,8 @@ from .ways import Way, search
 
 DEPTH = 200
 """How far down a query's results targets count."""
+EVERY, RANDOM = 4, 1_000
+"""One of so many rows that are encoded again is random, up to so many."""
 MOST_QUERIES = 2_000
 """More do not change the order much; a search holds a score for each, and for thousands of targets at once."""
 
@@ -23,15 +25,21 @@ MOST_QUERIES = 2_000
 def reencoding_order(how: IndexMap, vectors: Vectors, queries: Tensor, withdrawn: Rows, progress: bool = True) -> Rows:
     """The rows of an index, those first whose re-encoding changes most of what queries get (:func:`use`).
 
-    Rows that no query retrieves come last, in random order. What a corrector is unsure of was tried as a weight, and
+    Every fourth of the first is a random row instead, until there are 1,000 of these: what is encoded again also
+    teaches a correction of all others (:func:`encoded_again`), which would not suit them if it came from nothing but
+    what queries retrieve. Rows that no query retrieves come last, in random order. What a corrector is unsure of was tried as a weight, and
     adds nothing (``benchmarks/results/serving``).
 
     Args:
         how, vectors, queries, withdrawn, progress: see :func:`use`.
     """
-    chance = np.random.default_rng(0).random(vectors.count)
-    order = np.lexsort((chance, -use(how, vectors, queries, withdrawn, progress).numpy()))
-    return order[~np.isin(order, withdrawn)]
+    chance = np.random.default_rng(0).permutation(vectors.count)
+    used = use(how, vectors, queries, withdrawn, progress).numpy()
+    order = np.lexsort((chance, -used))
+    order, chance = (each[~np.isin(each, withdrawn)] for each in (order, chance))
+    count = min(RANDOM, len(order) // EVERY)
+    order = order[~np.isin(order, chance[:count])]
+    return np.insert(order, np.arange(EVERY - 1, EVERY * count, EVERY) - np.arange(count), chance[:count])
 
 
 def use(how: IndexMap, vectors: Vectors, queries: Tensor, withdrawn: Rows, progress: bool = True) -> Tensor:

@@ -9,7 +9,7 @@ from support.encoders import moved
 
 from st_corrector import IndexMap, InputError, QueryAdapter, RidgeCorrector, certify, fit_corrector, serve_plan
 from st_corrector.carry_over.certificate import interval
-from st_corrector.carry_over.reencoding import encoded_again, reencoding_order
+from st_corrector.carry_over.reencoding import EVERY, encoded_again, reencoding_order, use
 from st_corrector.carry_over.sampling import Judged, Recalls, Sample
 from st_corrector.carry_over.vectors import TensorVectors
 from st_corrector.carry_over.ways import Way, search
@@ -172,6 +172,13 @@ def test_an_order_begins_with_what_queries_get(large):
     withdrawn = np.array([5, 6])
     order = reencoding_order(how, vectors, world.queries, withdrawn, progress=False)
     assert np.array_equal(np.sort(order), np.setdiff1d(np.arange(3_000), withdrawn))
+    used = use(how, vectors, world.queries, withdrawn, progress=False).numpy()
+    at_random = np.arange(len(order)) % EVERY == EVERY - 1
+    assert (np.diff(used[order[~at_random]]) <= 0).all(), "by use"
+    few, rest = used[order[at_random]], used[order]
+    assert abs(few.mean() - rest.mean()) < 3 * rest.std() / len(few) ** 0.5 < rest.mean(), (
+        "every fourth is a random one"
+    )
     first = (world.queries @ world.carried.T).argmax(1).numpy()
     place = np.empty(3_000)
     place[order] = np.arange(len(order))
