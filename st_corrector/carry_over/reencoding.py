@@ -27,8 +27,8 @@ def reencoding_order(how: IndexMap, vectors: Vectors, queries: Tensor, withdrawn
 
     Every fourth of the first is a random row instead, until there are 1,000 of these: what is encoded again also
     teaches a correction of all others (:func:`encoded_again`), which would not suit them if it came from nothing but
-    what queries retrieve. Rows that no query retrieves come last, in random order. What a corrector is unsure of was tried as a weight, and
-    adds nothing (``benchmarks/results/serving``).
+    what queries retrieve. Rows that no query retrieves come last, in random order. What a corrector is unsure of was
+    tried as a weight, and adds nothing (``benchmarks/results/serving``).
 
     Args:
         how, vectors, queries, withdrawn, progress: see :func:`use`.
