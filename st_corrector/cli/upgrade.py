@@ -143,6 +143,10 @@ def _run(args: argparse.Namespace) -> int:
         rows = np.sort(order[: args.reencode.of(vectors.count)])
         print(f"Encoding {len(rows):,} targets again.", file=sys.stderr)
         how = encoded_again(how, vectors, rows, encode) if len(rows) else how
+    if len(how.rows):  # a run that was killed may encode them to other last bits
+        begun_with = [args.fit, args.fit_sample] if args.corrector is None else IndexMap(how.correctors[0]).digest
+        fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
+        how = how.told_by([begun_with, fingerprint, queries, judging, str(args.reencode)])
     vectors.upgrade(how, output)
     try:
         ways = {UPGRADED: as_served(vectors.at(output), asked[:judging], model)}

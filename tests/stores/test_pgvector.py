@@ -16,6 +16,7 @@ from support.kills import killed_while_it_writes  # noqa: E402
 from support.layouts import write_beir  # noqa: E402
 
 from st_corrector import Corpus, IndexMap, InputError, RidgeCorrector, StorageError  # noqa: E402
+from st_corrector.carry_over import certificate  # noqa: E402
 from st_corrector.carry_over.fitting import fit_to_pairs  # noqa: E402
 from st_corrector.cli import main  # noqa: E402
 from st_corrector.data.encoding import DocumentEncoder  # noqa: E402
@@ -172,7 +173,15 @@ def test_rows_that_are_written_meanwhile_are_carried_over_too(database, server, 
         database.execute("INSERT INTO docs (id, title, embedding) VALUES (1, 'again', %s)", (stored[1].numpy(),))
 
 
-def test_commands_on_a_table_that_a_corpus_knows_by_its_ids(database, server, tmp_path, capsys):
+class Killed(BaseException):
+    """As if by a signal."""
+
+
+def killed(*_) -> None:
+    raise Killed
+
+
+def test_commands_on_a_table_that_a_corpus_knows_by_its_ids(database, server, tmp_path, capsys, monkeypatch):
     """Everything at once: the plan, an upgrade in place with some encoded again, and what was certified is true."""
     model, texts = moved(), [f"word{n} word{n + 7} word{2 * n}" for n in range(400)]
     targets = [{"_id": f"t{n}", "text": text} for n, text in enumerate(texts)]
@@ -201,7 +210,18 @@ def test_commands_on_a_table_that_a_corpus_knows_by_its_ids(database, server, tm
         "20%",
         "--json",
     ]
-    assert main([*command, "--model", str(tmp_path / "run"), "--corpus", str(folder)]) == 0
+    command += ["--model", str(tmp_path / "run"), "--corpus", str(folder)]
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(PgVectors, "finish", killed)
+        main(command)
+    encoder_of = certificate.encoder_of
+
+    def in_other_batches(*args, **settings):
+        encode = encoder_of(*args, **settings)
+        return lambda rows: encode(rows) * (1 + 1e-7) + 1e-8
+
+    monkeypatch.setattr(certificate, "encoder_of", in_other_batches)
+    assert main(command) == 0, capsys.readouterr().err
     recall = json.loads(capsys.readouterr().out)["certificate"]["recall"]
     found = dict(database.execute("SELECT id, embedding FROM texts").fetchall())
     new = torch.from_numpy(np.stack([found[f"t{n}"].to_numpy() for n in range(400)]).astype(np.float32))
