@@ -51,6 +51,7 @@ TITLES = {
     "mined-margin": "mined once, with a margin",
     "mined-margin-near": "mined once, with a margin, near",
     "mined-once": "mined once, without a margin",
+    "mlp-margin": "corrected, with a margin",
     "mined-again": "mined again every 25 steps, with a margin",
     "mined-margin-teacher": "mined once, `DistillKLDivLoss`",
     "refresh-10": "re-embedded every 10 steps",

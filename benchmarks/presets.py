@@ -292,7 +292,13 @@ for encoder, names in TUNED.items():
 def _choices(encoder: str) -> tuple[str, ...]:
     """Everything that is compared before anything is reported."""
     rates = (f"{name}-rate-{rate}" for name in TUNED[encoder] for rate in RATES[encoder])
-    return (*TUNED[encoder], *(["mined-margin-near"] if encoder == "static" else []), "mined-once", *rates)
+    return (
+        *TUNED[encoder],
+        *(["mined-margin-near"] if encoder == "static" else []),
+        "mined-once",
+        "mlp-margin",
+        *rates,
+    )
 
 
 # With a static encoder correcting and choosing take longer than encoding: these train as long as the default, by steps
