@@ -5,26 +5,29 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 lancedb = pytest.importorskip("lancedb")
 pytest.importorskip("lancedb.index")
 pytest.importorskip("qdrant_client")
 
-from qdrant_client import QdrantClient  # noqa: E402
+from qdrant_client import QdrantClient, models  # noqa: E402
 
+from st_corrector import RidgeCorrector  # noqa: E402
 from st_corrector.stores.opening import open_vectors  # noqa: E402
 
 
 def _tried(folder: str, told) -> None:
     """In a process of its own, which gives its rights up."""
-    import test_lance
-    import test_qdrant
-
     folder = Path(folder)
-    test_lance.filled(folder / "lance")
+    vectors, corrector = np.eye(16, dtype=np.float32), RidgeCorrector(16)
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 16)
+    lancedb.connect(folder / "lance").create_table("docs", pa.table({"id": range(16), "vector": lists}))
     client = QdrantClient(path=str(folder / "qdrant"))
-    test_qdrant.filled(client, 20)
+    client.create_collection("docs", models.VectorParams(size=16, distance=models.Distance.COSINE))
+    client.upload_collection("docs", vectors)
     client.close()
     lance, qdrant = f"lancedb:{folder / 'lance'}#docs", f"qdrant:{folder / 'qdrant'}#docs"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -40,8 +43,8 @@ def _tried(folder: str, told) -> None:
             return f"{type(error).__name__}: {error}"
         return "nothing"
 
-    told.put(said(lambda: open_vectors(lance).upgrade(test_lance.turned(), None, progress=False)))
-    told.put(said(lambda: open_vectors(lance).upgrade(test_lance.turned(), f"{lance}_new", progress=False)))
+    told.put(said(lambda: open_vectors(lance).upgrade(corrector, None, progress=False)))
+    told.put(said(lambda: open_vectors(lance).upgrade(corrector, f"{lance}_new", progress=False)))
     told.put(said(lambda: open_vectors(qdrant)))
     told.put({path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before)
 
