@@ -209,7 +209,7 @@ def page(folder: Path) -> str:
         "95 % intervals by Student's t (number of seeds). Runs of a row and its rivals encode about as many texts with "
         "gradient. Not all runs have been made yet: `make bench PRESET=evidence` goes on where it was stopped.",
         "**Rows of mined negatives are too low**: tuples that share a negative may not stand in one batch, which thins "
-        "the batches, and a margin leaves out the questions that the untrained encoder answers badly. Times are those of "
+        "the batches, and a margin leaves out the questions that the untrained encoder answers badly. Times are of "
         "single runs, and count a cache for in-batch negatives, too.",
         "## Does the corrector beat plain write-back?",
         against(regimes, ["stale-write-back"], DEFAULT),
