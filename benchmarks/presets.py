@@ -301,8 +301,8 @@ def _choices(encoder: str) -> tuple[str, ...]:
     )
 
 
-# With a static encoder correcting and choosing take longer than encoding: these train as long as the default, by steps
-# that a run of seed 0 on code search was measured to have time for. A transformer's runs take alike.
+# With a static encoder correcting and choosing take longer than encoding: these train about as long as the default does
+# on code search, with nothing beside it.
 AS_LONG = {"stale-write-back": 350, "in-batch-larger-static": 400}
 STRATEGIES |= {f"{name}-as-long": STRATEGIES[name] + options(max_steps=steps) for name, steps in AS_LONG.items()}
 DECIDES_STATIC = (

@@ -101,10 +101,10 @@ def mrr(run: dict) -> float:
     return 100 * run["after"]["mrr@10"]
 
 
-def differences(name: str, other: str, runs: Runs) -> list[float]:
-    """MRR@10 of one strategy less another's, for each seed that both have."""
-    reference = {run["seed"]: mrr(run) for run in runs.get(other, [])}
-    return [mrr(run) - reference[run["seed"]] for run in runs.get(name, []) if run["seed"] in reference]
+def differences(name: str, other: str, runs: Runs, value: Callable[[dict], float] = mrr) -> list[float]:
+    """MRR@10 (or another value) of one strategy less another's, for each seed that both have."""
+    reference = {run["seed"]: value(run) for run in runs.get(other, [])}
+    return [value(run) - reference[run["seed"]] for run in runs.get(name, []) if run["seed"] in reference]
 
 
 def above_exhaustive(name: str, runs: Runs) -> list[float]:

@@ -11,7 +11,6 @@ import sqlite3
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -25,6 +24,7 @@ import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+from support.databases import without_waiting
 from support.hub import HubServer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -139,17 +139,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def quick_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SQLite, as which Qdrant's embedded mode stores points, waits for the disk after each: here it does not. A process
-    that is killed loses nothing by that.
-    """
-    connect = sqlite3.connect
-
-    def without_waiting(*args: Any, **settings: Any) -> sqlite3.Connection:
-        made = connect(*args, **settings)
-        made.execute("PRAGMA synchronous=OFF")
-        return made
-
-    monkeypatch.setattr(sqlite3, "connect", without_waiting)
+    """Qdrant's embedded mode waits for the disk after each point; with this it does not."""
+    monkeypatch.setattr(sqlite3, "connect", without_waiting(sqlite3.connect))
 
 
 @pytest.fixture(scope="session")

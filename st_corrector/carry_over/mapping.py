@@ -59,24 +59,21 @@ class IndexMap:
         correctors: the first maps from the served embeddings.
         rows: of the index, encoded again, ``(m,)``, ascending.
         fresh: their embeddings by the new model, ``(m, d')``.
-        made_of: what the map is told by (:attr:`digest`); by default by all its numbers.
 
     Raises:
         InputError: a corrector does not map from what the one before it maps to, or the fresh embeddings have another
             width.
     """
 
-    def __init__(
-        self,
-        *correctors: Corrector,
-        rows: Rows | None = None,
-        fresh: Tensor | None = None,
-        made_of: object = None,
-    ) -> None:
+    def __init__(self, *correctors: Corrector, rows: Rows | None = None, fresh: Tensor | None = None) -> None:
         for one, following in itertools.pairwise(correctors):
             if width_after(one) != following.dim:
                 raise InputError(f"{following!r} maps from {following.dim} dimensions, not from those of {one!r}.")
-        self.correctors, self._made_of = correctors, made_of
+        self.correctors = correctors
+        self.made_of: object = None
+        """What the map is told from others by, as JSON: a model, texts, settings; by default all its numbers, which
+        have other last bits where targets are encoded on a GPU, or in other batches.
+        """
         self.dim, self.new_dim = correctors[0].dim, width_after(correctors[-1])
         self.unit = is_unit(correctors[-1])
         """Whether embeddings are compared by cosine."""
@@ -108,17 +105,11 @@ class IndexMap:
         mapped[torch.from_numpy(here)] = self.fresh[torch.from_numpy(known)].to(mapped.device)
         return mapped
 
-    def told_by(self, made_of: object) -> IndexMap:
-        """The same map, which is told from others by what it was made of: a model, texts, settings, as JSON. Encoding
-        the same once more on a GPU, or in other batches, gives other last bits.
-        """
-        return IndexMap(*self.correctors, rows=self.rows, fresh=self.fresh, made_of=made_of)
-
     @property
     def digest(self) -> str:
         """Tells it from other maps, by which an upgrade may have been begun."""
-        if self._made_of is not None:
-            return digest_json(self._made_of)
+        if self.made_of is not None:
+            return digest_json(self.made_of)
         kinds = digest_json([[each.name, each.config] for each in self.correctors])
         state = [value for each in self.correctors for _, value in sorted(each.state_dict().items())]
         parts = [each.detach().cpu().contiguous().numpy().tobytes() for each in (*state, self.fresh)]

@@ -146,7 +146,7 @@ def _run(args: argparse.Namespace) -> int:
     if len(how.rows):  # a run that was killed may encode them to other last bits
         begun_with = [args.fit, args.fit_sample] if args.corrector is None else IndexMap(how.correctors[0]).digest
         fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
-        how = how.told_by([begun_with, fingerprint, queries, judging, str(args.reencode)])
+        how.made_of = [begun_with, fingerprint, queries, judging, args.reencode]
     vectors.upgrade(how, output)
     try:
         ways = {UPGRADED: as_served(vectors.at(output), asked[:judging], model)}

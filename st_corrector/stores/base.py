@@ -70,9 +70,9 @@ class Store(Vectors, Generic[Place]):
                         else "be the keys of the store. If another field holds them, name it, as in #collection@field."
                     )
                 )
-            if len(by_id) < len(known):
-                twice = Counter(name for name, _ in known).most_common(1)[0][0]
-                raise InputError(f"{self.address}: several rows have the id {twice!r}; each target must have one.")
+            count = Counter(name for name, _ in known)
+            if twice := [each for each in ids if count[each] > 1]:
+                raise InputError(f"{self.address}: several rows have the id {twice[0]!r}; each target must have one.")
             keys = [by_id[each] for each in ids]
         self.count = len(keys)
         self.keys = keys

@@ -91,9 +91,9 @@ class PgVectors(Store[_Place]):
             self.dim = declared or int(first[0])
             if named is not None and not self._has(self.table, named):
                 raise InputError(f"{address}: there is no column {named} with ids.")
-            wanted = f"{self._quoted(self.key)}, {self._quoted(named or self.key)}"
+            wanted = ", ".join(map(self._quoted, [self.key] if named is None else [self.key, named]))
             rows = self._connection.execute(f"SELECT {wanted} FROM {self.table} ORDER BY 1").fetchall()
-        self.known_by([key for key, _ in rows], ids, None if named is None else [name for _, name in rows])
+        self.known_by([row[0] for row in rows], ids, None if named is None else [row[1] for row in rows])
 
     # ------------------------------------------------------------------ what there is
 

@@ -92,11 +92,11 @@ class QdrantVectors(Store[_Place]):
         self.vector = named if named is not None else next(iter(vectors))
         self._params: models.VectorParams = vectors[self.vector]
         self.dim = self._params.size
-        found = list(self._scrolled(with_payload=[field] if field else False))
-        if not found:
+        scrolled = self._scrolled(with_payload=[field] if field else False)
+        names = {point.id: (point.payload or {}).get(field) for point in scrolled}
+        if not names:
             raise InputError(f"{address}: the collection has no points.")
-        names = [(point.payload or {}).get(field) for point in found] if field else None
-        self.known_by([point.id for point in found], ids, names)
+        self.known_by(list(names), ids, list(names.values()) if field else None)
 
     def _scrolled(self, name: str | None = None, **wanted: Any) -> Iterator[Any]:
         """All points of a collection, in the order of their ids."""

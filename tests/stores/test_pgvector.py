@@ -27,14 +27,9 @@ DIM = 16
 
 
 @pytest.fixture
-def server(postgres):
-    return postgres
-
-
-@pytest.fixture
-def database(server):
+def database(postgres):
     """A connection to it; tables are dropped afterwards."""
-    with psycopg.connect(server, autocommit=True) as connection:
+    with psycopg.connect(postgres, autocommit=True) as connection:
         register_vector(connection)
         yield connection
         connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public; CREATE EXTENSION IF NOT EXISTS vector")
@@ -77,13 +72,13 @@ def indices(database, table: str) -> list[str]:
 
 @pytest.mark.parametrize("key", ["bigint", pytest.param("text", marks=pytest.mark.long), "varchar(9)"])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_table_is_upgraded_with_its_payload_and_its_indices(database, server, key, in_place):
+def test_a_table_is_upgraded_with_its_payload_and_its_indices(database, postgres, key, in_place):
     stored = filled(database, key=key)
     before, how = rows(database), turned()
-    opened = PgVectors(f"{server}#docs")
+    opened = PgVectors(f"{postgres}#docs")
     assert (opened.count, opened.dim) == (500, DIM)
     torch.testing.assert_close(opened.take(np.array([3, 499, 7])), stored[[3, 499, 7]], atol=1e-6, rtol=0)
-    output = None if in_place else f"{server}#docs_new"
+    output = None if in_place else f"{postgres}#docs_new"
     opened.upgrade(how, output, progress=False)
     table = "docs" if in_place else "docs_new"
     after = rows(database, table)
@@ -104,52 +99,52 @@ def test_a_table_is_upgraded_with_its_payload_and_its_indices(database, server, 
     assert not [each for each in columns if "upgraded" in each]
     torch.testing.assert_close(opened.at(output).take(np.arange(9)), expected[:9], atol=2e-6, rtol=0)
     with pytest.raises(InputError, match="in place already" if in_place else "exists already"):
-        PgVectors(f"{server}#docs").upgrade(how, output, progress=False)
+        PgVectors(f"{postgres}#docs").upgrade(how, output, progress=False)
 
 
-def test_rows_are_those_of_the_corpus_and_encoded_ones_take_their_places(database, server):
+def test_rows_are_those_of_the_corpus_and_encoded_ones_take_their_places(database, postgres):
     stored = filled(database)
     order = np.random.default_rng(0).permutation(500)
-    opened = PgVectors(f"{server}#docs", [str(n) for n in order])
+    opened = PgVectors(f"{postgres}#docs", [str(n) for n in order])
     torch.testing.assert_close(opened.take(np.arange(500)), stored[order])
     fresh = vectors(2, seed=5)
-    opened.upgrade(IndexMap(turned(), rows=np.array([4, 9]), fresh=fresh), f"{server}#docs_new", progress=False)
+    opened.upgrade(IndexMap(turned(), rows=np.array([4, 9]), fresh=fresh), f"{postgres}#docs_new", progress=False)
     after = rows(database, "docs_new")
     for place, each in zip((4, 9), fresh, strict=True):
         np.testing.assert_allclose(after[order[place]][0], each, atol=1e-6)
     with pytest.raises(InputError, match=r"1 are not there \('x'\): the ids of the corpus must be the keys"):
-        PgVectors(f"{server}#docs", [*(str(n) for n in range(499)), "x"])
-    fewer = PgVectors(f"{server}#docs", [str(n) for n in range(499)])
+        PgVectors(f"{postgres}#docs", [*(str(n) for n in range(499)), "x"])
+    fewer = PgVectors(f"{postgres}#docs", [str(n) for n in range(499)])
     fewer.upgrade(turned(), progress=False)
     assert fewer.count == 499 and len(rows(database)) == 500, "others are carried over, too, but are no rows"
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_ids_may_be_in_another_column(database, server, in_place):
+def test_ids_may_be_in_another_column(database, postgres, in_place):
     stored, how = filled(database), turned()
     database.execute("ALTER TABLE docs ADD doc text; UPDATE docs SET doc = 'd' || id WHERE id < 498")
     names = [f"d{n}" for n in reversed(range(498))]
-    opened = PgVectors(f"{server}#docs:embedding@doc", names)
+    opened = PgVectors(f"{postgres}#docs:embedding@doc", names)
     torch.testing.assert_close(opened.take(np.arange(498)), stored[:498].flip(0))
-    output, fresh = None if in_place else f"{server}#docs_new@doc", vectors(1, seed=5)
+    output, fresh = None if in_place else f"{postgres}#docs_new@doc", vectors(1, seed=5)
     opened.upgrade(IndexMap(how, rows=np.array([0]), fresh=fresh), output, progress=False)
     after, expected = rows(database, "docs" if in_place else "docs_new"), how(stored)
     expected[497] = fresh[0]
     np.testing.assert_allclose(np.array([after[n][0] for n in range(500)]), expected, atol=2e-6)
     torch.testing.assert_close(opened.at(output).take(np.arange(498)), expected[:498].flip(0), atol=2e-6, rtol=0)
     with pytest.raises(InputError, match=r"1 are not there \('d498'\): the ids .* must be those of that field"):
-        PgVectors(f"{server}#docs:embedding@doc", ["d498"])
+        PgVectors(f"{postgres}#docs:embedding@doc", ["d498"])
     with pytest.raises(InputError, match="there is no column page with ids"):
-        PgVectors(f"{server}#docs:embedding@page", names)
+        PgVectors(f"{postgres}#docs:embedding@page", names)
     database.execute("UPDATE docs SET doc = 'd3' WHERE id = 4")
     with pytest.raises(InputError, match="several rows have the id 'd3'"):
-        PgVectors(f"{server}#docs:embedding@doc", [name for name in names if name != "d4"])
+        PgVectors(f"{postgres}#docs:embedding@doc", [name for name in names if name != "d4"])
 
 
-def test_rows_that_are_written_meanwhile_are_carried_over_too(database, server, monkeypatch):
+def test_rows_that_are_written_meanwhile_are_carried_over_too(database, postgres, monkeypatch):
     stored, how = filled(database), turned()
-    for output, late in ((f"{server}#docs_new", vectors(2, seed=9)), (None, vectors(2, seed=10))):
-        opened, carry_over, calls = PgVectors(f"{server}#docs"), PgVectors.carry_over, []
+    for output, late in ((f"{postgres}#docs_new", vectors(2, seed=9)), (None, vectors(2, seed=10))):
+        opened, carry_over, calls = PgVectors(f"{postgres}#docs"), PgVectors.carry_over, []
 
         def while_it_runs(self, place, how, keys, carry_over=carry_over, calls=calls, late=late):
             carry_over(self, place, how, keys)
@@ -181,7 +176,7 @@ def killed(*_) -> None:
     raise Killed
 
 
-def test_commands_on_a_table_that_a_corpus_knows_by_its_ids(database, server, tmp_path, capsys, monkeypatch):
+def test_commands_on_a_table_that_a_corpus_knows_by_its_ids(database, postgres, tmp_path, capsys, monkeypatch):
     """Everything at once: the plan, an upgrade in place with some encoded again, and what was certified is true."""
     model, texts = moved(), [f"word{n} word{n + 7} word{2 * n}" for n in range(400)]
     targets = [{"_id": f"t{n}", "text": text} for n, text in enumerate(texts)]
@@ -197,7 +192,7 @@ def test_commands_on_a_table_that_a_corpus_knows_by_its_ids(database, server, tm
         database.execute("INSERT INTO texts VALUES (%s, %s)", (f"t{n}", old[n].numpy()))
     model.save_pretrained(str(tmp_path / "run"))
     fit_to_pairs(old[:60], fresh[:60]).save_pretrained(tmp_path / "run")
-    address = f"{server}#texts"
+    address = f"{postgres}#texts"
     assert main(["serve-plan", str(tmp_path / "run"), "--index", address, "--corpus", str(folder)]) == 0
     assert "Recommended" in capsys.readouterr().out
     command = [
@@ -235,21 +230,21 @@ def test_commands_on_a_table_that_a_corpus_knows_by_its_ids(database, server, tm
     assert main(["upgrade-index", "old.npy", "in-place", "--corrector", "x"]) == 1
 
 
-def test_two_processes_do_not_write_at_once(database, server):
+def test_two_processes_do_not_write_at_once(database, postgres):
     filled(database)
-    one, other = PgVectors(f"{server}#docs"), PgVectors(f"{server}#docs")
+    one, other = PgVectors(f"{postgres}#docs"), PgVectors(f"{postgres}#docs")
     with one.alone(), pytest.raises(InputError, match="another process is carrying this table over"):
         other.upgrade(turned(), progress=False)
     other.upgrade(turned(), progress=False)
 
 
-def test_what_was_begun_with_another_corrector_is_not_gone_on_with(database, server, monkeypatch):
+def test_what_was_begun_with_another_corrector_is_not_gone_on_with(database, postgres, monkeypatch):
     filled(database)
     monkeypatch.setattr(PgVectors, "finish", lambda self, place: None)
-    PgVectors(f"{server}#docs").upgrade(turned(), progress=False)
+    PgVectors(f"{postgres}#docs").upgrade(turned(), progress=False)
     monkeypatch.undo()
     with pytest.raises(InputError, match="begun with another corrector"):
-        PgVectors(f"{server}#docs").upgrade(turned(seed=2), progress=False)
+        PgVectors(f"{postgres}#docs").upgrade(turned(seed=2), progress=False)
     before = rows(database)
     assert all(np.allclose(before[n][0], vectors(500)[n], atol=1e-6) for n in range(500)), "what serves is as it was"
 
@@ -269,18 +264,18 @@ def test_what_was_begun_with_another_corrector_is_not_gone_on_with(database, ser
         ("DELETE FROM docs", "#docs", "has no rows with a vector"),
     ],
 )
-def test_what_cannot_be_opened(database, server, prepare, address, message):
+def test_what_cannot_be_opened(database, postgres, prepare, address, message):
     filled(database, 20)
     if prepare:
         database.execute(prepare)
     with pytest.raises(InputError, match=message):
-        PgVectors(f"{server}{address}")
+        PgVectors(f"{postgres}{address}")
 
 
 @pytest.mark.parametrize("step", ["_make_index", "_exchange", "todo"])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_an_end_that_fails_is_made_good_by_the_same_command(database, server, monkeypatch, step, in_place):
-    stored, how, output = filled(database), turned(), None if in_place else f"{server}#docs_new"
+def test_an_end_that_fails_is_made_good_by_the_same_command(database, postgres, monkeypatch, step, in_place):
+    stored, how, output = filled(database), turned(), None if in_place else f"{postgres}#docs_new"
     real, calls = getattr(PgVectors, step), []
 
     def fails(self, *given):
@@ -294,23 +289,23 @@ def test_an_end_that_fails_is_made_good_by_the_same_command(database, server, mo
     if step == "_exchange" and not in_place:
         pytest.skip("nothing is exchanged")
     with pytest.raises(RuntimeError, match="killed"):
-        PgVectors(f"{server}#docs").upgrade(how, output, progress=False)
+        PgVectors(f"{postgres}#docs").upgrade(how, output, progress=False)
     monkeypatch.undo()
     assert all(np.allclose(rows(database)[n][0], stored[n], atol=1e-6) for n in range(0, 500, 50)), (
         "it serves as it did"
     )
-    PgVectors(f"{server}#docs").upgrade(how, output, progress=False)
+    PgVectors(f"{postgres}#docs").upgrade(how, output, progress=False)
     table = "docs" if in_place else "docs_new"
     after, expected = rows(database, table), how(stored)
     assert all(np.allclose(after[n][0], expected[n], atol=1e-6) for n in range(500))
     assert sum("USING hnsw (embedding " in each for each in indices(database, table)) == 1
 
 
-def test_what_a_table_needs_besides(database, server):
+def test_what_a_table_needs_besides(database, postgres):
     """Another schema with the same names, an identity key, a row without a vector, a trigger, an odd index."""
     stored = filled(database)
     database.execute("ALTER TABLE docs ALTER id ADD GENERATED BY DEFAULT AS IDENTITY; CREATE SCHEMA staging")
-    PgVectors(f"{server}#docs").upgrade(turned(), f"{server}#staging.docs", progress=False)
+    PgVectors(f"{postgres}#docs").upgrade(turned(), f"{postgres}#staging.docs", progress=False)
     assert any("docs_hnsw" in each for each in indices(database, "docs")), "the old table has its index"
     found = database.execute("SELECT count(*) FROM pg_indexes WHERE schemaname = 'staging' AND indexdef LIKE '%hnsw%'")
     assert found.fetchone()[0] == 1
@@ -320,34 +315,34 @@ def test_what_a_table_needs_besides(database, server):
     assert made.fetchone()[0] == 500, "keys go on behind those that were copied"
     database.execute("ALTER TABLE docs ALTER embedding DROP NOT NULL; UPDATE docs SET embedding = NULL WHERE id = 3")
     with pytest.raises(InputError, match="row 3 has no vector"):
-        PgVectors(f"{server}#docs").upgrade(turned(), f"{server}#docs_new", progress=False)
+        PgVectors(f"{postgres}#docs").upgrade(turned(), f"{postgres}#docs_new", progress=False)
     database.execute("DROP TABLE docs_new; DELETE FROM docs WHERE id = 3")
     database.execute("CREATE INDEX odd ON docs USING hnsw (embedding vector_l2_ops) WHERE embedding IS NOT NULL")
     with pytest.raises(InputError, match="An index like this cannot be made"):
-        PgVectors(f"{server}#docs").upgrade(turned(), progress=False)
+        PgVectors(f"{postgres}#docs").upgrade(turned(), progress=False)
     database.execute("DROP INDEX odd; CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'")
     database.execute("CREATE TRIGGER t BEFORE UPDATE ON docs FOR EACH ROW EXECUTE FUNCTION f()")
     with pytest.raises(InputError, match="triggers that every UPDATE would fire"):
-        PgVectors(f"{server}#docs").upgrade(turned(), progress=False)
-    PgVectors(f"{server}#docs").upgrade(turned(), f"{server}#Docs_New", progress=False)
-    assert PgVectors(f"{server}#Docs_New").count == 499
+        PgVectors(f"{postgres}#docs").upgrade(turned(), progress=False)
+    PgVectors(f"{postgres}#docs").upgrade(turned(), f"{postgres}#Docs_New", progress=False)
+    assert PgVectors(f"{postgres}#Docs_New").count == 499
     database.execute("DROP SCHEMA staging CASCADE; DROP FUNCTION f CASCADE")
 
 
-def test_a_server_that_is_not_there_and_a_database_without_pgvector(server, tmp_path):
+def test_a_server_that_is_not_there_and_a_database_without_pgvector(postgres, tmp_path):
     with pytest.raises(StorageError, match="cannot be reached"):
         PgVectors(f"postgresql://postgres@/postgres?host={tmp_path}#docs")
-    with psycopg.connect(server, autocommit=True) as connection:
+    with psycopg.connect(postgres, autocommit=True) as connection:
         connection.execute("CREATE DATABASE plain")
     with pytest.raises(InputError, match="no pgvector"):
-        PgVectors(server.replace("@/postgres?", "@/plain?") + "#docs")
+        PgVectors(postgres.replace("@/postgres?", "@/plain?") + "#docs")
 
 
-def test_what_does_not_fit_leaves_the_table_as_it_was(database, server):
+def test_what_does_not_fit_leaves_the_table_as_it_was(database, postgres):
     filled(database, metric="l2")
     before, columns = rows(database), "SELECT count(*) FROM information_schema.columns WHERE table_name = 'docs'"
     count = database.execute(columns).fetchone()
-    opened = PgVectors(f"{server}#docs")
+    opened = PgVectors(f"{postgres}#docs")
     with pytest.raises(InputError, match="the corrector maps from 24"):
         opened.upgrade(RidgeCorrector(24), progress=False)
     with pytest.raises(InputError, match="an index by vector_l2_ops, and the model compares by dot product"):
@@ -355,7 +350,7 @@ def test_what_does_not_fit_leaves_the_table_as_it_was(database, server):
     with pytest.raises(InputError, match="must be another table of the database"):
         opened.upgrade(turned(), "postgresql://elsewhere/db#docs_new", progress=False)
     database.execute("CREATE ROLE reader LOGIN; GRANT USAGE ON SCHEMA public TO reader; GRANT SELECT ON docs TO reader")
-    reading = PgVectors(server.replace("postgres:@", "reader@", 1) + "#docs")
+    reading = PgVectors(postgres.replace("postgres:@", "reader@", 1) + "#docs")
     for output in (None, reading.address.replace("#docs", "#docs_new")):
         with pytest.raises(InputError, match="no right to do this"):
             reading.upgrade(turned(), output, progress=False)
@@ -377,8 +372,8 @@ def _upgrade(address: str, output: str | None) -> None:
 @pytest.mark.parametrize(("count", "kills"), [(6_000, 2), pytest.param(100_000, 20, marks=pytest.mark.timeout(3_000))])
 @pytest.mark.long
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_run_that_is_killed_goes_on(database, server, in_place, count, kills):
-    stored, output = filled(database, count), None if in_place else f"{server}#docs_new"
+def test_a_run_that_is_killed_goes_on(database, postgres, in_place, count, kills):
+    stored, output = filled(database, count), None if in_place else f"{postgres}#docs_new"
     before, table = rows(database), "docs" if in_place else "docs_new"
 
     def progress() -> int:
@@ -394,8 +389,8 @@ def test_a_run_that_is_killed_goes_on(database, server, in_place, count, kills):
         serving = rows(database)
         assert all(np.array_equal(serving[each][0], before[each][0]) for each in before), "it serves as it did"
 
-    killed_while_it_writes(_upgrade, (f"{server}#docs", output), kills, progress, check)
-    PgVectors(f"{server}#docs").upgrade(turned(), output, progress=False)
+    killed_while_it_writes(_upgrade, (f"{postgres}#docs", output), kills, progress, check)
+    PgVectors(f"{postgres}#docs").upgrade(turned(), output, progress=False)
     after = rows(database, table)
     assert after.keys() == before.keys() and len(after) == count
     expected = turned()(stored).numpy()

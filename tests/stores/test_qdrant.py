@@ -13,6 +13,7 @@ import torch.nn.functional as F
 pytest.importorskip("qdrant_client")
 
 from qdrant_client import QdrantClient, models
+from support.databases import without_waiting
 from support.kills import killed_while_it_writes
 
 from st_corrector import IndexMap, InputError, RidgeCorrector, StorageError
@@ -135,6 +136,7 @@ def test_ids_may_be_in_the_payload(client, tmp_path):
     client.set_payload("docs", {"doc": "d3"}, points=[58])
     with pytest.raises(InputError, match="several rows have the id 'd3'"):
         opened(client, tmp_path, "docs@doc", names)
+    assert opened(client, tmp_path, "docs@doc", names[:9]).count == 9, "of those that are no targets it does not matter"
 
 
 def test_points_that_are_written_meanwhile_are_carried_over_too(client, tmp_path, monkeypatch):
@@ -256,14 +258,7 @@ def test_a_server_gets_the_key_and_what_it_refuses_is_told(monkeypatch):
 def _upgrade(address: str, output: str | None) -> None:
     """As it is done in a process of its own."""
     torch.set_num_threads(1)
-    connect = sqlite3.connect
-
-    def without_waiting(*args, **settings):
-        made = connect(*args, **settings)
-        made.execute("PRAGMA synchronous=OFF")
-        return made
-
-    sqlite3.connect = without_waiting
+    sqlite3.connect = without_waiting(sqlite3.connect)
     open_vectors(address).upgrade(turned(), output, progress=False)
 
 

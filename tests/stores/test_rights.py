@@ -29,7 +29,9 @@ def _tried(folder: str, told) -> None:
     client.create_collection("docs", models.VectorParams(size=16, distance=models.Distance.COSINE))
     client.upload_collection("docs", vectors)
     client.close()
-    lance, qdrant = f"lancedb:{folder / 'lance'}#docs", f"qdrant:{folder / 'qdrant'}#docs"
+    of_lance, of_qdrant = f"lancedb:{folder / 'lance'}#docs", f"qdrant:{folder / 'qdrant'}#docs"
+    for address in (of_lance, of_qdrant):  # loads what somebody without rights may not be able to load
+        assert open_vectors(address).count == 16
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
@@ -43,9 +45,9 @@ def _tried(folder: str, told) -> None:
             return f"{type(error).__name__}: {error}"
         return "nothing"
 
-    told.put(said(lambda: open_vectors(lance).upgrade(corrector, None, progress=False)))
-    told.put(said(lambda: open_vectors(lance).upgrade(corrector, f"{lance}_new", progress=False)))
-    told.put(said(lambda: open_vectors(qdrant)))
+    told.put(said(lambda: open_vectors(of_lance).upgrade(corrector, None, progress=False)))
+    told.put(said(lambda: open_vectors(of_lance).upgrade(corrector, f"{of_lance}_new", progress=False)))
+    told.put(said(lambda: open_vectors(of_qdrant)))
     told.put({path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before)
 
 
