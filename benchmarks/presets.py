@@ -260,31 +260,34 @@ CHOICES = {
 STRATEGIES |= {f"mlp-pull-back-{name}": STRATEGIES["mlp-pull-back"] + given for name, given in CHOICES.items()}
 
 
-# The margin that sentence-transformers recommends. By default mining looks no further than ten targets a negative,
-# and leaves out what has too few by then: where the untrained encoder finds little, most training questions.
-MARGIN = {"relative_margin": 0.05, "range_max": 1_000}
+MARGIN = {"relative_margin": 0.05}  # which sentence-transformers recommends
 # What one would pick instead, at about as many texts encoded with gradient as 32 questions with 4 negatives each take:
 # a batch of 96 pairs, or tuples of 6 texts for 32 questions.
 STRATEGIES |= {
-    "in-batch-larger": options(strategy="in-batch", per_device_train_batch_size=96, mini_batch_size=32),
+    "in-batch-larger": options(strategy="in-batch", per_device_train_batch_size=96),
     # A static encoder's runs take 64 questions with 8 negatives each, of which the batch shares some.
     "in-batch-larger-static": options(strategy="in-batch", per_device_train_batch_size=288),
     "mined-margin": options(strategy="mined-once", **MARGIN),
     "mined-again": options(strategy="mined:25", **MARGIN),
     "mined-margin-teacher": options(strategy="mined-once", **MARGIN) + TEACHER + SCALED,
-    "gist": options(strategy="gist", per_device_train_batch_size=96, mini_batch_size=32) + TEACHER,
+    "gist": options(strategy="gist", per_device_train_batch_size=96) + TEACHER,
 }
-INSTEAD = ("in-batch-larger", "mined-margin", "mined-margin-teacher", "refresh-10", "mined-again", "gist")
+INSTEAD = ("in-batch-larger", "mined-margin", "mined-margin-teacher", "refresh-50", "mined-again", "gist")
 for name in INSTEAD:
     STRATEGIES[f"{name}-own-pairs"] = STRATEGIES[name] + OWN
-# What of that was chosen, with the rates: how mining looks.
-STRATEGIES["mined-margin-near"] = options(strategy="mined-once", relative_margin=MARGIN["relative_margin"])
 RATES = {"2-layers": ("2e-4", "1e-3"), "static": ("5e-4", "2e-3", "4e-3")}
 TUNED = {
     "2-layers": ("mlp-pull-back", "in-batch-larger", "mined-margin"),
     "static": ("mlp-pull-back", "in-batch-larger-static", "mined-margin"),
 }
+# As many texts a step, spent on more questions with fewer negatives each.
+SPENT = {"2-layers": {2: 48, 1: 64}, "static": {3: 115, 1: 192}}
 for encoder, names in TUNED.items():
+    STRATEGIES |= {
+        f"mlp-pull-back-{count}-negatives-{encoder}": STRATEGIES["mlp-pull-back"]
+        + options(num_negatives=count, per_device_train_batch_size=questions)
+        for count, questions in SPENT[encoder].items()
+    }
     for name in names:
         STRATEGIES |= {f"{name}-rate-{rate}": STRATEGIES[name] + options(learning_rate=rate) for rate in RATES[encoder]}
 
@@ -294,9 +297,9 @@ def _choices(encoder: str) -> tuple[str, ...]:
     rates = (f"{name}-rate-{rate}" for name in TUNED[encoder] for rate in RATES[encoder])
     return (
         *TUNED[encoder],
-        *(["mined-margin-near"] if encoder == "static" else []),
         "mined-once",
         "mlp-margin",
+        *(f"mlp-pull-back-{count}-negatives-{encoder}" for count in SPENT[encoder]),
         *rates,
     )
 
@@ -310,7 +313,7 @@ DECIDES_STATIC = (
     *("mined-margin", "mined-once", "mined-margin-teacher", "mined-again", "refresh-10"),
     *(f"{name}-as-long" for name in AS_LONG),
 )
-DECIDES = ("stale-write-back", "mlp-pull-back", "mlp-pull-back-own-pairs-teacher", *INSTEAD[:4])
+DECIDES = ("mlp-pull-back", *INSTEAD[:3], "stale-write-back", "mlp-pull-back-own-pairs-teacher", INSTEAD[3])
 
 
 def _labelled(name: str) -> tuple[str, ...]:

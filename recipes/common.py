@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from filelock import FileLock
-from rivals import guided_trainer, mined_trainer, mined_while_training, pairs_for
+from rivals import RivalTrainer, guided_trainer, mined_trainer, mined_while_training, pairs_for
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -144,8 +144,9 @@ def train(
     # Of this model and corpus, so that another run in the same place finds its own or none.
     fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
     shared = Path(caches) / digest_json([fingerprint, precision(args)])[:12]
+    costs = Costs()
     with one_at_a_time(shared, args):
-        trainer = trainer_for(model, corpus, args, chosen, shared, checks, teacher)
+        trainer = trainer_for(model, corpus, args, chosen, shared, checks, teacher, costs)
         prepared = time.perf_counter()
         if before is None:
             with trainer.in_training_precision():
@@ -171,7 +172,8 @@ def train(
         **({} if of_test is None else {"test": of_test}),
         "seconds": {
             "before": round(started - prepared, 1),
-            "prepare": round(prepared - begun, 1),
+            "prepare": round(prepared - begun - costs.paid, 1),
+            **costs.seconds,
             "train": round(trained - started, 1),
             "probe": round(sum(entry.get("seconds_fidelity", 0.0) for entry in log), 1),
             "evaluate": round(evaluated - trained, 1),
@@ -186,6 +188,28 @@ def train(
     }
 
 
+class Costs:
+    """What it took to make what runs share, by whichever run made it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float | None] = {}
+        """Of each part that this run needs; None if the run that made it was interrupted."""
+        self.paid = 0.0
+        """Of these, the seconds that this run spent itself."""
+
+    @contextmanager
+    def of(self, part: str, path: Path) -> Iterator[None]:
+        """The block makes ``path``, or finds it."""
+        note, found, begun = path.with_name(f"{path.name}-seconds.json"), path.exists(), time.perf_counter()
+        yield
+        if not found and path.exists():
+            self.seconds[part] = round(time.perf_counter() - begun, 1)
+            self.paid += self.seconds[part] or 0.0
+            note.write_text(json.dumps(self.seconds[part]), encoding="utf-8")
+        elif found:
+            self.seconds[part] = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
+
+
 def trainer_for(
     model: SentenceTransformer,
     corpus: Corpus,
@@ -194,12 +218,13 @@ def trainer_for(
     cache_path: Path,
     checks: Sequence[Check],
     teacher: SentenceTransformer | None,
+    costs: Costs,
 ) -> CorrectorTrainer:
     """The trainer of a strategy, as a user would make it."""
     if strategy.name == "gist":
         return guided_trainer(model, corpus, args, pairs_for(corpus, args), teacher)
     pairs = pairs_for(corpus, args) if strategy.name == "mined" else training_pairs(corpus, args)
-    labels = None if teacher is None else teacher_of(teacher, corpus, pairs, cache_path.parent, args)
+    labels = None if teacher is None else teacher_of(teacher, corpus, pairs, cache_path.parent, args, costs)
     if strategy.name == "mined":
         return mined_trainer(model, corpus, args, pairs, labels, strategy.every, strategy.unit)
     if strategy.name != "corrected":
@@ -209,7 +234,8 @@ def trainer_for(
     if strategy.unit == "step":
         args.refresh_every = strategy.every
     args.cache_path = str(cache_path)
-    trainer = CorrectorTrainer(model, args, corpus=corpus, checks=checks, teacher=labels, train_dataset=pairs)
+    with costs.of("cache", cache_path):
+        trainer = CorrectorTrainer(model, args, corpus=corpus, checks=checks, teacher=labels, train_dataset=pairs)
     if strategy.unit == "epoch" and strategy.every is not None:
         trainer.add_callback(RefreshCallback(trainer.loss, strategy.every, "epoch", args.cache_batch_size))
     return trainer
@@ -285,13 +311,19 @@ def keep(trainer: CorrectorTrainer, folder: Path) -> None:
 
 
 def teacher_of(
-    model: SentenceTransformer, corpus: Corpus, pairs: Dataset, shared: Path, args: CorrectorTrainingArguments
+    model: SentenceTransformer,
+    corpus: Corpus,
+    pairs: Dataset,
+    shared: Path,
+    args: CorrectorTrainingArguments,
+    costs: Costs,
 ) -> EmbeddingTeacher:
     """The teacher that has embedded the corpus and the questions of ``pairs``: made once for all runs."""
     model = model.to(args.device)
     fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
     path = shared / f"teacher-{digest_json(fingerprint)[:12]}"
-    return EmbeddingTeacher.build(model, corpus, path, pairs, batch_size=args.cache_batch_size)
+    with costs.of("teacher", path):
+        return EmbeddingTeacher.build(model, corpus, path, pairs, batch_size=args.cache_batch_size)
 
 
 def encoded(
@@ -309,10 +341,8 @@ def encoded(
         if loss.has_corrected:
             cached = loss.corrected.targets_reencoded
     else:
-        # Pairs or n-tuples: the positive and as many negatives for every question.
-        columns = sum(name not in ("label", "labels") for name in trainer.train_dataset.column_names) - 1
-        batches = trainer.state.global_step * trainer.args.gradient_accumulation_steps
-        with_gradient, verified = batches * trainer.args.train_batch_size * columns, 0
+        assert isinstance(trainer, RivalTrainer)
+        with_gradient, verified = trainer.targets_encoded, 0
         cached = mined_while_training(trainer)
     tables = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
     parameters = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)

@@ -4,6 +4,7 @@ again after some steps or epochs; a teacher's scores of them; in-batch negatives
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any, Literal
 
 import torch
@@ -12,9 +13,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import (
     CachedGISTEmbedLoss,
     DistillKLDivLoss,
+    GISTEmbedLoss,
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.util import mine_hard_negatives, pairwise_cos_sim
+from torch import nn
+from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
 
 from st_corrector import Corpus, CorrectorTrainer, CorrectorTrainingArguments, EmbeddingTeacher, InputError
@@ -26,8 +30,10 @@ from st_corrector.losses.similarity import Similarity
 from st_corrector.training.columns import prompts_by_column
 from st_corrector.training.own_pairs import share_for
 
-MINED_BY = ("max_score", "absolute_margin", "relative_margin", "range_min", "range_max")
-"""What the arguments and ``mine_hard_negatives`` both know of false negatives."""
+MINED_BY = ("max_score", "absolute_margin", "relative_margin", "range_min")
+"""What the arguments and ``mine_hard_negatives`` both know of false negatives, beside ``range_max``."""
+_NEAR = 1_000  # targets among which negatives are looked for first
+_AT_ONCE = 1_000  # questions that all targets are ranked for at a time: 2.4 GB with 100,000 targets
 
 
 def pairs_for(corpus: Corpus, args: CorrectorTrainingArguments) -> Dataset:
@@ -36,7 +42,6 @@ def pairs_for(corpus: Corpus, args: CorrectorTrainingArguments) -> Dataset:
     """
     split, share = args.train_split or "train", share_for(corpus, args)
     pairs = corpus.pairs(split)
-    args.own_pairs_share = 0.0
     if not share:
         return pairs
     count = round(len(pairs) * share / (1 - share))
@@ -46,24 +51,71 @@ def pairs_for(corpus: Corpus, args: CorrectorTrainingArguments) -> Dataset:
 def mine(model: SentenceTransformer, corpus: Corpus, pairs: Dataset, args: CorrectorTrainingArguments) -> Dataset:
     """sentence-transformers' own mining by the model as it is, from the same corpus: n-tuples of texts.
 
-    It leaves pairs out that have too few negatives among the nearest targets, which is told: where the encoder finds
-    little, they are most.
+    By its own default it looks at some ten targets a negative, and leaves out the pairs that a margin leaves too few
+    of: where the encoder finds little, they are most. Here it looks at 1,000 and, for the pairs that still have too
+    few, at all targets, unless ``args.range_max`` says how far.
     """
-    mined = mine_hard_negatives(
-        pairs.select_columns(pairs.column_names[:2]),
-        model,
-        corpus=corpus.texts(range(len(corpus))),
-        corpus_prompt=corpus.prompt,
-        num_negatives=args.num_negatives,
-        sampling_strategy="top",
-        output_format="n-tuple",
-        batch_size=256,
-        verbose=False,
-        **{name: getattr(args, name) for name in MINED_BY},
-    )
+    pairs = pairs.select_columns(pairs.column_names[:2])
+    anchor, positive = pairs.column_names
+    with tempfile.TemporaryDirectory() as embeddings:
+
+        def among(range_max: int, wanted: Dataset) -> Dataset:
+            return mine_hard_negatives(
+                wanted,
+                model,
+                corpus=corpus.texts(range(len(corpus))),
+                corpus_prompt=corpus.prompt,
+                num_negatives=args.num_negatives,
+                sampling_strategy="top",
+                output_format="n-tuple",
+                batch_size=256,
+                verbose=False,
+                cache_folder=embeddings,
+                range_max=range_max,
+                **{name: getattr(args, name) for name in MINED_BY},
+            )
+
+        mined = among(args.range_max or _NEAR, pairs)
+        if args.range_max is None and len(mined) < len(pairs):
+            found = set(zip(mined[anchor], mined[positive], strict=True))
+            every = enumerate(zip(pairs[anchor], pairs[positive], strict=True))
+            rest = [number for number, pair in every if pair not in found]
+            parts = [pairs.select(rest[first : first + _AT_ONCE]) for first in range(0, len(rest), _AT_ONCE)]
+            mined = concatenate_datasets([mined, *(among(len(corpus), part) for part in parts)])
     if left_out := len(pairs) - len(mined):
-        print(f"Mining leaves {left_out:,} of {len(pairs):,} pairs out; a larger --range_max leaves out fewer.")
+        print(f"Mining leaves {left_out:,} of {len(pairs):,} pairs out: they have too few negatives.")
     return mined
+
+
+class RivalTrainer(CorrectorTrainer):
+    """Trains on what nothing is chosen for while training.
+
+    Batches hold each question and each positive once. Negatives may be shared: were every text of an n-tuple to stand
+    in a batch once, as sentence-transformers' sampler has it, batches would hold two thirds of what they should where
+    mining finds the same negatives for many questions. One positive in a hundred is then a negative in its batch as
+    well, of which nothing is learnt (code search, 8 negatives).
+    """
+
+    targets_encoded = 0
+    """Targets of all batches since this trainer was made, which are encoded with gradient."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss.register_forward_pre_hook(self._count)
+
+    def _count(self, loss: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if loss.training:
+            self.targets_encoded += sum(_texts_in(features) for features in inputs[0][1:])
+
+    def get_batch_sampler(self, dataset: Any, *how: Any, **settings: Any) -> BatchSampler | None:
+        # Without a format, as negatives that are mined again are put in when a row is read.
+        pairs = dataset.with_format(None)
+        return super().get_batch_sampler(pairs.select_columns(pairs.column_names[:2]), *how, **settings)
+
+
+def _texts_in(features: dict[str, torch.Tensor]) -> int:
+    """How many texts a column holds; a static encoder's stand behind one another."""
+    return len(features["offsets"] if "offsets" in features else features["input_ids"])
 
 
 def mined_trainer(
@@ -74,7 +126,7 @@ def mined_trainer(
     teacher: EmbeddingTeacher | None,
     every: int | None,
     unit: Literal["step", "epoch"],
-) -> CorrectorTrainer:
+) -> RivalTrainer:
     """A trainer on mined tuples.
 
     Args:
@@ -94,12 +146,12 @@ def mined_trainer(
             temperature=1 / scale,
             teacher_temperature=1 / args.teacher_scale,
         )
-        return CorrectorTrainer(model, args, train_dataset=_with_scores(tuples, corpus, teacher), loss=soft)
+        return RivalTrainer(model, args, train_dataset=_with_scores(tuples, corpus, teacher), loss=soft)
     loss = MultipleNegativesRankingLoss(model, scale=scale, similarity_fct=similarity.function)
     if every is None:
-        return CorrectorTrainer(model, args, train_dataset=tuples, loss=loss)
+        return RivalTrainer(model, args, train_dataset=tuples, loss=loss)
     again = MineAgain(model, corpus, pairs, args, every, unit)
-    return CorrectorTrainer(model, args, train_dataset=again.dataset(tuples), loss=loss, callbacks=[again])
+    return RivalTrainer(model, args, train_dataset=again.dataset(tuples), loss=loss, callbacks=[again])
 
 
 def prompts_of(model: SentenceTransformer, corpus: Corpus, data: Dataset) -> dict[str, str]:
@@ -113,20 +165,20 @@ def guided_trainer(
     args: CorrectorTrainingArguments,
     pairs: Dataset,
     guide: SentenceTransformer | None,
-) -> CorrectorTrainer:
+) -> RivalTrainer:
     """In-batch negatives of which a guide leaves out what it finds more relevant than the positive (GISTEmbed). The
     guide reads texts as they were cut for the trained model, with its prompts.
     """
     if guide is None:
         raise InputError("--strategy gist has a teacher as its guide: give --teacher_model.")
     args.prompts = prompts_of(model, corpus, pairs)
-    loss = CachedGISTEmbedLoss(
-        model,
-        guide,
-        temperature=1 / (args.scale or Similarity(model).default_scale),
-        mini_batch_size=args.mini_batch_size or 32,
-    )
-    return CorrectorTrainer(model, args, train_dataset=pairs.select_columns(pairs.column_names[:2]), loss=loss)
+    temperature = 1 / (args.scale or Similarity(model).default_scale)
+    loss: nn.Module
+    if args.mini_batch_size is None:
+        loss = GISTEmbedLoss(model, guide, temperature)
+    else:
+        loss = CachedGISTEmbedLoss(model, guide, temperature, args.mini_batch_size)
+    return RivalTrainer(model, args, train_dataset=pairs.select_columns(pairs.column_names[:2]), loss=loss)
 
 
 class MineAgain(TrainerCallback):

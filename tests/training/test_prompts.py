@@ -120,13 +120,13 @@ def test_a_collator_of_ones_own_has_them_too(corpus, tmp_path):
 @pytest.mark.parametrize("strategy", ["mined-once", "gist"])
 def test_rivals_of_the_recipes_are_trained_with_the_same(strategy, corpus, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from common import Strategy, trainer_for
+    from common import Costs, Strategy, trainer_for
 
     settings = arguments(tmp_path, save_strategy="no", own_pairs_share=0.0, max_steps=1)
     guide = make_bert_model(tmp_path) if strategy == "gist" else None
     model = prompted() if strategy == "mined-once" else make_bert_model(tmp_path)
     model.prompts = dict(PROMPTS)
-    trainer = trainer_for(model, corpus, settings, Strategy.parse(strategy), tmp_path / "cache", (), guide)
+    trainer = trainer_for(model, corpus, settings, Strategy.parse(strategy), tmp_path / "cache", (), guide, Costs())
     prompts = trainer.data_collator.prompts
     assert [prompts[name] for name in ("anchor", "positive")] == ["query : ", "passage : "]
     assert set(prompts.values()) == set(PROMPTS.values())
