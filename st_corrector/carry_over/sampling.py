@@ -29,8 +29,9 @@ from .ways import Way, search
 
 LEAST_QUERIES = 20
 """Fewer give no interval that deserves the name."""
-# By multiples of k, how far down the corrector's order a stratum goes, and how many are drawn from it.
-_STRATA = ((5, 50), (10, 25), (30, 20), (100, 20), (math.inf, 10))
+# By multiples of k, how far down the corrector's order a stratum goes, how many are drawn from it, and of the nearest
+# ones how many at least in multiples of k: where each stands for many, more of the first k seem to be kept than are.
+_STRATA = ((5, 50, 1.5), (10, 25, 0.6), (30, 20, 0), (100, 20, 0), (math.inf, 10, 0))
 _LOWEST = 3  # of the first k, among which is the one that is pushed out
 
 
@@ -187,7 +188,7 @@ def require(queries: int, k: int, targets: int) -> None:
 
 def _deepest() -> int:
     """How far down strata go, in multiples of k."""
-    return int(max(end for end, _ in _STRATA if end < math.inf))
+    return int(max(end for end, *_ in _STRATA if end < math.inf))
 
 
 def _draw(
@@ -202,7 +203,8 @@ def _draw(
     returned, ranked = returned[returned >= 0], ranked[ranked >= 0]
     rows, weights = [returned], [np.ones(len(returned))]
     start = 0
-    for end, wanted in _STRATA:
+    for end, wanted, at_least in _STRATA:
+        wanted = max(wanted, round(at_least * k))
         if end < math.inf:
             members = ranked[start * k : int(end) * k]
             members = members[~np.isin(members, returned)]
