@@ -6,6 +6,7 @@ import json
 import runpy
 import shutil
 import sys
+import time
 
 import pytest
 import torch
@@ -166,6 +167,70 @@ def test_rivals_run(small_nq, minilm_path, tmp_path, strategy):
     results = check_results(tmp_path / "out" / "results.json", strategy, 6)
     assert results["before"] != results["after"]
     assert results["targets_encoded_for_cache"] == (0 if strategy == "gist" else 200), "mined anew once, at step 4"
+
+
+def test_mining_looks_as_far_as_it_takes_and_leaves_no_question_out(recipe_module, minilm_path, tmp_path, monkeypatch):
+    rivals, common = recipe_module("rivals"), recipe_module("common")
+    monkeypatch.setattr(rivals, "_NEAR", 20)
+    monkeypatch.setattr(rivals, "_AT_ONCE", 7)
+    queries, texts = make_texts(200)
+    corpus = Corpus.from_texts(texts, cache_dir=tmp_path)
+    # Every other question is answered by a target that the encoder finds less similar than sixty others.
+    model = common.static_encoder(minilm_path)
+    embeddings = model.encode_document(texts, convert_to_tensor=True)
+    similar_to = model.similarity(model.encode_query(queries[:60], convert_to_tensor=True), embeddings)
+    nearest = similar_to.argsort(1, descending=True)[:, [0, 60]].tolist()
+    answers = {str(n): [str(nearest[n][n % 2])] for n in range(60)}
+    corpus.add_split("train", {str(n): queries[n] for n in range(60)}, answers)
+    pairs = corpus.pairs("train")
+
+    def mined(**settings):
+        return rivals.mine(model, corpus, pairs, arguments(tmp_path, num_negatives=3, relative_margin=0.01, **settings))
+
+    near, tuples = mined(range_max=20), mined()
+    assert 0 < len(near) <= 30 and len(tuples) == 60 == len(set(tuples["anchor"]))
+    assert {row["anchor"]: row for row in near} == {
+        row["anchor"]: row for row in tuples if row["anchor"] in set(near["anchor"])
+    }
+    for row in tuples:
+        similar = dict(zip(texts, similar_to[queries.index(row["anchor"])].tolist(), strict=True))
+        allowed = sorted((each for each in similar.values() if each < 0.99 * similar[row["positive"]]), reverse=True)
+        assert [similar[row[f"negative_{n}"]] for n in (1, 2, 3)] == pytest.approx(allowed[:3], abs=1e-5)
+
+
+def test_batches_of_mined_tuples_are_full_though_they_share_negatives(recipe_module, minilm_path, tmp_path):
+    rivals, common = recipe_module("rivals"), recipe_module("common")
+    questions, texts = make_texts(64)
+    columns = {"anchor": [*questions, "one more"], "positive": [*texts, texts[0]], "negative": ["for all"] * 65}
+    model = common.static_encoder(minilm_path)
+    lengths = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 16}
+    settings = arguments(tmp_path, batch_sampler="no_duplicates", **lengths)
+    loss = rivals.MultipleNegativesRankingLoss(model)
+    trainer = rivals.RivalTrainer(model, settings, train_dataset=Dataset.from_dict(columns), loss=loss)
+    batches = list(trainer.get_train_dataloader().batch_sampler)
+    assert sorted(row for batch in batches for row in batch) == list(range(65))
+    assert [len(batch) for batch in batches] == [16, 16, 16, 16, 1]
+    assert not any({0, 64} <= set(batch) for batch in batches), "they have one positive"
+    trainer.train()
+    assert trainer.targets_encoded == 65 * 2
+
+
+def test_what_runs_share_is_charged_to_each_whoever_made_it(recipe_module, tmp_path):
+    common, made = recipe_module("common"), tmp_path / "cache"
+    first, second, third = common.Costs(), common.Costs(), common.Costs()
+    with first.of("cache", made):
+        made.mkdir()
+        time.sleep(0.3)
+    with second.of("cache", made):
+        pass
+    assert first.seconds == second.seconds and first.seconds["cache"] == first.paid >= 0.3 and second.paid == 0
+    with third.of("teacher", tmp_path / "nothing"):
+        pass
+    assert not third.seconds, "nothing was made: an in-batch run has no cache"
+    (tmp_path / "cache-seconds.json").unlink()
+    with third.of("cache", made):
+        pass
+    assert third.seconds == {"cache": None}, "the run that made it was interrupted"
 
 
 def test_own_pairs_have_their_share_of_what_is_mined(recipe_module, tmp_path):
