@@ -172,6 +172,7 @@ def serve_plan(
         base = IndexMap(corrector)
     vectors.check(base)
     order = reencoding_order(base, vectors, teachers, corpus.withdrawn, progress)
+    order = order[~np.isin(order, base.rows)]
     refined = base if corrector is None else encoded_again(base, vectors, np.sort(order[:first]), encode)
     stale = vectors.take(others[drawn(len(others), FITTED_ON, seed)])
     ways, costs = {}, {}
@@ -193,7 +194,7 @@ def serve_plan(
         encodings = round(share * len(others))
         if encodings > first:
             again = np.zeros(vectors.count, dtype=bool)
-            again[order[:encodings]] = again[refined.rows] = True
+            again[order[: encodings - len(base.rows)]] = again[base.rows] = True
             name = f"{UPGRADED}, {encodings:,} encoded again"
             recalls[name], costs[name] = found.recalls_with(again), (encodings, costs[order_of][1], True)
     choices = [

@@ -89,8 +89,9 @@ def _run(args: argparse.Namespace) -> int:
     from ..carry_over.sampling import Judged, require
     from ..carry_over.ways import Way
     from ..correctors import Corrector, Frames
-    from ..data.encoding import DocumentEncoder
-    from ..stores.opening import is_store, open_vectors
+    from ..data.encoding import DocumentEncoder, QueryEncoder
+    from ..stores.base import Store
+    from ..stores.opening import open_vectors
 
     if args.fit is not None:
         require_fitted(args.fit)
@@ -100,8 +101,9 @@ def _run(args: argparse.Namespace) -> int:
     vectors = open_vectors(
         args.index, args.tensor, args.factory, None if corpus is None else corpus.ids(range(len(corpus)))
     )
-    if is_store(args.index):
+    if isinstance(vectors, Store):
         output = None if args.output == IN_PLACE else args.output
+        vectors.require_output(output)
     elif args.output == IN_PLACE:
         raise InputError(f"{args.index} is no store, and is never written over: say where the new one is to be.")
     elif Path(args.output).exists():
@@ -145,20 +147,33 @@ def _run(args: argparse.Namespace) -> int:
         how = encoded_again(how, vectors, rows, encode) if len(rows) else how
     if len(how.rows):  # a run that was killed may encode them to other last bits
         begun_with = [args.fit, args.fit_sample] if args.corrector is None else IndexMap(how.correctors[0]).digest
-        fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
-        how.made_of = [begun_with, fingerprint, queries, judging, args.reencode]
+        how.made_of = [begun_with, DocumentEncoder(model, corpus).fingerprint(model)]
+        if args.reencode is not None:  # which targets, the queries say, as the model asks them
+            asking = QueryEncoder(model, corpus).fingerprint(model)
+            how.made_of += [queries, judging, args.reencode, asking]
     vectors.upgrade(how, output)
+
+    def certified() -> Certificate:
+        try:
+            ways = {UPGRADED: as_served(vectors.at(output), asked[:judging], model)}
+        except InputError:
+            if isinstance(vectors, Store):
+                raise
+            # A FAISS index that does not give its vectors back.
+            ways = {UPGRADED: Way(asked[:judging], vectors, how)}
+        if vectors.dim == how.new_dim:
+            ways = {UNCHANGED: as_served(vectors.before(output), asked[:judging], model), **ways}
+        found = Judged.draw(ways, UPGRADED, asked[:judging], encode, args.k, corpus.withdrawn)
+        return certificate(found, confidence=0.95)
+
     try:
-        ways = {UPGRADED: as_served(vectors.at(output), asked[:judging], model)}
-    except InputError:
-        if is_store(args.index):
+        return _said(args, vectors.count, how, certified())
+    except InputError as error:
+        if not isinstance(vectors, Store):
             raise
-        # A FAISS index that does not give its vectors back.
-        ways = {UPGRADED: Way(asked[:judging], vectors, how)}
-    if vectors.dim == how.new_dim:
-        ways = {UNCHANGED: as_served(vectors.before(output), asked[:judging], model), **ways}
-    found = Judged.draw(ways, UPGRADED, asked[:judging], encode, args.k, corpus.withdrawn)
-    return _said(args, vectors.count, how, certificate(found, confidence=0.95))
+        # Somebody may have deleted rows meanwhile. What was upgraded serves.
+        print(f"Upgraded, but what this keeps was not certified: {error}", file=sys.stderr)
+        return _said(args, vectors.count, how, None)
 
 
 def _said(args: argparse.Namespace, rows: int, how: IndexMap, found: Certificate | None) -> int:

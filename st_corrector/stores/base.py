@@ -27,12 +27,6 @@ Place = TypeVar("Place")
 """Where new vectors go."""
 
 
-def by_keys(address: str) -> str:
-    """The address without the field that ids are looked up in: rows are told by the store's own keys."""
-    where, mark, named = address.partition("#")
-    return where + mark + named.partition("@")[0]
-
-
 class Store(Vectors, Generic[Place]):
     """Embeddings in a vector store, one per target, known by a key.
 
@@ -59,6 +53,8 @@ class Store(Vectors, Generic[Place]):
         if ids is not None:
             named = zip(keys if names is None else names, keys, strict=True)
             known = [(str(name), key) for name, key in named if name is not None]
+            if not known:
+                raise InputError(f"{self.address}: no row has anything in that field: does another hold the ids?")
             by_id = dict(known)
             if missing := [each for each in ids if each not in by_id]:
                 raise InputError(
@@ -77,6 +73,18 @@ class Store(Vectors, Generic[Place]):
         self.count = len(keys)
         self.keys = keys
         self.row_of = {key: row for row, key in enumerate(keys)}
+        self._taken = np.zeros(self.count, dtype=np.uint64)
+
+    def _changed(self, rows: Rows, vectors: np.ndarray) -> np.ndarray:
+        """Of which rows these vectors are others than those that were taken first, bool; what is taken now is noted."""
+        # A hash of each, sums of products modulo 2⁶⁴ with odd numbers: the vectors themselves would need much memory.
+        bits = np.ascontiguousarray(vectors, dtype=np.float32).view(np.uint32).astype(np.uint64)
+        factors = np.random.default_rng(0).integers(2**63, size=bits.shape[1], dtype=np.uint64) * 2 + 1
+        found = np.maximum((bits * factors).sum(1, dtype=np.uint64), 1)
+        before = self._taken[rows]
+        self._taken[rows] = np.where(before == 0, found, before)
+        changed: np.ndarray = (before != 0) & (before != found)
+        return changed
 
     def take(self, rows: Rows) -> Tensor:
         """The embeddings of these rows: float32, ``(len(rows), d)``.
@@ -91,6 +99,7 @@ class Store(Vectors, Generic[Place]):
             if gone := [key for key in keys if key not in read]:
                 raise InputError(f"{self.address}: row {gone[0]!r} has been deleted meanwhile.")
             found.append(np.stack([read[key] for key in keys]))
+            self._changed(rows[start : start + AT_ONCE], found[-1])
         return torch.from_numpy(np.concatenate(found) if found else np.empty((0, self.dim), dtype=np.float32))
 
     def write(self, path: Path, how: IndexMap, blocks: Iterable[Tensor]) -> None:
@@ -130,13 +139,19 @@ class Store(Vectors, Generic[Place]):
         keys = [key for key in keys if key in read]  # others have been deleted meanwhile
         if not keys:
             return
+        stale = np.stack([read[key] for key in keys])
+        if len(bad := np.flatnonzero(~np.isfinite(stale).all(1))):
+            raise NonFiniteError(f"{self.address}: the vector of row {keys[bad[0]]!r} is NaN or infinite.")
         # A row that has come since is none of the map's, nor is one that has changed: what was encoded again was the
-        # target as it was. Each gets a number of its own that is none.
+        # target as it was when its vector was taken. Each gets a number of its own that is none.
         same = {key: self._encoded_from.setdefault(key, digests[key]) == digests[key] for key in keys}
         rows = np.array([self.row_of.get(key, -1 - n) if same[key] else -1 - n for n, key in enumerate(keys)])
-        new = how(torch.from_numpy(np.stack([read[key] for key in keys])), rows).numpy()
-        if not np.isfinite(new).all():
-            raise NonFiniteError("An embedding becomes NaN or infinite.")
+        known = np.flatnonzero(rows >= 0)
+        changed = known[self._changed(rows[known], stale[known])]
+        rows[changed] = -1 - changed
+        new = how(torch.from_numpy(stale), rows).numpy()
+        if len(bad := np.flatnonzero(~np.isfinite(new).all(1))):
+            raise NonFiniteError(f"{self.address}: the vector of row {keys[bad[0]]!r} becomes NaN or infinite.")
         self.put(place, keys, new, [digests[key] for key in keys])
 
     @abstractmethod
@@ -146,6 +161,15 @@ class Store(Vectors, Generic[Place]):
     @abstractmethod
     def alone(self) -> AbstractContextManager[None]:
         """Keep other processes out."""
+
+    @abstractmethod
+    def require_output(self, path: str | Path | None) -> None:
+        """Refuse an output that :meth:`upgrade` could not write, before anything is encoded.
+
+        Raises:
+            InputError: it is no other collection of the same store, is there already, or this one cannot be upgraded in
+                place.
+        """
 
     @abstractmethod
     def begun(self, path: str | Path | None, how: IndexMap) -> Place:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from ..carry_over.mapping import IndexMap
-from ..errors import InputError, StorageError
+from ..errors import InputError, StCorrectorError, StorageError
 from .base import Store
 
 try:
@@ -60,7 +60,8 @@ class LanceVectors(Store[Any]):
 
     def __init__(self, address: str, ids: Sequence[str] | None = None) -> None:
         super().__init__(address)
-        self._where, self.name, column, self.id = _parsed(address)
+        self._where, self.name, column, key = _parsed(address)
+        self.id = key or "id"
         if "://" not in self._where and not Path(self._where).is_dir():
             raise InputError(f"{address}: there is no folder {self._where}.")
         self._database = lancedb.connect(self._where)
@@ -130,7 +131,8 @@ class LanceVectors(Store[Any]):
 
     def at(self, path: str | Path | None) -> LanceVectors:
         """What :meth:`upgrade` has written."""
-        return LanceVectors(self.address if path is None else str(path), list(map(str, self.keys)))
+        where, name, _, _ = _parsed(self.address if path is None else str(path))
+        return LanceVectors(f"{SCHEME}{where}#{name}:{self.column}@{self.id}", list(map(str, self.keys)))
 
     def check(self, how: IndexMap) -> None:
         """Refuse a map from other embeddings, or indices by which its output would be ranked otherwise.
@@ -170,13 +172,15 @@ class LanceVectors(Store[Any]):
             raise InputError(f"{self.address}: there is no right to write ({error}).") from error
         try:
             yield
+        except StCorrectorError:
+            raise
+        except (RuntimeError, ValueError) as error:  # as LanceDB tells of a disk or a bucket
+            raise StorageError(f"{self.address}: LanceDB has failed ({error}). What is done is kept.") from error
         finally:
             if isinstance(lock, FileLock):
                 lock.release()
 
-    def begun(self, path: str | Path | None, how: IndexMap) -> Any:
-        told = f"{self.name}, carried over by {how.digest}".encode()
-        name = self.name + _STAGED
+    def require_output(self, path: str | Path | None) -> None:
         if path is None:
             self._refuse_a_second_time()
             if others := [each.name for each in self._table.list_indices() if list(each.columns) != [self.column]]:
@@ -184,18 +188,25 @@ class LanceVectors(Store[Any]):
                     f"{self.address} has indices on other columns ({', '.join(others)}), which its next version would "
                     "not have: name a new table instead of in place."
                 )
-        else:
-            where, name, column, key = _parsed(str(path))
-            if where != self._where or column not in (None, self.column) or key != self.id or name == self.name:
-                raise InputError(f"{path} must be another table of the database of {self.address}.")
+            return
+        where, name, column, key = _parsed(str(path))
+        same = column in (None, self.column) and key in (None, self.id)
+        if where != self._where or not same or name == self.name:
+            raise InputError(f"{path} must be another table of the database of {self.address}, with the same columns.")
+        there = name in self._database.list_tables().tables
+        if there and _OF not in self._database.open_table(name).schema.names:
+            raise InputError(f"{path} exists already: choose another name, or drop it.")
+
+    def begun(self, path: str | Path | None, how: IndexMap) -> Any:
+        told = f"{self.name}, carried over by {how.digest}".encode()
+        self.require_output(path)  # again, as it may have been long since
+        name = self.name + _STAGED if path is None else _parsed(str(path))[1]
         if name not in self._database.list_tables().tables:
             vector = pa.field(self.column, pa.list_(pa.float32(), how.new_dim))
             fields = [vector if each.name == self.column else each for each in self._table.schema]
             schema = pa.schema([*fields, pa.field(_OF, pa.int64())], {b"st_corrector": told})
             return self._database.create_table(name, schema=schema)
         staged = self._database.open_table(name)
-        if _OF not in staged.schema.names:
-            raise InputError(f"{path} exists already: choose another name, or drop it.")
         if (staged.schema.metadata or {}).get(b"st_corrector") != told:
             raise InputError(
                 f"The table {name} was begun with another corrector, or with other targets encoded again: go on with "
@@ -209,10 +220,10 @@ class LanceVectors(Store[Any]):
         Raises:
             InputError: it was upgraded in place. What that run may have left undone, if it was killed, is done first.
         """
-        done = (self._table.schema.metadata or {}).get(_DONE)
+        made = self._database.open_table(self.name)  # as it is now: another process may have done it meanwhile
+        done = (made.schema.metadata or {}).get(_DONE)
         if done is None:
             return
-        made = self._database.open_table(self.name)
         if self.name + _STAGED in self._database.list_tables().tables:
             self._database.drop_table(self.name + _STAGED)
         self._index(made, json.loads(done))
@@ -229,6 +240,8 @@ class LanceVectors(Store[Any]):
                 table.create_index(self.column, config=_KINDS[kind](distance_type=metric))
 
     def todo(self, place: Any) -> list[Any]:
+        if place.name == self.name + _STAGED:
+            self._refuse_a_second_time()
         self._table = self._database.open_table(self.name)
         self._table.checkout(self._table.version)
         self._places = self._read_places()
@@ -236,7 +249,7 @@ class LanceVectors(Store[Any]):
         made_of = dict(zip(done[self.id].to_pylist(), done[_OF].to_pylist(), strict=True))
         if gone := [each for each in made_of if each not in self._places]:
             for start in range(0, len(gone), 1_000):
-                place.delete(f"{self.id} IN ({', '.join(map(_literal, gone[start : start + 1_000]))})")
+                place.delete(f"`{self.id}` IN ({', '.join(map(_literal, gone[start : start + 1_000]))})")
         missing = []
         for batch in self._table.search().limit(self._table.count_rows()).to_batches(_AT_ONCE):
             found = pa.Table.from_batches([batch])
@@ -258,7 +271,7 @@ class LanceVectors(Store[Any]):
         some = ", ".join(map(_literal, keys))
         written = (
             place.search()
-            .where(f"{self.id} IN ({some})")
+            .where(f"`{self.id}` IN ({some})")
             .select([self.id, self.column])
             .limit(2 * len(keys))
             .to_arrow()
@@ -270,8 +283,8 @@ class LanceVectors(Store[Any]):
     def finish(self, place: Any) -> None:
         indices = [list(each) for each in self._indices()]
         if place.name != self.name + _STAGED:
+            self._index(place, indices)  # first: without that column nothing goes on
             place.drop_columns([_OF])
-            self._index(place, indices)
             return
         names = [each for each in place.schema.names if each != _OF]
         told = {**(self._table.schema.metadata or {}), _DONE: json.dumps(indices).encode()}
@@ -286,8 +299,8 @@ class LanceVectors(Store[Any]):
         self._index(made, indices)
 
 
-def _parsed(address: str) -> tuple[str, str, str | None, str]:
-    """The database, the table, the column if it is named, and the column of ids.
+def _parsed(address: str) -> tuple[str, str, str | None, str | None]:
+    """The database, the table, and the columns of vectors and of ids if they are named.
 
     Raises:
         InputError: no table is named.
@@ -297,7 +310,7 @@ def _parsed(address: str) -> tuple[str, str, str | None, str]:
     table, _, column = named.partition(":")
     if not table:
         raise InputError(f"{address}: which table? Name it, as in {SCHEME}folder#documents.")
-    return where, table, column or None, key or "id"
+    return where, table, column or None, key or None
 
 
 def _digest(vector: np.ndarray, row: dict[str, Any]) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..carry_over.mapping import IndexMap
 from ..errors import InputError, StorageError
-from .base import Store, by_keys
+from .base import Store
 
 try:
     import psycopg
@@ -27,6 +27,7 @@ _TYPE = "vector"  # halfvec, which pgvector has from 0.7 on, is not supported
 # Indices that compare otherwise rank otherwise than the model, unless all embeddings are of unit length.
 _FOR_DOT = "vector_ip_ops"
 _NEW, _OF, _BEFORE = "_upgraded", "_upgraded_of", "_before"
+_TOLD = "st_corrector: carried over by "
 
 
 class _Place(NamedTuple):
@@ -47,9 +48,9 @@ class PgVectors(Store[_Place]):
     """A column of vectors of a PostgreSQL table: ``postgresql://user@host/database#table``, ``…#table:column`` or
     ``…#table:column@id``.
 
-    Rows are in the order of the primary key, or of ``ids``. The table needs a primary key of one column, of any type;
-    as text it is the target's id in the corpus, unless another column with ids is named. It is upgraded while it
-    serves:
+    Rows are in the order of the primary key, or of ``ids``. The table needs a primary key of one column, a number, text
+    or UUID; as text it is the target's id in the corpus, unless another column with ids is named. It is upgraded while
+    it serves:
 
     - into a new table, which gets all columns, constraints and indices of the old one;
     - in place (without an output): into a new column of the same table, with indices like the old one's, which takes
@@ -156,7 +157,8 @@ class PgVectors(Store[_Place]):
 
     def at(self, path: str | Path | None) -> PgVectors:
         """What :meth:`upgrade` has written."""
-        return PgVectors(by_keys(self.address if path is None else str(path)), list(map(str, self.keys)))
+        dsn, table, _, _ = _parsed(self.address if path is None else str(path))
+        return PgVectors(f"{dsn}#{table}:{self.column}", list(map(str, self.keys)))
 
     def before(self, path: str | Path | None) -> PgVectors:
         """What served before: in place it is in another column now."""
@@ -196,7 +198,7 @@ class PgVectors(Store[_Place]):
     @contextmanager
     def alone(self) -> Iterator[None]:
         """An advisory lock on the table, which goes with the connection."""
-        lock = "(hashtext('st_corrector'), hashtext(%s))"
+        lock = "(hashtextextended('st_corrector', %s::regclass::oid::bigint))"
         with _explained(self.address):
             if not self._row(f"SELECT pg_try_advisory_lock{lock}", self.table)[0]:
                 raise InputError(f"{self.address}: another process is carrying this table over.")
@@ -206,30 +208,51 @@ class PgVectors(Store[_Place]):
                 if not self._connection.closed:
                     self._connection.execute(f"SELECT pg_advisory_unlock{lock}", (self.table,))
 
-    def begun(self, path: str | Path | None, how: IndexMap) -> _Place:
-        kind, told = f"{_TYPE}({how.new_dim})", f"st_corrector: carried over by {how.digest}"
-        self._in_place = path is None
-        if path is None:
-            on_update = "tgrelid = %s::regclass AND NOT tgisinternal AND tgtype & 16 > 0"
-            if self._row(f"SELECT count(*) FROM pg_trigger WHERE {on_update}", self.table)[0]:
-                raise InputError(
-                    f"{self.address} has triggers that every UPDATE would fire: name a new table instead of in place."
-                )
-            if self._has(self.table, self.column + _BEFORE):
-                raise InputError(
-                    f"{self.address} was upgraded in place already: {self.column + _BEFORE} holds what was there "
-                    "before. Drop that column to upgrade again."
-                )
-            place = _Place(self.table, self.column + _NEW, self.column + _OF)
-        else:
-            dsn, table, column, _ = _parsed(str(path))
-            if dsn != self._dsn or column not in (None, self.column):
+    def require_output(self, path: str | Path | None) -> None:
+        with _explained(self.address):
+            if path is None:
+                on_update = "tgrelid = %s::regclass AND NOT tgisinternal AND tgtype & 16 > 0"
+                if self._row(f"SELECT count(*) FROM pg_trigger WHERE {on_update}", self.table)[0]:
+                    raise InputError(
+                        f"{self.address} has triggers that every UPDATE would fire: name a new table instead of in "
+                        "place."
+                    )
+                if self._has(self.table, self.column + _BEFORE):
+                    raise InputError(
+                        f"{self.address} was upgraded in place already: {self.column + _BEFORE} holds what was there "
+                        "before. Drop that column to upgrade again."
+                    )
+                return
+            dsn, _, column, _ = _parsed(str(path))
+            place = self._place(path)
+            same = self._row("SELECT to_regclass(%s) = %s::regclass", place.table, self.table)[0]
+            if dsn != self._dsn or column not in (None, self.column) or same:
                 raise InputError(
                     f"{path} must be another table of the database of {self.address}, with the same column."
                 )
-            place = _Place(_name(table, self._connection), self.column, self.column + _OF)
-            if self._row("SELECT to_regclass(%s)", place.table)[0] is not None and not self._has(place.table, place.of):
+            if self._has(self.table, place.of):
+                raise InputError(
+                    f"{self.address} is being upgraded in place: finish that, or drop its columns "
+                    f"{self.column + _NEW} and {place.of}."
+                )
+            if same is not None and not self._has(place.table, place.of):
                 raise InputError(f"{path} exists already: choose another name, or drop it.")
+
+    def _place(self, path: str | Path | None) -> _Place:
+        if path is None:
+            return _Place(self.table, self.column + _NEW, self.column + _OF)
+        _, table, _, _ = _parsed(str(path))
+        return _Place(_name(table, self._connection), self.column, self.column + _OF)
+
+    def begun(self, path: str | Path | None, how: IndexMap) -> _Place:
+        kind, told = f"{_TYPE}({how.new_dim})", _TOLD + how.digest
+        self._in_place, place = path is None, self._place(path)
+        self.require_output(path)  # again, as it may have been long since
+        if path is None and told in (self._comment(self.table, self.column) or ""):
+            raise InputError(
+                f"{self.address} was upgraded in place already, by this very corrector: a second time would map what "
+                "it has made."
+            )
         if not self._has(place.table, place.of):
             with self._connection.transaction():
                 if path is not None:
@@ -242,24 +265,24 @@ class PgVectors(Store[_Place]):
                 else:
                     self._connection.execute(f"ALTER TABLE {place.table} ADD {self._quoted(place.column)} {kind}")
                 self._connection.execute(f"ALTER TABLE {place.table} ADD {self._quoted(place.of)} bigint")
-                self._connection.execute(
-                    sql.SQL("COMMENT ON COLUMN {}.{} IS {}").format(
-                        sql.SQL(place.table),
-                        sql.Identifier(place.of),
-                        sql.Literal(told),
-                    )
-                )
-        comment = self._row(
-            "SELECT col_description(attrelid, attnum) FROM pg_attribute WHERE attrelid = %s::regclass AND attname = %s",
-            place.table,
-            place.of,
-        )[0]
-        if comment != told:
+                self._set_comment(place.table, place.of, told)
+        if self._comment(place.table, place.of) != told:
             raise InputError(
                 f"{place.table} was begun with another corrector, or with other targets encoded again: go on with "
                 f"those, or drop {'the table' if path is not None else f'its columns {place.column} and {place.of}'}."
             )
         return place
+
+    def _comment(self, table: str, column: str) -> str | None:
+        query = (
+            "SELECT col_description(attrelid, attnum) FROM pg_attribute WHERE attrelid = %s::regclass AND attname = %s"
+        )
+        found: str | None = self._row(query, table, column)[0]
+        return found
+
+    def _set_comment(self, table: str, column: str, text: str) -> None:
+        comment = sql.SQL("COMMENT ON COLUMN {}.{} IS {}")
+        self._connection.execute(comment.format(sql.SQL(table), sql.Identifier(column), sql.Literal(text)))
 
     def _has(self, table: str, column: str) -> bool:
         found = self._row(
@@ -273,7 +296,8 @@ class PgVectors(Store[_Place]):
         key, of = self._quoted(self.key), self._quoted(place.of)
         now = self._digest
         if place.table == self.table:
-            query = f"SELECT o.{key} FROM {self.table} o WHERE o.{of} IS DISTINCT FROM {now}"
+            none = f"o.{self._quoted(self.column)} IS NULL"  # which reading refuses
+            query = f"SELECT o.{key} FROM {self.table} o WHERE o.{of} IS DISTINCT FROM {now} OR {none}"
         else:
             self._connection.execute(
                 f"DELETE FROM {place.table} n WHERE NOT EXISTS (SELECT 1 FROM {self.table} o WHERE o.{key} = n.{key})"
@@ -335,9 +359,10 @@ class PgVectors(Store[_Place]):
                 self._connection.execute(f"LOCK TABLE {self.table} IN SHARE ROW EXCLUSIVE MODE")
             if self.todo(place):
                 raise StorageError(f"{self.address} was written at the last moment: go on by the same command.")
+            told = self._comment(place.table, place.of)
             self._connection.execute(f"ALTER TABLE {place.table} DROP COLUMN {self._quoted(place.of)}")
             if place.table == self.table:
-                self._exchange(place)
+                self._exchange(place, told or "")
             else:
                 self._go_on_counting(place)
 
@@ -371,8 +396,10 @@ class PgVectors(Store[_Place]):
         unique = "UNIQUE " if definition.startswith("CREATE UNIQUE") else ""
         return f"CREATE {unique}INDEX {name} ON {place.table} USING {re.sub(named, lambda _: new, how)}"
 
-    def _exchange(self, place: _Place) -> None:
-        """Let the new column have the old one's name."""
+    def _exchange(self, place: _Place, told: str) -> None:
+        """Let the new column have the old one's name, its comment, and a word on how it was made."""
+        comment = (self._comment(self.table, self.column) or "").partition(_TOLD)[0].rstrip()
+        self._set_comment(self.table, place.column, f"{comment} {told}".strip())
         now, before, new = map(self._quoted, (self.column, self.column + _BEFORE, place.column))
         required = "SELECT attnotnull FROM pg_attribute WHERE attrelid = %s::regclass AND attname = %s"
         if self._row(required, self.table, self.column)[0]:  # of the one that is written from now on

@@ -14,7 +14,8 @@ import numpy as np
 
 from ..carry_over.mapping import IndexMap
 from ..errors import InputError, StorageError
-from .base import Store, by_keys
+from ..storage.fingerprint import digest_json
+from .base import Store
 
 try:
     from qdrant_client import QdrantClient, models
@@ -49,8 +50,8 @@ class _Place(NamedTuple):
 class QdrantVectors(Store[_Place]):
     """A Qdrant collection: ``qdrant:folder#collection`` in the client's embedded mode, ``qdrant:http://host:6333#…`` on
     a server; ``…#collection:name`` for one of several named vectors, ``…#collection@field`` or
-    ``…#collection:name@field`` where the payload has the ids. If a server wants a key, the environment variable
-    ``QDRANT_API_KEY`` holds it.
+    ``…#collection:name@field`` where the payload has the ids (``@metadata.id`` for a nested field). If a server wants a
+    key, the environment variable ``QDRANT_API_KEY`` holds it.
 
     A point's id, as text, is the target's id in the corpus, unless a field of the payload is named. The collection is
     upgraded while it serves, into a new collection with the same settings and payloads. In place, without an output,
@@ -58,7 +59,8 @@ class QdrantVectors(Store[_Place]):
     collection stays.
 
     Each new point has a digest of what it was made of, and of how, in its payload until all are done. So a run that was
-    killed goes on, what another corrector has made is made again, and two processes that run at once write the same.
+    killed goes on, and what another corrector has made is made again. The embedded mode keeps a second process out;
+    nothing does on a server: start one command at a time.
 
     Args:
         address: of the collection or alias.
@@ -92,8 +94,8 @@ class QdrantVectors(Store[_Place]):
         self.vector = named if named is not None else next(iter(vectors))
         self._params: models.VectorParams = vectors[self.vector]
         self.dim = self._params.size
-        scrolled = self._scrolled(with_payload=[field] if field else False)
-        names = {point.id: (point.payload or {}).get(field) for point in scrolled}
+        scrolled = self._scrolled(with_payload=[field.partition(".")[0]] if field else False)
+        names = {point.id: _nested(point.payload, field) for point in scrolled}
         if not names:
             raise InputError(f"{address}: the collection has no points.")
         self.known_by(list(names), ids, list(names.values()) if field else None)
@@ -130,8 +132,9 @@ class QdrantVectors(Store[_Place]):
 
     def at(self, path: str | Path | None) -> QdrantVectors:
         """What :meth:`upgrade` has written."""
-        address = self.address if path is None else str(path)
-        return QdrantVectors(by_keys(address), list(map(str, self.keys)), self._client)
+        where, name, _, _ = _parsed(self.address if path is None else str(path))
+        address = f"{SCHEME}{where}#{name}" + (f":{self.vector}" if self.vector else "")
+        return QdrantVectors(address, list(map(str, self.keys)), self._client)
 
     def check(self, how: IndexMap) -> None:
         """Refuse a map from other embeddings, or a distance by which its output would be ranked otherwise.
@@ -149,11 +152,10 @@ class QdrantVectors(Store[_Place]):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """The client keeps others out of a folder; on a server two processes write the same."""
+        """The client keeps others out of a folder; nothing does on a server."""
         yield
 
-    def begun(self, path: str | Path | None, how: IndexMap) -> _Place:
-        alias, name = None, f"{self.name}{_MADE}{how.digest[:8]}"
+    def require_output(self, path: str | Path | None) -> None:
         if path is None:
             if self.alias is None:
                 raise InputError(
@@ -168,17 +170,27 @@ class QdrantVectors(Store[_Place]):
                     f"{self.address} was upgraded in place already: it stands for {self.name}. To upgrade it once "
                     "more, name a new collection."
                 )
-            alias = self.alias
-        else:
-            where, name, named, _ = _parsed(str(path))
-            if where != self._where or named not in (None, self.vector):
-                raise InputError(f"{path} must be another collection beside {self.address}.")
+            return
+        where, name, named, _ = _parsed(str(path))
+        if where != self._where or named not in (None, self.vector) or name in (self.name, self.alias):
+            raise InputError(f"{path} must be another collection beside {self.address}.")
+        with _explained(self.address):
+            there = self._client.collection_exists(name) and self._client.count(name).count
+            if there and not self._client.count(name, _MARKED).count:
+                raise InputError(f"{path} exists already: choose another name, or delete it.")
+
+    def begun(self, path: str | Path | None, how: IndexMap) -> _Place:
+        self.require_output(path)  # again, as it may have been long since
+        digest = digest_json([how.digest, self.vector])
+        name = f"{self.name}{_MADE}{digest[:8]}" if path is None else _parsed(str(path))[1]
         with _explained(self.address):
             if not self._client.collection_exists(name):
                 self._create(name, how)
-            elif path is not None and self._client.count(name).count and not self._client.count(name, _MARKED).count:
-                raise InputError(f"{path} exists already: choose another name, or delete it.")
-        return _Place(name, alias, how.digest)
+            vectors = self._client.get_collection(name).config.params.vectors
+            made = vectors.get(self.vector) if isinstance(vectors, dict) else vectors
+            if made is None or (made.size, made.distance) != (how.new_dim, self._params.distance):
+                raise InputError(f"{path} exists already, for other vectors: choose another name, or delete it.")
+        return _Place(name, self.alias if path is None else None, digest)
 
     def _create(self, name: str, how: IndexMap) -> None:
         """A collection like the old one, for vectors of the new width."""
@@ -206,6 +218,8 @@ class QdrantVectors(Store[_Place]):
         with _explained(self.address):
             self._require_serving(place)
         made_of = {point.id: (point.payload or {}).get(_OF) for point in self._scrolled(place.name, with_payload=[_OF])}
+        if place.alias is None and made_of and not any(made_of.values()):
+            raise InputError(f"Another process has finished {place.name}: there is nothing left to do.")
         missing, there = [], set()
         for point in self._scrolled(with_vectors=True, with_payload=True):
             there.add(point.id)
@@ -286,6 +300,13 @@ def _parsed(address: str) -> tuple[str, str, str | None, str | None]:
     if not collection:
         raise InputError(f"{address}: which collection? Name it, as in {SCHEME}folder#documents.")
     return where, collection, vector or None, field or None
+
+
+def _nested(payload: Any, field: str | None) -> Any:
+    """What a payload has in a field, ``"id"`` or ``"metadata.id"``; None if it has none."""
+    for name in (field or "").split("."):
+        payload = payload.get(name) if isinstance(payload, dict) else None
+    return payload
 
 
 def _connected(where: str, address: str) -> QdrantClient:

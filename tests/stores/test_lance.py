@@ -1,5 +1,6 @@
 """A table of LanceDB is upgraded while it serves: nothing is lost, nothing is done twice, and payloads stay."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ pytest.importorskip("lancedb.index")
 
 from support.kills import killed_while_it_writes  # noqa: E402
 
-from st_corrector import IndexMap, InputError, RidgeCorrector, StorageError  # noqa: E402
+from st_corrector import IndexMap, InputError, NonFiniteError, RidgeCorrector, StorageError  # noqa: E402
 from st_corrector.stores.lance import LanceVectors  # noqa: E402
 from st_corrector.stores.opening import open_vectors  # noqa: E402
 
@@ -146,7 +147,7 @@ def test_an_end_that_fails_is_made_good_and_nothing_is_mapped_twice(tmp_path, mo
         return real(*given, **named)
 
     monkeypatch.setattr(owner, name or "_index", fails)
-    with pytest.raises(RuntimeError, match="killed"):
+    with pytest.raises(StorageError, match=r"LanceDB has failed \(killed\)"):
         opened.upgrade(how, None, progress=False)
     monkeypatch.undo()
     for _ in range(2):
@@ -157,6 +158,88 @@ def test_an_end_that_fails_is_made_good_and_nothing_is_mapped_twice(tmp_path, mo
     database = lancedb.connect(tmp_path)
     assert database.list_tables().tables == ["docs"]
     assert [list(each.columns) for each in database.open_table("docs").list_indices()] == [["vector"]]
+
+
+@pytest.mark.parametrize("step", ["drop_columns", "create_index"])
+def test_a_new_table_whose_end_fails_gets_its_index_by_the_same_command(tmp_path, monkeypatch, step):
+    stored, how, output = filled(tmp_path), turned(), f"lancedb:{tmp_path}#docs_new"
+    index(tmp_path, "cosine")
+
+    def fails(*given, **named):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(lancedb.table.LanceTable, step, fails)
+    with pytest.raises(StorageError, match="killed"):
+        LanceVectors(f"lancedb:{tmp_path}#docs").upgrade(how, output, progress=False)
+    monkeypatch.undo()
+    LanceVectors(f"lancedb:{tmp_path}#docs").upgrade(how, output, progress=False)
+    assert [list(each.columns) for each in lancedb.connect(tmp_path).open_table("docs_new").list_indices()] == [
+        ["vector"]
+    ]
+    np.testing.assert_allclose(rows(tmp_path, "docs_new")["d'7"][0], how(stored)[7], atol=1e-6)
+
+
+def test_who_opened_the_table_before_another_upgraded_it_maps_nothing_twice(tmp_path):
+    stored, how = filled(tmp_path), turned()
+    one, other = (LanceVectors(f"lancedb:{tmp_path}#docs") for _ in range(2))
+    one.upgrade(how, progress=False)
+    with pytest.raises(InputError, match="upgraded in place already"):
+        other.upgrade(how, progress=False)
+    np.testing.assert_allclose(rows(tmp_path)["d'7"][0], how(stored)[7], atol=1e-6)
+
+
+def test_where_there_is_no_lock_the_second_to_finish_maps_nothing_twice(tmp_path, monkeypatch):
+    stored, how, carry_over = filled(tmp_path), turned(), LanceVectors.carry_over
+    one, other = (LanceVectors(f"lancedb:{tmp_path}#docs") for _ in range(2))
+
+    def meanwhile(self, place, how, keys):
+        monkeypatch.undo()
+        one.upgrade(how, progress=False)
+        carry_over(self, place, how, keys)
+
+    monkeypatch.setattr(LanceVectors, "alone", lambda self: nullcontext())
+    monkeypatch.setattr(LanceVectors, "carry_over", meanwhile)
+    with pytest.raises((InputError, ValueError)):
+        other.upgrade(how, progress=False)
+    np.testing.assert_allclose(rows(tmp_path)["d'7"][0], how(stored)[7], atol=1e-6)
+
+
+def test_what_was_encoded_again_is_not_put_for_a_row_that_changed_before_the_upgrade_began(tmp_path):
+    filled(tmp_path)
+    how, late = turned(), vectors(1, seed=9)
+    opened = LanceVectors(f"lancedb:{tmp_path}#docs", [f"d'{n}" for n in range(500)])
+    opened.take(np.array([3, 4]))  # and encoded, which takes long
+    merged = lancedb.connect(tmp_path).open_table("docs").merge_insert("id").when_matched_update_all()
+    merged.execute(columns(["d'3"], late))
+    opened.upgrade(IndexMap(how, rows=np.array([3, 4]), fresh=vectors(2, seed=5)), progress=False)
+    after = rows(tmp_path)
+    np.testing.assert_allclose(after["d'3"][0], how(late)[0], atol=1e-6)
+    np.testing.assert_allclose(after["d'4"][0], vectors(2, seed=5)[1], atol=1e-6)
+
+
+def test_a_row_that_is_no_number_is_named_and_the_table_serves_as_it_did(tmp_path, monkeypatch):
+    stored, read = filled(tmp_path), LanceVectors.read
+
+    def damaged(self, keys):
+        found, digests = read(self, keys)
+        return {**found, "d'301": np.full(DIM, np.nan, np.float32)}, digests
+
+    monkeypatch.setattr(LanceVectors, "read", damaged)
+    with pytest.raises(NonFiniteError, match='the vector of row "d\'301" is NaN'):
+        LanceVectors(f"lancedb:{tmp_path}#docs").upgrade(turned(), progress=False)
+    assert np.array_equal(rows(tmp_path)["d'7"][0], stored[7])
+
+
+def test_one_of_several_columns_and_ids_under_any_name(tmp_path):
+    stored, how, key = vectors(60), turned(), "doc id"
+    made = columns(list(range(60)), stored, key)
+    lancedb.connect(tmp_path).create_table("docs", made.append_column("other", made["vector"]))
+    opened, output = LanceVectors(f"lancedb:{tmp_path}#docs:vector@{key}"), f"lancedb:{tmp_path}#docs_new"
+    opened.require_output(output)
+    opened.upgrade(how, output, progress=False)
+    torch.testing.assert_close(opened.at(output).take(np.arange(60)), how(stored), atol=1e-6, rtol=0)
+    with pytest.raises(InputError, match="exists already"):
+        opened.require_output(output)
 
 
 def test_what_is_written_between_the_last_look_and_the_end_is_not_lost(tmp_path, monkeypatch):

@@ -141,6 +141,59 @@ def test_ids_may_be_in_another_column(database, postgres, in_place):
         PgVectors(f"{postgres}#docs:embedding@doc", [name for name in names if name != "d4"])
 
 
+def test_what_was_upgraded_in_place_is_not_mapped_again_by_the_same_corrector(database, postgres):
+    stored, how = filled(database), turned()
+    database.execute("COMMENT ON COLUMN docs.embedding IS 'by the model of May'")
+    late, second = (PgVectors(f"{postgres}#docs") for _ in range(2))
+    PgVectors(f"{postgres}#docs").upgrade(how, progress=False)
+    database.execute("ALTER TABLE docs DROP COLUMN embedding_before")
+    for repeated in (late, PgVectors(f"{postgres}#docs")):
+        with pytest.raises(InputError, match="upgraded in place already, by this very corrector"):
+            repeated.upgrade(how, progress=False)
+    np.testing.assert_allclose(rows(database)[7][0], how(stored)[7], atol=1e-6)
+    second.upgrade(turned(seed=2), progress=False)
+    np.testing.assert_allclose(rows(database)[7][0], turned(seed=2)(how(stored))[7], atol=1e-6)
+    told = database.execute(
+        "SELECT col_description('docs'::regclass, attnum) FROM pg_attribute WHERE attrelid = "
+        "'docs'::regclass AND attname = 'embedding'"
+    ).fetchone()[0]
+    assert told.startswith("by the model of May st_corrector: carried over by ") and told.count("st_corrector") == 1
+
+
+def test_a_table_that_is_being_upgraded_is_no_output_and_none_to_copy(database, postgres, monkeypatch):
+    filled(database)
+    opened = PgVectors(f"{postgres}#docs")
+    monkeypatch.setattr(PgVectors, "finish", lambda self, place: None)
+    opened.upgrade(turned(), progress=False)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="must be another table"):
+        opened.upgrade(turned(), f"{postgres}#public.docs", progress=False)
+    with pytest.raises(InputError, match="is being upgraded in place"):
+        opened.upgrade(turned(), f"{postgres}#docs_new", progress=False)
+    opened.upgrade(turned(), progress=False)
+    assert len(rows(database)) == 500
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_rows_without_a_vector_are_refused(database, postgres, in_place):
+    filled(database)
+    database.execute("ALTER TABLE docs ALTER embedding DROP NOT NULL")
+    database.execute("UPDATE docs SET embedding = NULL WHERE id = 3")
+    with pytest.raises(InputError, match="row 3 has no vector"):
+        PgVectors(f"{postgres}#docs").upgrade(turned(), None if in_place else f"{postgres}#new", progress=False)
+
+
+def test_one_of_several_columns_is_upgraded_into_a_new_table(database, postgres):
+    stored, how = filled(database), turned()
+    database.execute(f"ALTER TABLE docs ADD other vector({DIM})")
+    opened, output = PgVectors(f"{postgres}#docs:embedding"), f"{postgres}#docs_new"
+    opened.require_output(output)
+    opened.upgrade(how, output, progress=False)
+    torch.testing.assert_close(opened.at(output).take(np.arange(500)), how(stored), atol=1e-6, rtol=0)
+    with pytest.raises(InputError, match="exists already"):
+        opened.require_output(output)
+
+
 def test_rows_that_are_written_meanwhile_are_carried_over_too(database, postgres, monkeypatch):
     stored, how = filled(database), turned()
     for output, late in ((f"{postgres}#docs_new", vectors(2, seed=9)), (None, vectors(2, seed=10))):
@@ -228,6 +281,22 @@ def test_commands_on_a_table_that_a_corpus_knows_by_its_ids(database, postgres, 
         assert recall[name][0] == pytest.approx(truth, abs=0.06), name
     assert recall["upgraded"][1] > recall["unchanged"][2]
     assert main(["upgrade-index", "old.npy", "in-place", "--corrector", "x"]) == 1
+    # What cannot be written is refused before anything is encoded; a row that goes meanwhile leaves what was done.
+    monkeypatch.setattr(certificate, "encode_queries", killed)
+    assert main(command) == 1 and "upgraded in place already" in capsys.readouterr().err
+    monkeypatch.undo()
+    finish = PgVectors.finish
+
+    def without_one(self, place):
+        finish(self, place)
+        database.execute("DELETE FROM texts_new WHERE id = 't7'")
+
+    monkeypatch.setattr(PgVectors, "finish", without_one)
+    command[2] = f"{postgres}#texts_new:embedding"
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "not certified" in said.err and "'t7'" in said.err and json.loads(said.out)["certificate"] is None
+    assert len(database.execute("SELECT id FROM texts_new").fetchall()) == 399
 
 
 def test_two_processes_do_not_write_at_once(database, postgres):

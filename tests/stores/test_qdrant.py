@@ -95,9 +95,7 @@ def test_a_collection_is_upgraded_with_its_payload(client, tmp_path, name, in_pl
     made = client.get_collection("live" if in_place else "docs_new").config.params.vectors
     assert (made if name is None else made["text"]) == params()
     if not in_place:
-        torch.testing.assert_close(
-            source.at(output + (f":{name}" if name else "")).take(np.arange(9)), expected[:9], atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(source.at(output).take(np.arange(9)), expected[:9], atol=1e-5, rtol=0)
         with pytest.raises(InputError, match="exists already"):
             source.upgrade(how, output, progress=False)
 
@@ -116,27 +114,69 @@ def test_rows_are_those_of_the_corpus_and_encoded_ones_take_their_places(client,
         opened(client, tmp_path, ids=["x"])
 
 
-def test_ids_may_be_in_the_payload(client, tmp_path):
+@pytest.mark.parametrize("field", ["doc", "metadata.doc"])
+def test_ids_may_be_in_the_payload(client, tmp_path, field):
     stored, how = filled(client), turned()
-    client.set_payload("docs", {"doc": "no target"}, points=[59])
+
+    def told(name):
+        return {"doc": name} if field == "doc" else {"metadata": {"doc": name, "page": 3}}
+
+    client.set_payload("docs", told("no target"), points=[59])
     for n in range(58):
-        client.set_payload("docs", {"doc": f"d{n}"}, points=[n])
+        client.set_payload("docs", told(f"d{n}"), points=[n])
     names = [f"d{n}" for n in reversed(range(58))]
-    source = opened(client, tmp_path, "docs@doc", names)
+    source = opened(client, tmp_path, f"docs@{field}", names)
     torch.testing.assert_close(source.take(np.arange(58)), stored[:58].flip(0), atol=1e-6, rtol=0)
-    output, fresh = f"qdrant:{tmp_path / 'qdrant'}#docs_new@doc", vectors(1, seed=5)
+    output, fresh = f"qdrant:{tmp_path / 'qdrant'}#docs_new@{field}", vectors(1, seed=5)
     source.upgrade(IndexMap(how, rows=np.array([0]), fresh=fresh), output, progress=False)
     after, expected = points(client, "docs_new"), how(stored)
-    assert len(after) == 60 and after[3][1]["doc"] == "d3", "all points, also those that are no targets"
+    assert len(after) == 60 and told("d3").items() <= after[3][1].items(), "all points, also those that are no targets"
     expected[57] = fresh[0]
     np.testing.assert_allclose(np.array([after[n][0] for n in range(60)]), expected, atol=1e-5)
     torch.testing.assert_close(source.at(output).take(np.arange(58)), expected[:58].flip(0), atol=1e-5, rtol=0)
     with pytest.raises(InputError, match=r"1 are not there \('d58'\): the ids .* must be those of that field"):
-        opened(client, tmp_path, "docs@doc", ["d58"])
-    client.set_payload("docs", {"doc": "d3"}, points=[58])
+        opened(client, tmp_path, f"docs@{field}", ["d58"])
+    client.set_payload("docs", told("d3"), points=[58])
     with pytest.raises(InputError, match="several rows have the id 'd3'"):
-        opened(client, tmp_path, "docs@doc", names)
-    assert opened(client, tmp_path, "docs@doc", names[:9]).count == 9, "of those that are no targets it does not matter"
+        opened(client, tmp_path, f"docs@{field}", names)
+    assert opened(client, tmp_path, f"docs@{field}", names[:9]).count == 9, (
+        "of those that are no targets it does not matter"
+    )
+
+
+def test_a_field_that_no_point_has_is_told(client, tmp_path):
+    filled(client)
+    with pytest.raises(InputError, match="no row has anything in that field"):
+        opened(client, tmp_path, "docs@dok", ["d1"])
+
+
+def test_what_another_process_has_finished_is_left_as_it_is(client, tmp_path, monkeypatch):
+    filled(client)
+    output = f"qdrant:{tmp_path / 'qdrant'}#docs_new"
+
+    def meanwhile(self, place, how, keys):
+        monkeypatch.undo()
+        opened(client, tmp_path).upgrade(turned(), output, progress=False)
+        client.upsert("docs_new", [models.PointStruct(id=999, vector=vectors(1)[0].tolist(), payload={"new": 1})])
+
+    monkeypatch.setattr(QdrantVectors, "carry_over", meanwhile)
+    with pytest.raises(InputError, match="Another process has finished docs_new"):
+        opened(client, tmp_path).upgrade(turned(), output, progress=False)
+    assert points(client, "docs_new")[999][1] == {"new": 1}
+
+
+def test_another_of_the_named_vectors_is_not_taken_for_the_one_that_was_begun(client, tmp_path, monkeypatch):
+    stored, how, output = vectors(60), turned(), f"qdrant:{tmp_path / 'qdrant'}#docs_new"
+    client.create_collection("docs", vectors_config={"a": params(), "b": params()})
+    of = [models.PointStruct(id=n, vector={"a": each.tolist(), "b": each.tolist()}) for n, each in enumerate(stored)]
+    client.upsert("docs", of)
+    monkeypatch.setattr(QdrantVectors, "finish", lambda self, place: None)
+    opened(client, tmp_path, "docs:a").upgrade(how, output, progress=False)
+    monkeypatch.undo()
+    opened(client, tmp_path, "docs:b").upgrade(how, output, progress=False)
+    after, expected = points(client, "docs_new"), how(stored)
+    np.testing.assert_allclose([after[n][0]["b"] for n in range(60)], expected, atol=1e-5)
+    np.testing.assert_allclose([after[n][0]["a"] for n in range(60)], stored, atol=1e-5)
 
 
 def test_points_that_are_written_meanwhile_are_carried_over_too(client, tmp_path, monkeypatch):
