@@ -28,7 +28,7 @@ _FIRST = 20  # steps until it is measured for the second time; then after twice 
 _FULL = 0.20  # MRR by which a teacher must be ahead to count fully
 _MOST_WEIGHT = 4.0  # of a teacher that counts fully: the hard label is a fifth then
 _SOFTENED = 0.5  # of the likeliest scale is taken: what else is relevant is told by softer labels
-_CANDIDATES = 16  # targets that the encoder confuses with each positive, which are encoded to compare
+_CANDIDATES = 16  # targets that encoder and teacher each confuse with a positive, which are encoded to compare
 RANKED = 10
 
 
@@ -101,9 +101,9 @@ class Judgement(NamedTuple):
     """What a comparison has found.
 
     Args:
-        teacher_mrr, encoder_mrr: mean reciprocal rank, cut off at 10, of the held-out questions' positives; the
-            teacher's among all targets, if it knows its best ones, the encoder's among those that it confuses with the
-            positive, by embeddings as they are now.
+        teacher_mrr, encoder_mrr: mean reciprocal rank, cut off at 10, of the held-out questions' positives among the
+            targets that are compared, by embeddings as they are now; for a teacher that knows its best targets this is
+            its rank among all.
         scale: τ, half of the one by which the teacher's softmax is most likely to name the positives.
         weight: α.
     """
@@ -125,8 +125,13 @@ class TeacherTrust:
     ranks their positives no better than the encoder does has nothing to teach. Its weight never rises: it is the
     encoder that learns.
 
-    A comparison encodes the held-out questions, their positives and 16 targets for each, at most 4,352 in all, without
-    gradient (:attr:`.CorrectedCorpus.targets_reencoded` counts them).
+    Both are ranked among the same targets: for all questions together, those that the encoder confuses with the
+    positives, as far as the corrected cache tells, and those that the teacher does. Without the teacher's the encoder
+    would seem to rank better than it does, where much has gone stale: those that it confuses are not found then. A
+    teacher that cannot name its best targets (a cross-encoder) ranks for each question what the encoder confuses.
+
+    A comparison encodes the held-out questions, their positives and up to 32 targets for each, at most 8,448 in all,
+    without gradient (:attr:`.CorrectedCorpus.targets_reencoded` counts them).
 
     Args:
         teacher: whose labels are weighed.
@@ -181,42 +186,64 @@ class TeacherTrust:
     def _compare(self, corrected: CorrectedCorpus, queries: Tensor) -> Judgement:
         positives, exclude = (each.to(queries.device) for each in (self.held_out.positives, self.held_out.exclude))
         found = corrected.hardest(queries, _CANDIDATES, exclude)
-        # The positive, and what the encoder confuses it with.
+        # The positive, and what the encoder confuses it with; then what the teacher does.
         rows = torch.cat([positives[:, None], found.rows], dim=1)
-        columns, place = rows.clamp(min=0).unique(return_inverse=True)
-        of_encoder = (queries @ corrected.encode_together(columns.cpu().numpy()).to(queries.device).T).gather(1, place)
+        best = self._share(corrected.processes, lambda mine: self.teacher.best_rows(*mine, _CANDIDATES), exclude)
+        columns, place = (
+            (rows if best is None else torch.cat([rows, best], dim=1)).clamp(min=0).unique(return_inverse=True)
+        )
+        place = place[:, : rows.shape[1]]
+        of_encoder = queries @ corrected.encode_together(columns.cpu().numpy()).to(queries.device).T
         corrected.targets_reencoded += 0 if corrected.is_fixed else len(columns)
-        of_encoder = of_encoder.masked_fill(rows == NO_ROW, -torch.inf)
-        of_teacher, best = self._ask(corrected.processes, rows, exclude)
+        counts = torch.ones_like(of_encoder, dtype=torch.bool)
         if best is None:
-            best = of_teacher[:, 1:]
+            counts.zero_().scatter_(1, place, rows != NO_ROW)
+        for others in (positives[:, None], exclude):
+            counts &= ~_are_among(columns, others)
+        wanted = counts | _are_among(columns, positives[:, None])
+        of_teacher = self._share(
+            corrected.processes, lambda mine: self.teacher.scores(mine[0], columns, mine[1]), wanted
+        )
+        assert of_teacher is not None
+        by_encoder, by_teacher = (
+            reciprocal_ranks(scores.gather(1, place[:, :1])[:, 0], scores.masked_fill(~counts, -torch.inf))
+            for scores in (of_encoder, of_teacher)
+        )
+        if best is None:
             # It can only rank again what the encoder has found: elsewhere it has found nothing either.
-            missed = (of_encoder[:, 1:] > of_encoder[:, :1]).sum(1) >= _CANDIDATES
-            best = best.masked_fill(missed[:, None], torch.inf)
-        by_teacher = reciprocal_ranks(of_teacher[:, 0], best)
-        by_encoder = reciprocal_ranks(of_encoder[:, 0], of_encoder[:, 1:])
+            harder = counts & (of_encoder > of_encoder.gather(1, place[:, :1]))
+            by_teacher = by_teacher.masked_fill(harder.sum(1) >= _CANDIDATES, 0.0)
         # By how much at least, as far as so few questions can tell: one standard error less than the mean.
         difference = by_teacher - by_encoder
         ahead = float(difference.mean() - difference.std() / len(difference) ** 0.5)
         # Squared, so that a teacher that is hardly ahead hardly counts.
         weight = _MOST_WEIGHT * min(1.0, max(0.0, ahead / _FULL)) ** 2
-        scale = _SOFTENED * likeliest_scale(of_teacher)
+        scale = _SOFTENED * likeliest_scale(of_teacher.gather(1, place).masked_fill(rows == NO_ROW, -torch.inf))
         return Judgement(float(by_teacher.mean()), float(by_encoder.mean()), scale, weight)
 
-    def _ask(self, processes: Processes, rows: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The teacher's scores of ``rows``, ``(n, C)``, and its best ones; each process asks for a share of the
-        questions, and all get the same.
+    def _share(
+        self, processes: Processes, ask: Callable[[tuple[Tensor, Tensor]], Tensor | None], about: Tensor
+    ) -> Tensor | None:
+        """What the teacher answers, ``(n, m)``, None if it cannot; each process asks for a share of the questions, and
+        all get the same.
+
+        Args:
+            ask: takes keys and their share of ``about``.
+            about: something for each question, ``(n, …)``.
         """
-        mine, counts = processes.share(len(rows)), [len(rows[each]) for each in processes.shares(len(rows))]
-        keys, theirs = self.held_out.keys.to(rows.device)[mine], rows[mine]
-        columns, place = theirs.unique(return_inverse=True)
-        wanted = torch.zeros(len(keys), len(columns), dtype=torch.bool, device=keys.device).scatter_(1, place, True)
-        wanted &= columns != NO_ROW
+        mine, counts = processes.share(len(about)), [len(about[each]) for each in processes.shares(len(about))]
         with processes.together("Judging the teacher"):
-            scores = self.teacher.scores(keys, columns.clamp(min=0), wanted).gather(1, place)
-            best = self.teacher.best_scores(keys, exclude[mine], RANKED)
-        scores = scores.masked_fill(theirs == NO_ROW, -torch.inf)
-        return processes.gather(scores, counts), None if best is None else processes.gather(best, counts)
+            found = ask((self.held_out.keys.to(about.device)[mine], about[mine]))
+        return None if found is None else processes.gather(found, counts)
+
+
+def _are_among(columns: Tensor, rows: Tensor) -> Tensor:
+    """Which of the ascending ``columns`` ``(C,)`` are among each question's ``rows`` ``(n, m)``, padded with −1:
+    ``(n, C)``, bool.
+    """
+    at = torch.searchsorted(columns, rows).clamp(max=len(columns) - 1)
+    found = torch.zeros(len(rows), len(columns), dtype=torch.int32, device=columns.device)
+    return found.scatter_add_(1, at, (columns[at] == rows).int()) > 0
 
 
 def likeliest_scale(scores: Tensor) -> float:

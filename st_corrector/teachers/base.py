@@ -37,8 +37,9 @@ class Teacher(ABC):
     def knows(self, queries: Tensor) -> Tensor:
         """Which queries it has scores for: ``(B,)``, bool."""
 
-    def best_scores(self, queries: Tensor, exclude: Tensor, k: int) -> Tensor | None:
-        """The best scores that any targets have with each query, ``(B, k)``; None where finding them is too expensive.
+    def best_rows(self, queries: Tensor, exclude: Tensor, k: int) -> Tensor | None:
+        """The targets with the best scores for each query, ``(B, k)``, padded with −1; None where finding them is too
+        expensive.
 
         Args:
             queries: keys of queries that it knows, ``(B,)``.

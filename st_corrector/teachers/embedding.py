@@ -156,13 +156,13 @@ class EmbeddingTeacher(Teacher):
         )
         return (ours @ theirs.T).masked_fill(~torch.from_numpy(known).to(rows.device)[:, None], torch.nan)
 
-    def best_scores(self, queries: Tensor, exclude: Tensor, k: int) -> Tensor | None:
+    def best_rows(self, queries: Tensor, exclude: Tensor, k: int) -> Tensor | None:
         _, places = self._places(queries)
         ours = self._comparable(self.queries[torch.from_numpy(places)].to(queries.device))
         unchanged = IdentityCorrector(self.targets.dim, normalize=False)
         is_cosine = self.similarity == "cosine"
         search = CorrectedSearch(self.targets, unchanged, normalize=is_cosine, withdrawn=self.withdrawn)
-        return search.search(ours, k, exclude).scores
+        return search.search(ours, k, exclude).rows
 
     def _comparable(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.similarity == "cosine" else vectors
