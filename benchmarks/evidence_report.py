@@ -62,7 +62,8 @@ OPENED = "opened.json"
 RIVALS = ("in-batch-larger-static", "mined-once", *INSTEAD)
 TITLES |= {f"{name}-own-pairs": f"{TITLES[name]}, own pairs" for name in INSTEAD}
 TITLES |= {
-    f"{DEFAULT}-{count}-negatives-{encoder}": f"corrected, {questions} questions × {count} negatives"
+    f"{name}-{count}-negatives-{encoder}": f"{TITLES[name].strip('*')}, {questions} questions × {count} negatives"
+    for name in (DEFAULT, "stale-write-back", "mined-margin")
     for encoder, spent in SPENT.items()
     for count, questions in spent.items()
 }

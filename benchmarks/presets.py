@@ -284,8 +284,9 @@ TUNED = {
 SPENT = {"2-layers": {2: 48, 1: 64}, "static": {3: 115, 1: 192}}
 for encoder, names in TUNED.items():
     STRATEGIES |= {
-        f"mlp-pull-back-{count}-negatives-{encoder}": STRATEGIES["mlp-pull-back"]
+        f"{name}-{count}-negatives-{encoder}": STRATEGIES[name]
         + options(num_negatives=count, per_device_train_batch_size=questions)
+        for name in ("mlp-pull-back", "stale-write-back", "mined-margin")
         for count, questions in SPENT[encoder].items()
     }
     for name in names:
@@ -299,7 +300,11 @@ def _choices(encoder: str) -> tuple[str, ...]:
         *TUNED[encoder],
         "mined-once",
         "mlp-margin",
-        *(f"mlp-pull-back-{count}-negatives-{encoder}" for count in SPENT[encoder]),
+        *(
+            f"{name}-{count}-negatives-{encoder}"
+            for name in ("mlp-pull-back", "mined-margin")
+            for count in SPENT[encoder]
+        ),
         *rates,
     )
 
@@ -313,7 +318,11 @@ DECIDES_STATIC = (
     *("mined-margin", "mined-once", "mined-margin-teacher", "mined-again", "refresh-10"),
     *(f"{name}-as-long" for name in AS_LONG),
 )
-DECIDES = ("mlp-pull-back", *INSTEAD[:3], "stale-write-back", "mlp-pull-back-own-pairs-teacher", INSTEAD[3])
+DECIDES = (
+    *("mlp-pull-back", "mlp-pull-back-2-negatives-2-layers", "in-batch-larger", "mined-margin", "stale-write-back"),
+    *("stale-write-back-2-negatives-2-layers", "mlp-pull-back-teacher", "mined-margin-teacher"),
+    *("mlp-pull-back-own-pairs-teacher", "refresh-50"),
+)
 
 
 def _labelled(name: str) -> tuple[str, ...]:
