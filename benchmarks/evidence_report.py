@@ -246,8 +246,7 @@ def page(folder: Path) -> str:
         "## Are corrected negatives below what one would pick instead?",
         against(regimes, RIVALS, DEFAULT),
         "## In as much time",
-        "Steps as many as there is time for while the default makes its own: with a static encoder, where it takes "
-        "longer than they do.",
+        "As many steps as there is time for while the default makes its cache and its own steps.",
         against(regimes, [f"{name}-as-long" for name in AS_LONG], DEFAULT),
         "## What do own pairs and a teacher add?",
         added(regimes),
