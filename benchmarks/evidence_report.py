@@ -60,7 +60,7 @@ TITLES = {
 }
 OPENED = "opened.json"
 LITTLE = 0.5  # points below something else that would not matter
-RIVALS = ("in-batch-larger-static", "mined-once", *INSTEAD)
+RIVALS = ("in-batch-larger-static", "mined-once", "refresh-10", *INSTEAD)
 TITLES |= {f"{name}-own-pairs": f"{TITLES[name]}, own pairs" for name in INSTEAD}
 TITLES |= {
     f"{name}-{count}-negatives-{encoder}": f"{TITLES[name].strip('*')}, {questions} questions × {count} negatives"

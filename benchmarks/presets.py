@@ -320,7 +320,8 @@ DECIDES_STATIC = (
 )
 DECIDES = (
     *("mlp-pull-back", "mlp-pull-back-2-negatives-2-layers", "in-batch-larger", "mined-margin", "stale-write-back"),
-    *("stale-write-back-2-negatives-2-layers", "mlp-pull-back-teacher", "mined-margin-teacher"),
+    *("stale-write-back-2-negatives-2-layers", "mined-margin-2-negatives-2-layers", "mlp-pull-back-teacher"),
+    "mined-margin-teacher",
     *("mlp-pull-back-own-pairs-teacher", "refresh-50", "in-batch-larger-as-long"),
 )
 

@@ -140,12 +140,12 @@ def train(
     """
     chosen = Strategy.parse(strategy)
     evaluator = evaluator or CorpusRetrievalEvaluator(corpus, "dev")
-    begun = time.perf_counter()
     # Of this model and corpus, so that another run in the same place finds its own or none.
     fingerprint = DocumentEncoder(model, corpus).fingerprint(model)
     shared = Path(caches) / digest_json([fingerprint, precision(args)])[:12]
     costs = Costs()
     with one_at_a_time(shared, args):
+        begun = time.perf_counter()
         trainer = trainer_for(model, corpus, args, chosen, shared, checks, teacher, costs)
         prepared = time.perf_counter()
         if before is None:

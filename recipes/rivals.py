@@ -5,6 +5,8 @@ again after some steps or epochs; a teacher's scores of them; in-batch negatives
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -33,7 +35,7 @@ from st_corrector.training.own_pairs import share_for
 MINED_BY = ("max_score", "absolute_margin", "relative_margin", "range_min")
 """What the arguments and ``mine_hard_negatives`` both know of false negatives, beside ``range_max``."""
 _NEAR = 1_000  # targets among which negatives are looked for first
-_AT_ONCE = 1_000  # questions that all targets are ranked for at a time: 2.4 GB with 100,000 targets
+_AT_ONCE = 10**8  # scores of all targets at a time: some 2.4 GB
 
 
 def pairs_for(corpus: Corpus, args: CorrectorTrainingArguments) -> Dataset:
@@ -76,15 +78,34 @@ def mine(model: SentenceTransformer, corpus: Corpus, pairs: Dataset, args: Corre
             )
 
         mined = among(args.range_max or _NEAR, pairs)
-        if args.range_max is None and len(mined) < len(pairs):
+        if args.range_max is None:
+            # All pairs of a question together: what answers it is no negative of it.
             found = set(zip(mined[anchor], mined[positive], strict=True))
-            every = enumerate(zip(pairs[anchor], pairs[positive], strict=True))
-            rest = [number for number, pair in every if pair not in found]
-            parts = [pairs.select(rest[first : first + _AT_ONCE]) for first in range(0, len(rest), _AT_ONCE)]
-            mined = concatenate_datasets([mined, *(among(len(corpus), part) for part in parts)])
-    if left_out := len(pairs) - len(mined):
-        print(f"Mining leaves {left_out:,} of {len(pairs):,} pairs out: they have too few negatives.")
+            rows_of: dict[str, list[int]] = {}
+            for row, question in enumerate(pairs[anchor]):
+                rows_of.setdefault(question, []).append(row)
+            answers = pairs[positive][:]
+            rest = {
+                question: rows
+                for question, rows in rows_of.items()
+                if any((question, answers[row]) not in found for row in rows)
+            }
+            mined = mined.select([row for row, question in enumerate(mined[anchor]) if question not in rest])
+            at_once = max(1, _AT_ONCE // len(corpus))
+            for some in batched(rest.values(), at_once):
+                part = among(len(corpus), pairs.select([row for rows in some for row in rows]))
+                mined = concatenate_datasets([mined, part])
+    every = set(zip(pairs[anchor], pairs[positive], strict=True))
+    if left_out := len(every) - len(mined):
+        print(f"Mining leaves {left_out:,} of {len(every):,} pairs out: they have too few negatives.")
     return mined
+
+
+def batched(values: Iterable[list[int]], size: int) -> Iterator[list[list[int]]]:
+    """``itertools.batched``, which Python 3.12 has."""
+    left = iter(values)
+    while some := list(islice(left, size)):
+        yield some
 
 
 class RivalTrainer(CorrectorTrainer):
@@ -93,19 +114,26 @@ class RivalTrainer(CorrectorTrainer):
     Batches hold each question and each positive once. Negatives may be shared: were every text of an n-tuple to stand
     in a batch once, as sentence-transformers' sampler has it, batches would hold two thirds of what they should where
     mining finds the same negatives for many questions. One positive in a hundred is then a negative in its batch as
-    well, of which nothing is learnt (code search, 8 negatives).
+    well, from which less is learnt (code search, 8 negatives).
     """
-
-    targets_encoded = 0
-    """Targets of all batches since this trainer was made, which are encoded with gradient."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._batches, self._targets = 0, 0
         self.loss.register_forward_pre_hook(self._count)
 
     def _count(self, loss: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if loss.training:
-            self.targets_encoded += sum(_texts_in(features) for features in inputs[0][1:])
+        if torch.is_grad_enabled():  # not in an evaluation
+            self._batches += 1
+            self._targets += sum(_texts_in(features) for features in inputs[0][1:])
+
+    @property
+    def targets_encoded(self) -> int:
+        """Targets of all batches, which are encoded with gradient; of a resumed run those before and of other processes
+        as many a batch as since and here.
+        """
+        batches = self.state.global_step * self.args.gradient_accumulation_steps * self.args.world_size
+        return round(self._targets / max(1, self._batches) * batches)
 
     def get_batch_sampler(self, dataset: Any, *how: Any, **settings: Any) -> BatchSampler | None:
         # Without a format, as negatives that are mined again are put in when a row is read.
@@ -114,7 +142,11 @@ class RivalTrainer(CorrectorTrainer):
 
 
 def _texts_in(features: dict[str, torch.Tensor]) -> int:
-    """How many texts a column holds; a static encoder's stand behind one another."""
+    """How many texts a column holds; a static encoder's, and those of an attention without padding, stand behind one
+    another.
+    """
+    if "cu_seq_lens_q" in features:
+        return len(features["cu_seq_lens_q"]) - 1
     return len(features["offsets"] if "offsets" in features else features["input_ids"])
 
 

@@ -156,12 +156,15 @@ def test_negatives_mined_anew_are_those_of_the_model_as_it_is(recipe_module, min
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", ["gist", "mined:4"])
+@pytest.mark.parametrize("strategy", ["gist", "gist-cached", "mined:4"])
 def test_rivals_run(small_nq, minilm_path, tmp_path, strategy):
     options = ["--max_steps", 6, "--per_device_train_batch_size", 8, "--num_negatives", 2, "--max_seq_length", 16]
     options += ["--num_layers", 1, "--caches", tmp_path / "caches", "--output_dir", tmp_path / "out"]
-    guide = ["--teacher_model", "default", "--mini_batch_size", 4]
-    options += guide if strategy == "gist" else ["--relative_margin", 0.05, "--own_pairs_share", 0.25]
+    if strategy == "mined:4":
+        options += ["--relative_margin", 0.05, "--own_pairs_share", 0.25, "--range_max", 150]
+    else:
+        options += ["--teacher_model", "default", *(["--mini_batch_size", 4] if strategy == "gist-cached" else [])]
+        strategy = "gist"
     command = [RECIPES / "train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3]
     run(*command, *options, "--strategy", strategy)
     results = check_results(tmp_path / "out" / "results.json", strategy, 6)
@@ -172,7 +175,7 @@ def test_rivals_run(small_nq, minilm_path, tmp_path, strategy):
 def test_mining_looks_as_far_as_it_takes_and_leaves_no_question_out(recipe_module, minilm_path, tmp_path, monkeypatch):
     rivals, common = recipe_module("rivals"), recipe_module("common")
     monkeypatch.setattr(rivals, "_NEAR", 20)
-    monkeypatch.setattr(rivals, "_AT_ONCE", 7)
+    monkeypatch.setattr(rivals, "_AT_ONCE", 7 * 200)
     queries, texts = make_texts(200)
     corpus = Corpus.from_texts(texts, cache_dir=tmp_path)
     # Every other question is answered by a target that the encoder finds less similar than sixty others.
@@ -196,6 +199,29 @@ def test_mining_looks_as_far_as_it_takes_and_leaves_no_question_out(recipe_modul
         similar = dict(zip(texts, similar_to[queries.index(row["anchor"])].tolist(), strict=True))
         allowed = sorted((each for each in similar.values() if each < 0.99 * similar[row["positive"]]), reverse=True)
         assert [similar[row[f"negative_{n}"]] for n in (1, 2, 3)] == pytest.approx(allowed[:3], abs=1e-5)
+
+
+def test_what_answers_a_question_is_no_negative_of_it_however_far_mining_looks(
+    recipe_module, minilm_path, tmp_path, monkeypatch
+):
+    rivals, common = recipe_module("rivals"), recipe_module("common")
+    monkeypatch.setattr(rivals, "_AT_ONCE", 200)
+    queries, texts = make_texts(200)
+    corpus = Corpus.from_texts(texts, cache_dir=tmp_path)
+    model = common.static_encoder(minilm_path)
+    similar = model.similarity(
+        model.encode_query(queries[:9], convert_to_tensor=True), model.encode_document(texts, convert_to_tensor=True)
+    )
+    # Each is answered by the most similar target and by one in the middle, whose rows are far from one another.
+    ranked = similar.argsort(1, descending=True).tolist()
+    answers = {str(n): [str(ranked[n][0]), str(ranked[n][100])] for n in range(9)}
+    corpus.add_split("train", {str(n): queries[n] for n in range(9)}, answers)
+    pairs = corpus.pairs("train").sort("positive")
+    tuples = rivals.mine(model, corpus, pairs, arguments(tmp_path, num_negatives=3, relative_margin=0.01))
+    assert len(tuples) == 18
+    for row in tuples:
+        theirs = {texts[int(each)] for each in answers[str(queries.index(row["anchor"]))]}
+        assert row["positive"] in theirs and not theirs & {row[f"negative_{n}"] for n in (1, 2, 3)}
 
 
 def test_batches_of_mined_tuples_are_full_though_they_share_negatives(recipe_module, minilm_path, tmp_path):
@@ -309,6 +335,14 @@ def test_options_that_a_strategy_does_not_look_at_are_refused(recipe_module, mon
         with pytest.raises(SystemExit):
             recipe.parse_arguments("train_nq", "", "data/nq")
         assert "leave out --sampler, --candidates, --probe_every" in capsys.readouterr().err
+    for options in (
+        ["--strategy", "mined-once", "--range_max", "50"],
+        ["--strategy", "gist", "--mini_batch_size", "8"],
+    ):
+        teacher = ["--teacher_model", "default"] if "gist" in options else []
+        monkeypatch.setattr(sys, "argv", ["train_nq.py", *options, *teacher])
+        _, training = recipe.parse_arguments("train_nq", "", "data/nq")
+        assert getattr(training, options[2].removeprefix("--")) == int(options[3])
 
 
 @pytest.mark.parametrize(

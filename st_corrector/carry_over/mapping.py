@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ ROWS_AT_ONCE = 16_384
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def upgrade_embeddings(embeddings: Embeddings, corrector: Corrector) -> Tensor:
+def upgrade_embeddings(
+    embeddings: Embeddings, corrector: Corrector, names: Sequence[Any] | Rows | None = None
+) -> Tensor:
     """Map embeddings of an earlier model to a newer one's: float32, ``(n, d) → (n, d')``.
 
     Files and indices of any size: :func:`~st_corrector.stores.opening.open_vectors`, or
@@ -30,6 +33,7 @@ def upgrade_embeddings(embeddings: Embeddings, corrector: Corrector) -> Tensor:
     Args:
         embeddings: of the model that the corrector maps from, floating-point, ``(n, d)``; a list of vectors also works.
         corrector: of a training run (:meth:`Corrector.from_pretrained`), or of :func:`fit_corrector`.
+        names: by which an error tells of them; by default their numbers.
 
     Raises:
         InputError: they are not floating-point, or not of the corrector's input dimension.
@@ -48,7 +52,8 @@ def upgrade_embeddings(embeddings: Embeddings, corrector: Corrector) -> Tensor:
         block = stale[start : start + ROWS_AT_ONCE].to(device, torch.float32)
         mapped.append(corrector(F.normalize(block, dim=-1) if is_unit(corrector) else block).to(stale.device))
         if len(bad := (~torch.isfinite(mapped[-1]).all(1)).nonzero().flatten()):
-            raise NonFiniteError(f"The embedding of row {start + int(bad[0])} is, or becomes, NaN or infinite.")
+            name = start + int(bad[0]) if names is None else names[start + int(bad[0])]
+            raise NonFiniteError(f"The embedding of row {name!s} is, or becomes, NaN or infinite.")
     return torch.cat(mapped) if mapped else stale.new_empty(0, width_after(corrector), dtype=torch.float32)
 
 
@@ -88,15 +93,16 @@ class IndexMap:
         """A corrector as such a map."""
         return how if isinstance(how, IndexMap) else cls(how)
 
-    def __call__(self, stale: Tensor, rows: Rows | None = None) -> Tensor:
+    def __call__(self, stale: Tensor, rows: Rows | None = None, names: Sequence[Any] | Rows | None = None) -> Tensor:
         """The embeddings that take the place of ``stale`` ``(n, d)``, float32, ``(n, d')``.
 
         Args:
             rows: of the index, ``(n,)``, distinct; without them all are corrected.
+            names: by which an error tells of them; by default ``rows``.
         """
         mapped = stale
         for corrector in self.correctors:
-            mapped = upgrade_embeddings(mapped, corrector)
+            mapped = upgrade_embeddings(mapped, corrector, rows if names is None else names)
         if self.unit and not self.correctors[-1].normalize:
             mapped = F.normalize(mapped, dim=-1)
         if rows is None:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..cache.arrays import Embeddings, as_tensor
 from ..correctors import Corrector
-from ..errors import InputError, NonFiniteError
+from ..errors import InputError
 from ..storage.files import make_folder
 from .mapping import ROWS_AT_ONCE, IndexMap, Rows
 
@@ -94,10 +94,7 @@ class Vectors(ABC):
             def blocks() -> Iterator[Tensor]:
                 for start in range(0, self.count, ROWS_AT_ONCE):
                     rows = np.arange(start, min(start + ROWS_AT_ONCE, self.count))
-                    stale = self.take(rows)
-                    if len(bad := (~torch.isfinite(stale).all(1)).nonzero().flatten()):
-                        raise NonFiniteError(f"{self.path}: the embedding of row {rows[bad[0]]} is NaN or infinite.")
-                    yield how(stale, rows)
+                    yield how(self.take(rows), rows)
                     bar.update(len(rows))
 
             self.write(path, how, blocks())

@@ -134,8 +134,9 @@ def _run(args: argparse.Namespace) -> int:
         others = np.setdiff1d(np.arange(vectors.count), corpus.withdrawn)
         rows = others[drawn(len(others), args.fit_sample, seed=0)]
         print(f"Encoding {len(rows):,} targets to fit the corrector on.", file=sys.stderr)
+        stale = vectors.take(rows)  # before they are encoded: what changes meanwhile is found by it
         fresh, unit = encode(rows), by_cosine(model)
-        corrector = fit_to_pairs(vectors.take(rows), fresh, args.fit, unit=unit)
+        corrector = fit_to_pairs(stale, fresh, args.fit, unit=unit)
         corrector.frames = Frames(vectors.fingerprint, DocumentEncoder(model, corpus).fingerprint(model), unit)
         how = IndexMap(corrector, rows=rows, fresh=fresh)
     vectors.check(how)

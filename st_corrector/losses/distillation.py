@@ -199,6 +199,7 @@ class Distillation:
         }
         if self.trust is not None and self.trust.judgement is not None:
             described |= {f"{name}_mrr": value for name, value in self.trust.judgement.mrr.items()}
+            described["encoded_to_compare"] = sum(found.encoded for _, found in self.trust.history)
         return described
 
     def state(self) -> dict[str, Any]:

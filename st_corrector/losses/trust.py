@@ -106,12 +106,14 @@ class Judgement(NamedTuple):
             its rank among all.
         scale: τ, half of the one by which the teacher's softmax is most likely to name the positives.
         weight: α.
+        encoded: targets encoded to compare.
     """
 
     teacher_mrr: float
     encoder_mrr: float
     scale: float
     weight: float
+    encoded: int = 0
 
     @property
     def mrr(self) -> dict[str, float]:
@@ -189,15 +191,13 @@ class TeacherTrust:
         # The positive, and what the encoder confuses it with; then what the teacher does.
         rows = torch.cat([positives[:, None], found.rows], dim=1)
         best = self._share(corrected.processes, lambda mine: self.teacher.best_rows(*mine, _CANDIDATES), exclude)
-        columns, place = (
-            (rows if best is None else torch.cat([rows, best], dim=1)).clamp(min=0).unique(return_inverse=True)
-        )
-        place = place[:, : rows.shape[1]]
+        columns = (rows if best is None else torch.cat([rows, best], dim=1)).unique()
+        columns = columns[columns != NO_ROW]
+        place = torch.searchsorted(columns, rows)  # of padding the first, which is masked wherever it is read
         of_encoder = queries @ corrected.encode_together(columns.cpu().numpy()).to(queries.device).T
-        corrected.targets_reencoded += 0 if corrected.is_fixed else len(columns)
-        counts = torch.ones_like(of_encoder, dtype=torch.bool)
-        if best is None:
-            counts.zero_().scatter_(1, place, rows != NO_ROW)
+        encoded = 0 if corrected.is_fixed else len(columns)
+        corrected.targets_reencoded += encoded
+        counts = _are_among(columns, rows) if best is None else torch.ones_like(of_encoder, dtype=torch.bool)
         for others in (positives[:, None], exclude):
             counts &= ~_are_among(columns, others)
         wanted = counts | _are_among(columns, positives[:, None])
@@ -219,7 +219,7 @@ class TeacherTrust:
         # Squared, so that a teacher that is hardly ahead hardly counts.
         weight = _MOST_WEIGHT * min(1.0, max(0.0, ahead / _FULL)) ** 2
         scale = _SOFTENED * likeliest_scale(of_teacher.gather(1, place).masked_fill(rows == NO_ROW, -torch.inf))
-        return Judgement(float(by_teacher.mean()), float(by_encoder.mean()), scale, weight)
+        return Judgement(float(by_teacher.mean()), float(by_encoder.mean()), scale, weight, encoded)
 
     def _share(
         self, processes: Processes, ask: Callable[[tuple[Tensor, Tensor]], Tensor | None], about: Tensor

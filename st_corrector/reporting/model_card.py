@@ -225,7 +225,8 @@ def _refresh(loss: LossRecord, record: RunRecord) -> str:
     """Derived from what was encoded, since not only the arguments can request it."""
     background = int(loss.settings.get("background_targets") or 0)
     all_targets = int(loss.corpus.get("targets", 0))
-    times = (loss.counts.get("targets_reencoded", 0) - background * record.steps) // max(1, all_targets)
+    others = background * record.steps + int(loss.settings.get("encoded_to_compare") or 0)
+    times = (loss.counts.get("targets_reencoded", 0) - others) // max(1, all_targets)
     policy = f"all targets were re-embedded {times:,} times" if times > 0 else "never re-embedded"
     if loss.settings.get("write_back"):
         policy += "; what is encoded is written back"

@@ -23,7 +23,7 @@ _NEGATIVES = 4  # negatives of a choice shown at first
 _COUNTS = {
     "targets_encoded": "for the loss, positives and negatives",
     "targets_verified": "to verify candidates, without gradient",
-    "targets_reencoded": "for the cache alone: refreshes and background targets",
+    "targets_reencoded": "for the cache alone, or to compare a teacher with the encoder",
 }
 
 Facts = list[tuple[str, str]]

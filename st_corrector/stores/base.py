@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..carry_over.mapping import IndexMap, Rows
 from ..carry_over.vectors import Vectors
 from ..correctors import Corrector
-from ..errors import InputError, NonFiniteError, StorageError
+from ..errors import InputError, StorageError
 
 AT_ONCE = 4_096
 """Rows, read and written together."""
@@ -140,8 +140,6 @@ class Store(Vectors, Generic[Place]):
         if not keys:
             return
         stale = np.stack([read[key] for key in keys])
-        if len(bad := np.flatnonzero(~np.isfinite(stale).all(1))):
-            raise NonFiniteError(f"{self.address}: the vector of row {keys[bad[0]]!r} is NaN or infinite.")
         # A row that has come since is none of the map's, nor is one that has changed: what was encoded again was the
         # target as it was when its vector was taken. Each gets a number of its own that is none.
         same = {key: self._encoded_from.setdefault(key, digests[key]) == digests[key] for key in keys}
@@ -149,9 +147,7 @@ class Store(Vectors, Generic[Place]):
         known = np.flatnonzero(rows >= 0)
         changed = known[self._changed(rows[known], stale[known])]
         rows[changed] = -1 - changed
-        new = how(torch.from_numpy(stale), rows).numpy()
-        if len(bad := np.flatnonzero(~np.isfinite(new).all(1))):
-            raise NonFiniteError(f"{self.address}: the vector of row {keys[bad[0]]!r} becomes NaN or infinite.")
+        new = how(torch.from_numpy(stale), rows, keys).numpy()
         self.put(place, keys, new, [digests[key] for key in keys])
 
     @abstractmethod

@@ -174,8 +174,8 @@ class LanceVectors(Store[Any]):
             yield
         except StCorrectorError:
             raise
-        except (RuntimeError, ValueError) as error:  # as LanceDB tells of a disk or a bucket
-            raise StorageError(f"{self.address}: LanceDB has failed ({error}). What is done is kept.") from error
+        except (RuntimeError, ValueError) as error:  # as LanceDB tells of a full disk, or of a bucket
+            raise StorageError(f"{self.address}: the upgrade has failed ({error}). What is done is kept.") from error
         finally:
             if isinstance(lock, FileLock):
                 lock.release()
@@ -191,7 +191,7 @@ class LanceVectors(Store[Any]):
             return
         where, name, column, key = _parsed(str(path))
         same = column in (None, self.column) and key in (None, self.id)
-        if where != self._where or not same or name == self.name:
+        if where != self._where or not same or name in (self.name, self.name + _STAGED):
             raise InputError(f"{path} must be another table of the database of {self.address}, with the same columns.")
         there = name in self._database.list_tables().tables
         if there and _OF not in self._database.open_table(name).schema.names:

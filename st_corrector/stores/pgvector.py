@@ -245,10 +245,12 @@ class PgVectors(Store[_Place]):
         return _Place(_name(table, self._connection), self.column, self.column + _OF)
 
     def begun(self, path: str | Path | None, how: IndexMap) -> _Place:
-        kind, told = f"{_TYPE}({how.new_dim})", _TOLD + how.digest
+        # The first corrector by itself, too: it must not be applied twice, whatever is encoded again.
+        first = IndexMap(how.correctors[0]).digest
+        kind, told = f"{_TYPE}({how.new_dim})", f"{_TOLD}{first} in {how.digest}"
         self._in_place, place = path is None, self._place(path)
         self.require_output(path)  # again, as it may have been long since
-        if path is None and told in (self._comment(self.table, self.column) or ""):
+        if path is None and _TOLD + first in (self._comment(self.table, self.column) or ""):
             raise InputError(
                 f"{self.address} was upgraded in place already, by this very corrector: a second time would map what "
                 "it has made."

@@ -8,6 +8,7 @@ from conftest import make_static_model
 from support.encoders import moved
 
 from st_corrector import IndexMap, InputError, QueryAdapter, RidgeCorrector, certify, fit_corrector, serve_plan
+from st_corrector.carry_over import sampling
 from st_corrector.carry_over.certificate import interval
 from st_corrector.carry_over.reencoding import EVERY, encoded_again, reencoding_order, use
 from st_corrector.carry_over.sampling import Judged, Recalls, Sample
@@ -195,6 +196,14 @@ def test_an_order_begins_with_what_queries_get(large):
 
 def all_of(model, corpus) -> torch.Tensor:
     return DocumentEncoder(model, corpus, progress=False).encode(model, np.arange(len(corpus)))
+
+
+@pytest.mark.parametrize(("k", "nearest", "next"), [(10, 40, 25), (100, 150, 60)])
+def test_at_greater_depth_more_is_drawn_of_what_is_near(k, nearest, next):
+    ranked = np.random.default_rng(0).permutation(50_000)
+    rows, weights = sampling._draw(ranked[:k], ranked[: 100 * k], k, 50_000, NONE, np.random.default_rng(1))
+    drawn = [np.isin(rows, ranked[start * k : end * k]).sum() for start, end in ((0, 1), (1, 5), (5, 10), (10, 30))]
+    assert drawn == [k, nearest, next, 20] and weights.sum() == pytest.approx(50_000)
 
 
 def test_certify_and_plan_for_models_and_a_corpus(large):

@@ -12,7 +12,7 @@ from conftest import make_static_model
 from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
 from support.labels import rows_in
-from support.runs import trainer_of
+from support.runs import arguments, trainer_of
 from transformers import TrainerCallback
 
 from st_corrector import (
@@ -193,6 +193,15 @@ def test_a_corrector_that_maps_from_what_nobody_has_is_not_kept(judged, tmp_path
     assert "all targets were re-embedded 1 times" in negatives_section(record)
 
 
+def test_what_a_teacher_is_compared_by_is_no_refresh(judged, tmp_path):
+    model = make_static_model()
+    teacher = EmbeddingTeacher.build(model, judged, tmp_path / "teacher", judged.pairs("train"), progress=False)
+    settings = arguments(tmp_path, max_steps=41, learning_rate=1e-2, save_strategy="no")
+    CorrectorTrainer(model, settings, corpus=judged, teacher=teacher).train()
+    record = RunRecord.load(tmp_path)
+    assert record.losses[""].counts["targets_reencoded"] > 200 and "never re-embedded" in negatives_section(record)
+
+
 def test_ids_as_labels_are_refused_before_anything_starts(judged, tmp_path):
     trainer = trainer_of(judged, tmp_path)
     (loss,) = trainer._corrected_losses().values()
@@ -292,9 +301,9 @@ def test_report_is_written_beside_the_run(judged, tmp_path, capsys):
 
 
 def test_help_names_every_command(capsys):
-    for arguments in ([], ["cache"], ["evaluate"], ["upgrade-index"], ["report"], ["card"], ["compare"]):
+    for given in ([], ["cache"], ["evaluate"], ["upgrade-index"], ["report"], ["card"], ["compare"]):
         with pytest.raises(SystemExit) as ended:
-            main([*arguments, "--help"])
+            main([*given, "--help"])
         assert ended.value.code == 0
     with pytest.raises(SystemExit) as ended:
         main(["nonsense"])

@@ -321,13 +321,14 @@ def test_a_run_that_is_killed_goes_on(client, tmp_path, in_place, count, kills):
     client.close()
     address = f"qdrant:{folder}#{'live' if in_place else 'docs'}"
     output = None if in_place else f"qdrant:{folder}#docs_new"
-    made = folder / "collection" / (f"docs_upgraded_{IndexMap.of(how).digest[:8]}" if in_place else "docs_new")
 
     def progress() -> int:
         """How many points have been written."""
-        if not (made / "storage.sqlite").exists():
+        name = "docs_upgraded_*" if in_place else "docs_new"
+        made = list((folder / "collection").glob(f"{name}/storage.sqlite"))
+        if not made:
             return 0
-        with closing(sqlite3.connect(made / "storage.sqlite", timeout=60)) as stored_in:
+        with closing(sqlite3.connect(made[0], timeout=60)) as stored_in:
             try:
                 return stored_in.execute("SELECT count(*) FROM points").fetchone()[0]
             except sqlite3.OperationalError:  # it is being made
