@@ -63,7 +63,7 @@ LITTLE = 0.5  # points below something else that would not matter
 RIVALS = ("in-batch-larger-static", "mined-once", "refresh-10", *INSTEAD)
 TITLES |= {f"{name}-own-pairs": f"{TITLES[name]}, own pairs" for name in INSTEAD}
 TITLES |= {
-    f"{name}-{count}-negatives-{encoder}": f"{TITLES[name].strip('*')}, {questions} questions × {count} negatives"
+    f"{name}-{count}-negatives-{encoder}": f"{TITLES[name].strip('*')}, {questions} questions × {count}"
     for name in (DEFAULT, "stale-write-back", "mined-margin")
     for encoder, spent in SPENT.items()
     for count, questions in spent.items()
@@ -258,7 +258,7 @@ def page(folder: Path) -> str:
         *of_test(folder, regimes),
         *plots(folder, regimes),
         "## What was chosen before",
-        "Learning rates, ways to mine, and how texts are spent on questions and negatives: on 1,000 questions held out "
+        "Learning rates, ways to mine, and how texts are spent (*questions × negatives* a step): on 1,000 questions held out "
         "of the training questions of code search, which nothing above is measured on; one seed, MRR@10.",
         *(chosen(load(folder / regime), title) for regime, title in CHOICES.items() if (folder / regime).is_dir()),
         "## All runs",
