@@ -84,8 +84,9 @@ REGIMES = {
     **{f"minilm-{rate}-low-coverage": low_coverage(learning_rate=rate) for rate in ("1e-4", "2e-5")},
     **{f"minilm-{rate}": high_coverage(learning_rate=rate) for rate in ("1e-4", "2e-5")},
 }
-# What a package is judged by that claims to beat what one would pick instead: three corpora, of which only
-# all-MiniLM-L6-v2 has learnt the first, and three encoders. The corpora beside --dataset are those of corpora.py.
+# What a package is judged by that claims to beat what one would pick instead: three corpora and three encoders.
+# all-MiniLM-L6-v2 has learnt the first corpus, and of the kind of the second CodeSearchNet; the third is new to it. The
+# corpora beside --dataset are those of corpora.py.
 CORPORA = {"nq": {}, "code": {"dataset": "outputs/corpora/code"}, "packages": {"dataset": "outputs/corpora/packages"}}
 TOKENS = {"nq": 32, "code": 48, "packages": 48}
 _TWO_LAYERS = {"num_layers": 2, "max_steps": 100, "per_device_train_batch_size": 32, "num_negatives": 4}
