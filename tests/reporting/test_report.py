@@ -199,7 +199,7 @@ def test_the_headline_says_what_the_record_says(tmp_path):
     for row in (
         ["Encoded for the loss, positives and negatives", "4,321"],
         ["Encoded to verify candidates, without gradient", "21"],
-        ["Encoded for the cache alone: refreshes and background targets", "7"],
+        ["Encoded for the cache alone, or to compare a teacher with the encoder", "7"],
         ["Re-embedding at every step: 60 steps × 1,234 targets", "74,040"],
         ["learning_rate", "5e-05"],
         ["bf16", "yes"],
