@@ -239,7 +239,7 @@ def page(folder: Path) -> str:
         "`benchmarks/corpora.py` makes the corpora. MRR@10 on dev questions, mean ± sd; differences seed by seed with "
         "95 % intervals by Student's t (number of seeds). Runs of a row and its rivals encode about as many texts with "
         "gradient. Not all runs have been made yet: `make bench PRESET=evidence` goes on where it was stopped.",
-        "Seconds are of one core; two runs were made at a time.",
+        "Seconds are of one core of two; one or two other processes ran beside, so they compare only roughly.",
         "## Does the corrector beat plain write-back?",
         against(regimes, ["stale-write-back"], DEFAULT),
         "The same in recall@100:",

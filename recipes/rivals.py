@@ -5,8 +5,6 @@ again after some steps or epochs; a teacher's scores of them; in-batch negatives
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -91,21 +89,14 @@ def mine(model: SentenceTransformer, corpus: Corpus, pairs: Dataset, args: Corre
                 if any((question, answers[row]) not in found for row in rows)
             }
             mined = mined.select([row for row, question in enumerate(mined[anchor]) if question not in rest])
-            at_once = max(1, _AT_ONCE // len(corpus))
-            for some in batched(rest.values(), at_once):
-                part = among(len(corpus), pairs.select([row for rows in some for row in rows]))
-                mined = concatenate_datasets([mined, part])
+            left, at_once = list(rest.values()), max(1, _AT_ONCE // len(corpus))
+            for first in range(0, len(left), at_once):
+                rows_of_some = [row for rows in left[first : first + at_once] for row in rows]
+                mined = concatenate_datasets([mined, among(len(corpus), pairs.select(rows_of_some))])
     every = set(zip(pairs[anchor], pairs[positive], strict=True))
     if left_out := len(every) - len(mined):
         print(f"Mining leaves {left_out:,} of {len(every):,} pairs out: they have too few negatives.")
     return mined
-
-
-def batched(values: Iterable[list[int]], size: int) -> Iterator[list[list[int]]]:
-    """``itertools.batched``, which Python 3.12 has."""
-    left = iter(values)
-    while some := list(islice(left, size)):
-        yield some
 
 
 class RivalTrainer(CorrectorTrainer):
