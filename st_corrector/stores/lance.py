@@ -62,6 +62,7 @@ class LanceVectors(Store[Any]):
         super().__init__(address)
         self._where, self.name, column, key = _parsed(address)
         self.id = key or "id"
+        self._is_alone = False
         if "://" not in self._where and not Path(self._where).is_dir():
             raise InputError(f"{address}: there is no folder {self._where}.")
         self._database = lancedb.connect(self._where)
@@ -170,6 +171,7 @@ class LanceVectors(Store[Any]):
             raise InputError(f"{self.address}: another process is carrying this table over.") from error
         except OSError as error:
             raise InputError(f"{self.address}: there is no right to write ({error}).") from error
+        self._is_alone = True
         try:
             yield
         except StCorrectorError:
@@ -177,6 +179,7 @@ class LanceVectors(Store[Any]):
         except (RuntimeError, ValueError) as error:  # as LanceDB tells of a full disk, or of a bucket
             raise StorageError(f"{self.address}: the upgrade has failed ({error}). What is done is kept.") from error
         finally:
+            self._is_alone = False
             if isinstance(lock, FileLock):
                 lock.release()
 
@@ -224,9 +227,10 @@ class LanceVectors(Store[Any]):
         done = (made.schema.metadata or {}).get(_DONE)
         if done is None:
             return
-        if self.name + _STAGED in self._database.list_tables().tables:
-            self._database.drop_table(self.name + _STAGED)
-        self._index(made, json.loads(done))
+        with nullcontext() if self._is_alone else self.alone():  # another process may be at this very end
+            if self.name + _STAGED in self._database.list_tables().tables:
+                self._database.drop_table(self.name + _STAGED)
+            self._index(made, json.loads(done))
         raise InputError(
             f"{self.address} was upgraded in place already; earlier versions are in its history (table.restore). To "
             "upgrade it once more, name a new table."

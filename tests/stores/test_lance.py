@@ -183,6 +183,10 @@ def test_who_opened_the_table_before_another_upgraded_it_maps_nothing_twice(tmp_
     stored, how = filled(tmp_path), turned()
     one, other = (LanceVectors(f"lancedb:{tmp_path}#docs") for _ in range(2))
     one.upgrade(how, progress=False)
+    with one.alone(), pytest.raises(InputError, match="another process is carrying this table over"):
+        other.require_output(None)  # which would make good what the one has not done yet
+    with pytest.raises(InputError, match="upgraded in place already"):
+        other.require_output(None)
     with pytest.raises(InputError, match="upgraded in place already"):
         other.upgrade(how, progress=False)
     np.testing.assert_allclose(rows(tmp_path)["d'7"][0], how(stored)[7], atol=1e-6)
