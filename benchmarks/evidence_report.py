@@ -7,7 +7,8 @@ from the JSON of `strategies.py --preset evidence`.
 Test questions are asked by every run, and their figures lie in `sealed/` unread, until the second command opens them,
 once, when everything has been decided; `sealed/opened.json` says when.
 
-Differences are taken seed by seed, with 95 % intervals by Student's t over the seeds.
+Differences are taken seed by seed, with 95 % intervals by Student's t over the seeds. What is said of all this is
+written by hand, in `findings.md` beside the JSON.
 """
 
 from __future__ import annotations
@@ -15,125 +16,190 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 
-from presets import AS_LONG, INSTEAD, SPENT
-from report import Runs, coverage, differences, legend, load, machine, mean, mean_sd, mrr, panels, save
-from scipy import stats
+from evidence import (
+    ADDED,
+    CORPORA,
+    DEFAULT,
+    ENCODERS,
+    FEWER,
+    LONGER,
+    METRICS,
+    REGIMES,
+    RIVALS,
+    TITLES,
+    WRITTEN,
+    Corpora,
+    apart,
+    interval,
+    read,
+    usual_seconds,
+)
+from evidence_plots import plots
+from presets import INSTEAD
+from report import Runs, coverage, differences, load, machine, mean, mean_sd, mrr
 from strategies import RESULTS, ROOT
 
 sys.path.insert(0, str(ROOT / "recipes"))
 from common import commit
 
-LOW = "minilm-2-layers-all-passages"
-CORPORA = {"nq": "Natural Questions", "code": "code search", "packages": "package search"}
-ENCODERS = {
-    "2-layers": "two layers of MiniLM, 30,000 targets",
-    "2-layers-all": "two layers of MiniLM, all targets",
-    "static": "static encoder, all targets",
-}
-REGIMES = {LOW: "Natural Questions, two layers of MiniLM, all 99,471 passages"} | {
-    f"{corpus}-{encoder}": f"{title}, {how}" for encoder, how in ENCODERS.items() for corpus, title in CORPORA.items()
-}
-DEFAULT, BOTH = "mlp-pull-back", "mlp-pull-back-own-pairs-teacher"
-ADDED = {"": "corrected", "-own-pairs": "+ own pairs", "-teacher": "+ teacher", "-own-pairs-teacher": "+ both"}
-TITLES = {
-    DEFAULT: "**corrected**",
-    **{f"{DEFAULT}{suffix}": f"corrected {name}" for suffix, name in ADDED.items() if suffix},
-    "stale-write-back": "written back, no corrector",
-    "corrected-mlp": "the paper's setting",
-    "stale": "stale cache",
-    "in-batch-larger": "in-batch, larger batches",
-    "in-batch-larger-static": "in-batch, larger batches (static)",
-    "mined-margin": "mined once, with a margin",
-    "mined-once": "mined once, without a margin",
-    "mlp-margin": "corrected, with a margin",
-    "mined-again": "mined again every 25 steps, with a margin",
-    "mined-margin-teacher": "mined once, `DistillKLDivLoss`",
-    "refresh-10": "re-embedded every 10 steps",
-    "refresh-50": "re-embedded every 50 steps",
-    "gist": "in-batch, larger batches, guided (GIST)",
-}
-FEWER = "-2-negatives-2-layers"
 OPENED = "opened.json"
 LITTLE = 0.5  # points below something else that would not matter
-RIVALS = ("in-batch-larger-static", "mined-once", "refresh-10", *INSTEAD)
-TITLES |= {f"{name}-own-pairs": f"{TITLES[name]}, own pairs" for name in INSTEAD}
-TITLES |= {
-    f"{name}-{count}-negatives-{encoder}": f"{TITLES[name].strip('*')}, {questions} questions × {count}"
-    for name in (DEFAULT, "stale-write-back", "mined-margin")
-    for encoder, spent in SPENT.items()
-    for count, questions in spent.items()
-}
-TITLES |= {f"{name}-as-long": f"{TITLES[name]}, {steps} steps" for name, steps in AS_LONG.items()}
 CHOICES = {f"code-{encoder}-choice": name for encoder, name in (("2-layers", "two layers"), ("static", "static"))}
+PLAIN, HALF = "32 questions × 4 (static: 64 × 8)", "48 questions × 2"
 
 
-def interval(values: list[float]) -> tuple[float, float] | None:
-    """The 95 % interval of the mean, by Student's t; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values) - half, statistics.mean(values) + half
-
-
-def texts(run: dict) -> float:
-    return float(run["targets_encoded"])
-
-
-def recall(run: dict) -> float:
-    return 100 * float(run["after"]["recall@100"])
-
-
-def apart(one: str, other: str, runs: Runs, value: Callable[[dict], float] = mrr) -> str:
-    """``"+0.6 [+0.2, +1.0] (3)"``: a mean difference, its interval, and of how many seeds."""
-    values = differences(one, other, runs, value)
-    if not values:
+def table(found: Corpora, heading: str, rows: Iterable[tuple[str, Callable[[list[Runs]], str]]]) -> str:
+    """A row each, a column a corpus, and one for all where there are several; rows without a figure are left out."""
+    columns = [[runs] for runs in found.values()] + ([list(found.values())] if len(found) > 1 else [])
+    titles = [CORPORA[corpus] for corpus in found] + (["mean"] if len(found) > 1 else [])
+    lines = []
+    for title, cell in rows:
+        cells = [cell(runs) if len(runs) == 1 or _in_several(cell, runs) else "" for runs in columns]
+        if any(cells):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    if not lines:
         return ""
-    bounds = interval(values)
-    between = f" [{bounds[0]:+.1f}, {bounds[1]:+.1f}]" if bounds else ""
-    return f"{statistics.mean(values):+.1f}{between} ({len(values)})"
+    return "\n".join([f"| {heading} | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|", *lines])
 
 
-def seconds(run: dict) -> float:
-    """Everything that a run needs: its cache and its teacher, whichever run made them, mining and training; NaN where
-    it was not noted what they took.
-    """
-    strategy, spent = run["args"]["strategy"], run["seconds"]
-    shared = []
-    if not strategy.startswith(("mined", "in-batch", "gist")):
-        shared.append(spent.get("cache"))
-    if run["args"].get("teacher_model") and strategy != "gist":
-        shared.append(spent.get("teacher"))
-    if None in shared:
-        return math.nan
-    return sum([spent["prepare"], *shared, spent["train"], -spent.get("probe", 0.0)])
+def _in_several(cell: Callable[[list[Runs]], str], runs: list[Runs]) -> bool:
+    """Whether a mean over corpora is one of more than one of them."""
+    return sum(bool(cell([each])) for each in runs) > 1
 
 
-def usual_seconds(group: list[dict]) -> float:
-    """The median of those that were noted."""
-    noted = [spent for run in group if not math.isnan(spent := seconds(run))]
-    return statistics.median(noted) if noted else math.nan
+def of(strategy: str, metric: str) -> tuple[str, Callable[[list[Runs]], str]]:
+    """A row: the figure itself, which has no mean over corpora."""
+
+    def cell(runs: list[Runs]) -> str:
+        groups = [each[strategy] for each in runs if strategy in each]
+        return mean_sd([METRICS[metric](run) for run in groups[0]]) if len(groups) == len(runs) == 1 else ""
+
+    return f"*{TITLES[strategy].strip('*')}, {metric}*", cell
 
 
-def against(regimes: dict[str, Runs], rivals: Iterable[str], ours: str, value: Callable[[dict], float] = mrr) -> str:
-    """What ``ours`` has over each of ``rivals``, a row for each regime."""
-    rivals = [name for name in rivals if any(differences(ours, name, runs) for runs in regimes.values())]
-    if not rivals:
-        return "Nothing of this has been run yet."
-    rows = [
-        f"| | {TITLES[ours].strip('*')} | {' | '.join(TITLES[name] for name in rivals)} |",
-        "|---" * (len(rivals) + 2) + "|",
+def less(one: str, other: str, metric: str) -> tuple[str, Callable[[list[Runs]], str]]:
+    """A row: what one has over another."""
+    return TITLES[other].strip("*"), lambda runs: apart(one, other, runs, METRICS[metric])
+
+
+def against(found: Corpora, ours: str, rivals: Iterable[str]) -> str:
+    """What ours has over each of the rivals, in each metric."""
+    rivals = list(rivals)
+    tables = [
+        table(found, "", [of(ours, metric), *(less(ours, each, metric) for each in rivals)])
+        for metric in METRICS
+        if any(differences(ours, each, runs) for runs in found.values() for each in rivals)
     ]
-    for regime, runs in regimes.items():
-        if ours in runs:
-            cells = [mean_sd([value(run) for run in runs[ours]]), *(apart(ours, name, runs, value) for name in rivals)]
-            rows.append(f"| {REGIMES[regime]} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    return "\n\n".join(filter(None, tables))
+
+
+def by_encoder(found: dict[str, Corpora], part: Callable[[Corpora], str]) -> list[str]:
+    """A part for each encoder that has something to say."""
+    return [
+        text for each, corpora in found.items() if (made := part(corpora)) for text in (f"**{ENCODERS[each]}**", made)
+    ]
+
+
+def compared(found: dict[str, Corpora]) -> list[str]:
+    """The tables, one or more for each question."""
+    spent = {"": PLAIN, FEWER: HALF}
+    return [
+        "## Does the corrector beat plain write-back?",
+        "What corrected negatives have over embeddings that are written back without a corrector:",
+        *by_encoder(
+            found,
+            lambda corpora: table(
+                corpora,
+                "",
+                [
+                    (f"{metric}, {how}", less(f"{DEFAULT}{suffix}", f"{WRITTEN}{suffix}", metric)[1])
+                    for metric in METRICS
+                    for suffix, how in spent.items()
+                ],
+            ),
+        ),
+        "## Are corrected negatives below what one would pick instead?",
+        "What corrected negatives have over each:",
+        *by_encoder(found, lambda corpora: against(corpora, DEFAULT, [WRITTEN, *RIVALS])),
+        f"As many texts a step, spent on {HALF} negatives each instead of 32 with 4:",
+        *by_encoder(
+            found,
+            lambda corpora: against(
+                corpora, f"{DEFAULT}{FEWER}", [DEFAULT, f"{WRITTEN}{FEWER}", f"mined-margin{FEWER}", *RIVALS]
+            ),
+        ),
+        "## In as much time",
+        "What corrected negatives have over these, which make as many steps as there is time for while the default "
+        "makes its cache and its own steps (measured on code search):",
+        *by_encoder(found, lambda corpora: against(corpora, DEFAULT, LONGER)),
+        *by_encoder(found, lambda corpora: against(corpora, f"{DEFAULT}{FEWER}", LONGER)),
+        "## What do own pairs and a teacher add?",
+        *by_encoder(found, added),
+        *with_both(found),
+        "## Where it fails",
+        *failures(found),
+    ]
+
+
+def added(found: Corpora) -> str:
+    """What own pairs, a teacher and both add to the default."""
+    return "\n\n".join(
+        table(
+            found,
+            "",
+            [
+                of(DEFAULT, metric),
+                *((name, less(f"{DEFAULT}{suffix}", DEFAULT, metric)[1]) for suffix, name in ADDED.items() if suffix),
+            ],
+        )
+        for metric in METRICS
+    )
+
+
+def with_both(found: dict[str, Corpora]) -> list[str]:
+    """What corrected negatives have over rivals that are given the same pairs or the same teacher."""
+    pairs = by_encoder(
+        found, lambda corpora: against(corpora, f"{DEFAULT}-own-pairs", [f"{each}-own-pairs" for each in INSTEAD])
+    )
+    taught = by_encoder(found, lambda corpora: against(corpora, f"{DEFAULT}-teacher", ["mined-margin-teacher", "gist"]))
+    return [
+        *(["What is over rivals that have the same own pairs:", *pairs] if pairs else []),
+        *(["What is over rivals that have the same teacher:", *taught] if taught else []),
+    ]
+
+
+def failures(found: dict[str, Corpora]) -> list[str]:
+    """Every comparison in which corrected negatives are below something else, or may be."""
+    below, perhaps, count = [], [], 0
+    for encoder, corpora in found.items():
+        for corpus, runs in corpora.items():
+            for ours in (DEFAULT, f"{DEFAULT}{FEWER}"):
+                rivals = [f"{WRITTEN}{ours.removeprefix(DEFAULT)}", f"mined-margin{FEWER}", *RIVALS, *LONGER]
+                for other in rivals:
+                    for metric, value in METRICS.items():
+                        bounds = interval([differences(ours, other, runs, value)])
+                        if bounds is None:
+                            continue
+                        count += 1
+                        where = f"{ENCODERS[encoder]}, {CORPORA[corpus]}, {metric}"
+                        said = f"{TITLES[ours].strip('*')} {apart(ours, other, [runs], value)}"
+                        line = f"- {where}: {said} against {TITLES[other]}."
+                        if bounds[1] < 0:
+                            below.append(line)
+                        elif bounds[0] < -LITTLE:
+                            perhaps.append(line)
+    nowhere = "Nowhere in these runs."
+    return [
+        f"Of {count} comparisons on one corpus, these have a 95 % interval below 0 (one in forty would by chance):",
+        "\n".join(below) or nowhere,
+        f"These may be more than {LITTLE} points below, as far as so few seeds tell:",
+        "\n".join(perhaps) or nowhere,
+    ]
 
 
 def all_rows(runs: Runs) -> str:
@@ -147,52 +213,6 @@ def all_rows(runs: Runs) -> str:
             f"| {TITLES.get(name, name)} | {' | '.join(cells)} | {'' if math.isnan(spent) else f'{spent:.0f}'} |"
         )
     return "\n".join(rows)
-
-
-def told(regimes: dict[str, Runs], holds: Callable[[float, float], bool]) -> str:
-    """Comparisons of corrected negatives with something else whose interval has a property, a line each."""
-    found = []
-    for regime, runs in regimes.items():
-        for other in ("stale-write-back", *RIVALS, *(f"{name}-as-long" for name in AS_LONG)):
-            for metric, value in (("MRR@10", mrr), ("recall@100", recall)):
-                bounds = interval(differences(DEFAULT, other, runs, value))
-                if bounds and holds(*bounds):
-                    said = apart(DEFAULT, other, runs, value)
-                    found.append(f"- {REGIMES[regime]}, {metric}: {said} against {TITLES[other]}.")
-    return "\n".join(found) or "Nowhere in these runs."
-
-
-def plots(folder: Path, regimes: dict[str, Runs]) -> list[str]:
-    """MRR@10 against texts encoded and against time, and the gain over writing back by coverage."""
-    shown = {name: runs for name, runs in regimes.items() if len(runs) > 4}
-    made = []
-    costs = {
-        "texts": ("targets encoded, for the loss and the cache", lambda group: mean(group, texts)),
-        "seconds": ("seconds, all counted", usual_seconds),
-    }
-    for name, (label, cost) in costs.items() if shown else ():
-        figure, axes = panels(REGIMES[regime] for regime in shown)
-        for axis, runs in zip(axes, shown.values(), strict=True):
-            for number, strategy in enumerate(each for each in TITLES if each in runs):
-                group, marker = runs[strategy], "o" if strategy.startswith(DEFAULT) else "s"
-                label = TITLES[strategy].replace("*", "")
-                axis.plot(cost(group), mean(group, mrr), marker, color=f"C{number % 10}", label=label)
-            axis.set(xlabel=label, ylabel="MRR@10", xscale="log")
-        legend(axes)
-        made.append(save(figure, folder, f"quality-against-{name}"))
-    points = [
-        (mean(runs[DEFAULT], coverage), differences(DEFAULT, "stale-write-back", runs), "static" in regime)
-        for regime, runs in regimes.items()
-        if differences(DEFAULT, "stale-write-back", runs)
-    ]
-    if points:
-        figure, (axis,) = panels(["What correcting adds to writing back"])
-        for at, values, is_static in points:
-            axis.plot(at, statistics.mean(values), "s" if is_static else "o", color="C1" if is_static else "C0")
-        axis.axhline(0, color="grey")
-        axis.set(xlabel="encodings a target, with gradient", ylabel="MRR@10, corrected less written back", xscale="log")
-        made.append(save(figure, folder, "gain-by-coverage"))
-    return made
 
 
 def open_test(folder: Path) -> None:
@@ -209,69 +229,63 @@ def open_test(folder: Path) -> None:
     )
 
 
-def of_test(folder: Path, regimes: dict[str, Runs]) -> list[str]:
+def of_test(folder: Path, found: dict[str, Corpora]) -> list[str]:
     """What test questions say, where they have been opened."""
     path = folder / "sealed" / OPENED
     if not path.exists():
         return []
-    tested: dict[str, Runs] = {}
-    for regime, runs in regimes.items():
-        for strategy, group in runs.items():
-            for run in group:
-                figures = folder / "sealed" / regime / f"{strategy}-seed{run['seed']}.json"
-                if figures.exists():
-                    found = run | {"after": json.loads(figures.read_text(encoding="utf-8"))["test"]}
-                    tested.setdefault(regime, {}).setdefault(strategy, []).append(found)
+    tested: dict[str, Corpora] = {}
+    for encoder, corpora in found.items():
+        for corpus, runs in corpora.items():
+            for strategy, group in runs.items():
+                for run in group:
+                    figures = folder / "sealed" / REGIMES[encoder][corpus] / f"{strategy}-seed{run['seed']}.json"
+                    if figures.exists():
+                        after = json.loads(figures.read_text(encoding="utf-8"))["test"]
+                        kept = tested.setdefault(encoder, {}).setdefault(corpus, {})
+                        kept.setdefault(strategy, []).append(run | {"after": after})
     opened = json.loads(path.read_text(encoding="utf-8"))["opened"]
     return [
-        "## Test questions",
-        f"Opened on {opened}, when the defaults had been decided. What is above was measured on dev questions.",
-        against(tested, ["stale-write-back", *RIVALS], DEFAULT),
-        added(tested),
+        "# Test questions",
+        f"Opened on {opened}, when the defaults had been decided: the same tables as above, where all was measured on "
+        "dev questions. Natural Questions has no third part.",
+        *compared(tested),
     ]
 
 
 def page(folder: Path) -> str:
-    regimes = {name: load(folder / name) for name in REGIMES if (folder / name).is_dir()}
+    found = read(folder)
+    findings = folder / "findings.md"
     parts = [
         "# Evidence: three corpora, two encoders, and what one would pick instead",
         "Made by `benchmarks/evidence_report.py` from the JSON beside it; every JSON has its command, and "
-        "`benchmarks/corpora.py` makes the corpora. MRR@10 on dev questions, mean ± sd; differences seed by seed with "
-        "95 % intervals by Student's t (number of seeds). Runs of a row and its rivals encode about as many texts with "
-        "gradient. Not all runs have been made yet: `make bench PRESET=evidence` goes on where it was stopped.",
+        "`benchmarks/corpora.py` makes the corpora. Figures are of dev questions, mean ± sd. Differences are taken "
+        "seed by seed, with 95 % intervals by Student's t (number of seeds); *mean* is that over corpora, which count "
+        "alike: its interval speaks of these corpora. Runs encode about as many texts with gradient as their rivals. "
+        "Not all runs have been made yet: `make bench PRESET=evidence` goes on where it was stopped.",
         "Seconds are of one core of two; one or two other processes ran beside, so they compare only roughly.",
-        "## Does the corrector beat plain write-back?",
-        against(regimes, ["stale-write-back"], DEFAULT),
-        "The same in recall@100:",
-        against(regimes, ["stale-write-back"], DEFAULT, recall),
-        "## Are corrected negatives below what one would pick instead?",
-        against(regimes, RIVALS, DEFAULT),
-        "As many texts a step, spent on 48 questions with 2 negatives each instead of 32 with 4:",
-        against(regimes, [DEFAULT, f"stale-write-back{FEWER}", f"mined-margin{FEWER}", *RIVALS], f"{DEFAULT}{FEWER}"),
-        "The same in recall@100:",
-        against(
-            regimes, [DEFAULT, f"stale-write-back{FEWER}", f"mined-margin{FEWER}", *RIVALS], f"{DEFAULT}{FEWER}", recall
-        ),
-        "## In as much time",
-        "As many steps as there is time for while the default makes its cache and its own steps.",
-        against(regimes, [f"{name}-as-long" for name in AS_LONG], DEFAULT),
-        "## What do own pairs and a teacher add?",
-        added(regimes),
-        "## Where it fails",
-        "Corrected negatives are below something else, as an interval tells:",
-        told(regimes, lambda low, high: high < 0),
-        f"They may be, by more than {LITTLE} points, as far as so few seeds tell:",
-        told(regimes, lambda low, high: low < -LITTLE and high >= 0),
-        *of_test(folder, regimes),
-        *plots(folder, regimes),
+        *([findings.read_text(encoding="utf-8").strip()] if findings.exists() else []),
+        *plots(folder, found),
+        *compared(found),
         "## What was chosen before",
         "Learning rates, ways to mine, and how texts are spent (*questions × negatives* a step): on 1,000 questions "
         "held out of the training questions of code search, which nothing above is measured on; one seed, MRR@10.",
         *(chosen(load(folder / regime), title) for regime, title in CHOICES.items() if (folder / regime).is_dir()),
         "## All runs",
-        *(part for name, runs in regimes.items() for part in (f"### {REGIMES[name]}", all_rows(runs))),
+        *(
+            part
+            for encoder, corpora in found.items()
+            for corpus, runs in corpora.items()
+            for part in (f"### {ENCODERS[encoder]}: {CORPORA[corpus]}", all_rows(runs))
+        ),
+        *of_test(folder, found),
     ]
-    everything = {f"{regime} {name}": group for regime, runs in regimes.items() for name, group in runs.items()}
+    everything = {
+        f"{encoder} {corpus} {name}": group
+        for encoder, corpora in found.items()
+        for corpus, runs in corpora.items()
+        for name, group in runs.items()
+    }
     return "\n\n".join([*parts, f"Computed in {machine(everything).removeprefix(', ')}."]) + "\n"
 
 
@@ -284,16 +298,6 @@ def chosen(runs: Runs, encoder: str) -> str:
         tried = {group[0]["args"]["learning_rate"]: group for group in alike}
         cells = [mean_sd([mrr(run) for run in tried[rate]]) if rate in tried else "" for rate in rates]
         rows.append(f"| {TITLES[name]} | {' | '.join(cells)} |")
-    return "\n".join(rows)
-
-
-def added(regimes: dict[str, Runs]) -> str:
-    """What own pairs, a teacher and both add to the default."""
-    rows = [f"| | {' | '.join(ADDED.values())} |", "|---" * (len(ADDED) + 1) + "|"]
-    for regime, runs in regimes.items():
-        if DEFAULT in runs:
-            gains = [apart(f"{DEFAULT}{suffix}", DEFAULT, runs) for suffix in ADDED if suffix]
-            rows.append(f"| {REGIMES[regime]} | {mean_sd([mrr(run) for run in runs[DEFAULT]])} | {' | '.join(gains)} |")
     return "\n".join(rows)
 
 

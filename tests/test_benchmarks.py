@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from conftest import ROOT, load_bert_model, make_bert_model
+from scipy import stats
 from support.scripts import run
 
 from st_corrector import (
@@ -173,6 +174,17 @@ def test_what_a_run_will_take_is_judged_by_those_that_are_done(monkeypatch):
     assert expected("stale", "old") == 16, "parts; what was measured beside is a part of training"
 
 
+def test_the_interval_of_a_difference_is_that_of_students_t(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    interval = importlib.import_module("evidence").interval
+    one, other = [0.2, 1.0, 0.9, -0.1], [3.0, 1.0, 2.5, 2.0]
+    assert interval([one]) == pytest.approx(tuple(stats.ttest_1samp(one, 0).confidence_interval(0.95)))
+    # Half the difference of two means is a mean of two, of which one has its sign changed.
+    welch = stats.ttest_ind(other, [-each for each in one], equal_var=False).confidence_interval(0.95)
+    assert interval([one, other]) == pytest.approx((welch.low / 2, welch.high / 2))
+    assert interval([one, [1.0]]) is None and interval([]) is None and interval([[1.0, 1.0]]) == (1.0, 1.0)
+
+
 def test_test_questions_stay_sealed_until_they_are_opened_once(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     strategies, report = importlib.import_module("strategies"), importlib.import_module("evidence_report")
@@ -194,7 +206,7 @@ def test_test_questions_stay_sealed_until_they_are_opened_once(monkeypatch, tmp_
     assert "50.5 ± 0.7" in page and "+10.0" in page and "Test questions" not in page and "41.0" not in page
     report.open_test(tmp_path)
     opened = report.page(tmp_path)
-    assert "## Test questions" in opened and "41.0 ± 0.0" in opened and "-2.0" in opened and "50.5 ± 0.7" in opened
+    assert "\n# Test questions\n" in opened and "41.0 ± 0.0" in opened and "-2.0" in opened and "50.5 ± 0.7" in opened
     with pytest.raises(SystemExit, match="opened before"):
         report.open_test(tmp_path)
 

@@ -1,0 +1,121 @@
+"""The evidence in pictures: quality against texts encoded, against time, and what correcting adds, by coverage."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from evidence import CORPORA, DEFAULT, ENCODERS, FEWER, TITLES, WRITTEN, Corpora, interval, texts, usual_seconds
+from report import Runs, coverage, differences, mean, mrr, save
+
+# By what is done, wherever it is done: the first beginning of a strategy's name counts.
+COLOURS = {"mlp": "C0", "stale": "C1", "in-batch": "C2", "gist": "C2", "mined": "C3", "refresh": "C7"}
+ENOUGH = 4  # strategies without which a panel says little
+
+
+def colour(strategy: str) -> str:
+    return next((colour for begins, colour in COLOURS.items() if strategy.startswith(begins)), "C4")
+
+
+def plots(folder: Path, found: dict[str, Corpora]) -> list[str]:
+    """Markdown that shows the plots, which are written beside the page."""
+    costs: dict[str, tuple[str, Callable[[list[dict]], float]]] = {
+        "texts": ("targets encoded, for the loss and the cache", lambda group: mean(group, texts)),
+        "seconds": ("seconds on one core, all counted", usual_seconds),
+    }
+    made = [_quality(folder, found, f"quality-against-{name}", *cost) for name, cost in costs.items()]
+    return [each for each in [*made, _gain(folder, found)] if each]
+
+
+def _quality(
+    folder: Path, found: dict[str, Corpora], name: str, label: str, cost: Callable[[list[dict]], float]
+) -> str:
+    """MRR@10, mean ± sd over seeds, against a cost; a row of panels an encoder, a panel a corpus."""
+    shown = {
+        (encoder, corpus): points
+        for encoder, corpora in found.items()
+        for corpus, runs in corpora.items()
+        if len(points := {each: at for each, group in runs.items() if not math.isnan(at := cost(group))}) >= ENOUGH
+    }
+    if not shown:
+        return ""
+    encoders = [each for each in ENCODERS if any(encoder == each for encoder, _ in shown)]
+    corpora = [each for each in CORPORA if any(corpus == each for _, corpus in shown)]
+    figure, axes = plt.subplots(
+        len(encoders), len(corpora), figsize=(6.2 * len(corpora), 4.6 * len(encoders)), squeeze=False
+    )
+    for row, encoder in zip(axes, encoders, strict=True):
+        for axis, corpus in zip(row, corpora, strict=True):
+            if points := shown.get((encoder, corpus)):
+                _panel(axis, found[encoder][corpus], points)
+                axis.set_title(f"{CORPORA[corpus]}: {ENCODERS[encoder]}", fontsize=9)
+                axis.set(xlabel=label, ylabel="MRR@10")
+            else:
+                axis.set_axis_off()
+    figure.tight_layout()
+    return save(figure, folder, name)
+
+
+def _panel(axis: plt.Axes, runs: Runs, points: dict[str, float]) -> None:
+    """Each strategy as a point with its name beside it; names that would lie upon one another are moved apart."""
+    values = {strategy: [mrr(run) for run in runs[strategy]] for strategy in points}
+    order = sorted(points, key=lambda strategy: statistics.mean(values[strategy]))
+    for strategy in order:
+        deviation = statistics.stdev(values[strategy]) if len(values[strategy]) > 1 else 0.0
+        is_ours = strategy.startswith(DEFAULT)
+        axis.errorbar(
+            *(points[strategy], statistics.mean(values[strategy]), deviation),
+            **{"fmt": "o" if is_ours else "s", "color": colour(strategy), "ms": 7 if is_ours else 5, "lw": 1},
+        )
+    axis.set_xscale("log")
+    axis.grid(alpha=0.3)
+    # The right half is for the names.
+    low, high = min(points.values()), max(points.values())
+    width = max(high / low, 1.3) ** 2.2
+    axis.set_xlim(low / width**0.05, low * width**0.95)
+    bottom, top = axis.get_ylim()
+    gap, lowest = 0.052, -math.inf
+    for strategy in order:
+        at = (statistics.mean(values[strategy]) - bottom) / (top - bottom)
+        lowest = max(at, lowest + gap)
+        axis.annotate(
+            TITLES[strategy].replace("*", "").replace("`", ""),
+            **{"xy": (points[strategy], statistics.mean(values[strategy])), "xycoords": "data"},
+            **{"xytext": (0.56, lowest), "textcoords": "axes fraction", "fontsize": 7, "va": "center"},
+            **{"color": colour(strategy), "weight": "bold" if strategy == DEFAULT else "normal"},
+            arrowprops={"arrowstyle": "-", "color": colour(strategy), "lw": 0.5, "alpha": 0.5},
+        )
+
+
+def _gain(folder: Path, found: dict[str, Corpora]) -> str:
+    """What correcting adds to writing back, with its interval, by how often a run encodes each target."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.2))
+    is_empty = True
+    for encoder, corpora in found.items():
+        for corpus, runs in corpora.items():
+            for suffix in ("", FEWER):
+                values = differences(f"{DEFAULT}{suffix}", f"{WRITTEN}{suffix}", runs)
+                if not (bounds := interval([values])):
+                    continue
+                middle, at = statistics.mean(values), mean(runs[f"{DEFAULT}{suffix}"], coverage)
+                look = {"color": "C1" if encoder == "static" else "C0", "capsize": 3}
+                look |= {"fmt": "s" if encoder == "static" else "o", "mfc": "white" if suffix else None}
+                axis.errorbar(at, middle, [[middle - bounds[0]], [bounds[1] - middle]], **look)
+                name = f"{CORPORA[corpus]}, {'static' if encoder == 'static' else 'two layers'}"
+                axis.annotate(
+                    name + (", 48 × 2" if suffix else ""),
+                    **{"xy": (at, middle), "xytext": (5, 3), "textcoords": "offset points", "fontsize": 7},
+                )
+                is_empty = False
+    if is_empty:
+        plt.close(figure)
+        return ""
+    axis.axhline(0, color="grey")
+    axis.grid(alpha=0.3)
+    axis.set(xscale="log", xlabel="encodings a target, with gradient", ylabel="MRR@10, corrected less written back")
+    axis.set_title("What correcting adds to writing back (95 % intervals)", fontsize=10)
+    axis.margins(x=0.3)
+    return save(figure, folder, "gain-by-coverage")
