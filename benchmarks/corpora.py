@@ -7,13 +7,14 @@
 docstrings is the target, the name in words its title, the first paragraph of the docstring the question.
 
 **packages**: the long description of every package, its own name left out, is the target; the synopsis is the question.
-Packages whose descriptions begin with the same paragraph (`-dev`, `-doc` and `-data` packages) are relevant to one
-another, so that one question is asked for all of them; where more than 20 share it, none is asked. The lists must have
-been fetched: `apt-get -o Acquire::Languages=en update`.
+Packages that say the same (`-dev`, `-doc` and `-data` packages) are relevant to one another, so that one question is
+asked for all of them; where they are more than 20, none is asked. Two say the same if their descriptions begin with the
+same paragraph, or if at least four fifths of the sequences of four words that either has are in both. The lists must
+have been fetched: `apt-get -o Acquire::Languages=en update`.
 
-Each has splits train, dev and test, drawn once, and the targets that answer them first, so that fewer targets
-(``--max_targets``) leave all questions answered. The data is not part of the project; the digest of what came out is
-printed, kept in `made.json`, and compared with what the figures of this project were measured on.
+Each has splits train, dev and test, drawn once, and the targets that answer them first, the others in random order, so
+that fewer targets (``--max_targets``) leave all questions answered. The data is not part of the project; the digest of
+what came out is printed, kept in `made.json`, and compared with what the figures of this project were measured on.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from debian.deb822 import Deb822
+from scipy import sparse
+from scipy.sparse import csgraph
+from sklearn.feature_extraction.text import CountVectorizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -48,7 +53,10 @@ WHEELS = (
 )
 PLATFORMS = ("any", "manylinux2014_x86_64", "manylinux_2_28_x86_64")
 FUNCTIONS = 50_000
-MOST_ALIKE = 20  # packages with one beginning; more have it from a template
+MOST_ALIKE = 20  # packages that say the same; more have it from a template
+WORDS = 4  # in a sequence, by which texts are compared
+ALIKE = 0.8  # of the sequences that either of two texts has, those that both have (Jaccard)
+RARE = 100  # texts that have a sequence
 # Questions of each split.
 SPLITS = {
     "code": {"dev": 1_500, "test": 1_500, "train": 5_000},
@@ -57,7 +65,7 @@ SPLITS = {
 # What the project's own figures were measured on.
 DIGESTS = {
     "code": "201eaeffedd37b100eef88fb2ec3f977e5acff383f5e3f8c61a3b957a2949e9c",
-    "packages": "45f439b4b2e26c372442239475cbadbf49d66746d41e2b9b5820335a36ad59b3",
+    "packages": "b0def1d6ffa9b24e0ace79a29d7a068dc36e7cea4b5c1a9aa67b5e8f149bfa61",
 }
 
 
@@ -105,18 +113,52 @@ def packages() -> list[Target]:
         paragraphs = [" ".join(part.split()) for part in re.split(r"\n \.\s*(?=\n|$)", text)]
         if any(paragraphs):
             found[paragraph["Package"]] = synopsis.strip(), [part for part in paragraphs if part]
-    alike = defaultdict(list)
-    for name, (_, paragraphs) in sorted(found.items()):
-        alike[paragraphs[0].casefold()].append(name)
+    names = sorted(found)
+    group_of = alike([found[name][1] for name in names])
+    members = defaultdict(list)
+    for name, group in zip(names, group_of, strict=True):
+        members[group].append(name)
     asked: set[str] = set()
     targets = []
-    for name, (synopsis, paragraphs) in sorted(found.items()):
-        group = alike[paragraphs[0].casefold()]
+    for name, number in zip(names, group_of, strict=True):
+        synopsis, paragraphs = found[name]
+        group = members[number]
         # The first of those that are alike asks for all.
         asks = group[0] == name and len(group) <= MOST_ALIKE and synopsis.casefold() not in asked
         asked.add(synopsis.casefold())
         targets.append(Target(name, "", "\n".join(paragraphs), synopsis if asks else None, tuple(group)))
+    # By name they would be neighbours in a family, of which fewer targets would keep a part.
+    random.Random(1).shuffle(targets)
     return targets
+
+
+def alike(texts: list[list[str]]) -> list[int]:
+    """The group of each text, which is given by its paragraphs: those that say the same, directly or by way of others,
+    are in one.
+    """
+    words_of = CountVectorizer(ngram_range=(WORDS, WORDS), token_pattern=r"\w+", binary=True, dtype=np.int32)
+    grams = words_of.fit_transform("\n".join(paragraphs) for paragraphs in texts)
+    # Sequences that many have are looked at in pairs that share a rare one as well.
+    rare = grams[:, np.asarray(grams.sum(axis=0)).ravel() <= RARE]
+    pairs = sparse.triu(rare @ rare.T, k=1).tocoo()
+    of_each = np.asarray(grams.sum(axis=1)).ravel()
+    one, other = pairs.row, pairs.col
+    # No more can be alike than the shorter has of the longer.
+    likely = np.minimum(of_each[one], of_each[other]) >= ALIKE * np.maximum(of_each[one], of_each[other])
+    one, other = one[likely], other[likely]
+    both = np.concatenate(
+        [
+            np.asarray(grams[one[at : at + 100_000]].multiply(grams[other[at : at + 100_000]]).sum(axis=1)).ravel()
+            for at in range(0, len(one), 100_000)
+        ]
+        or [np.zeros(0)]
+    )
+    same = both >= ALIKE * (of_each[one] + of_each[other] - both)
+    beginnings: dict[str, int] = {}
+    first = np.array([beginnings.setdefault(paragraphs[0].casefold(), n) for n, paragraphs in enumerate(texts)])
+    edges = [np.concatenate([one[same], np.arange(len(texts))]), np.concatenate([other[same], first])]
+    graph = sparse.coo_matrix((np.ones(len(edges[0])), edges), shape=(len(texts), len(texts)))
+    return csgraph.connected_components(graph, directed=False)[1].tolist()
 
 
 def write(targets: list[Target], counts: dict[str, int], folder: Path) -> str:

@@ -181,7 +181,7 @@ class Study:
         figures["at_once"] = self.at_once
         if test := figures.pop("test", None):
             told = {name: figures[name] for name in ("strategy", "seed", "command", "versions")}
-            _write(run.sealed(self.results), {"test": test, **told})
+            _write(run.sealed(self.results), {"test": test, "ranks": figures["ranks"].pop("test"), **told})
         _write(run.results(self.results), figures)
         self.done[run] = figures
         print(f"ends: {run}, MRR@10 {100 * figures['after']['mrr@10']:.1f}, {seconds:.0f} s", flush=True)

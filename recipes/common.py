@@ -155,7 +155,7 @@ def train(
     resume: str | bool | None = args.resume_from_checkpoint
     trainer.train({"True": True, "true": True, "False": None}.get(str(resume), resume))
     trained = time.perf_counter()
-    after, of_test = evaluated_after(model, evaluator, test)
+    after = evaluated_after(model, {"after": evaluator} | ({} if test is None else {"test": test}))
     evaluated = time.perf_counter()
     trainer.recorder.write(args, trainer.state)  # with what was evaluated last
     if final is not None and args.should_save:
@@ -168,8 +168,8 @@ def train(
         "steps": trainer.state.global_step,
         "targets": len(corpus),
         "before": before,
-        "after": after,
-        **({} if of_test is None else {"test": of_test}),
+        **{name: metrics for name, (metrics, _) in after.items()},
+        "ranks": {name: ranks for name, (_, ranks) in after.items()},
         "seconds": {
             "before": round(started - prepared, 1),
             "prepare": round(prepared - begun - costs.paid, 1),
@@ -282,18 +282,31 @@ def evaluated_once(model: SentenceTransformer, evaluator: CorpusRetrievalEvaluat
 
 
 def evaluated_after(
-    model: SentenceTransformer, evaluator: CorpusRetrievalEvaluator, test: CorpusRetrievalEvaluator | None
-) -> tuple[dict[str, float], dict[str, float] | None]:
-    """The trained model's metrics, and those of ``test``, for which the corpus is not encoded a second time."""
-    if test is None:
-        return evaluator(model), None
-    corpus = evaluator.corpus
-    fresh = DocumentEncoder(model, corpus).encode(model, np.arange(len(corpus)), batch_size=evaluator.batch_size)
-    embeddings = EmbeddingCache.from_tensor(fresh[:, : model.truncate_dim].cpu())
-    after, of_test = (each.score(each.retrieve(model, embeddings)) for each in (evaluator, test))
-    for each, metrics in ((evaluator, after), (test, of_test)):
-        each.store_metrics_in_model_card_data(model, metrics)
-    return after, of_test
+    model: SentenceTransformer, evaluators: dict[str, CorpusRetrievalEvaluator]
+) -> dict[str, tuple[dict[str, float], str]]:
+    """The trained model's metrics by each evaluator, all of one corpus, which is encoded once; and the
+    :func:`ranks`.
+    """
+    embeddings = None
+    if len(evaluators) > 1:
+        one = next(iter(evaluators.values()))
+        encoder, rows = DocumentEncoder(model, one.corpus), np.arange(len(one.corpus))
+        fresh = encoder.encode(model, rows, batch_size=one.batch_size)
+        embeddings = EmbeddingCache.from_tensor(fresh[:, : model.truncate_dim].cpu())
+    found = {}
+    for name, evaluator in evaluators.items():
+        retrieved = evaluator.retrieve(model, embeddings)
+        found[name] = evaluator.score(retrieved), ranks(evaluator, retrieved.numpy())
+        evaluator.store_metrics_in_model_card_data(model, found[name][0])
+    return found
+
+
+def ranks(evaluator: CorpusRetrievalEvaluator, retrieved: np.ndarray) -> str:
+    """Of each query the ranks, from 1, at which its relevant targets stand among the first 100; queries are parted by
+    commas: ``"1 4,,37"``. All metrics follow from them, and how far they depend on the queries.
+    """
+    relevant = (np.isin(rows, evaluator.qrels.rows_of(query)) for query, rows in enumerate(retrieved))
+    return ",".join(" ".join(map(str, np.flatnonzero(each) + 1)) for each in relevant)
 
 
 def keep(trainer: CorrectorTrainer, folder: Path) -> None:

@@ -195,13 +195,15 @@ def test_test_questions_stay_sealed_until_they_are_opened_once(monkeypatch, tmp_
             metrics = {"recall@20": 0.6, "recall@100": 0.7}
             figures = {"strategy": strategy, "seed": seed, "command": "python", "versions": {}, "targets": 10}
             figures |= {"after": {**metrics, "mrr@10": dev + seed / 100}, "test": {**metrics, "mrr@10": test}}
+            figures |= {"ranks": {"after": "1,,4 7", "test": "3,1,"}}
             figures |= {"targets_encoded": 20, "targets_encoded_for_cache": 0, "args": {"strategy": "corrected"}}
             figures |= {"seconds": {"prepare": 1.0, "train": 2.0}, "device": {"name": "x"}, "precision": "float32"}
             folder = run_of.outputs(tmp_path / "outputs")
             folder.mkdir(parents=True)
             (folder / "results.json").write_text(json.dumps(figures))
             study._end(run_of, 0, 3.0)
-            assert "test" not in json.loads(run_of.results(tmp_path).read_text())
+            kept, sealed = (json.loads(path(tmp_path).read_text()) for path in (run_of.results, run_of.sealed))
+            assert "test" not in kept and kept["ranks"] == {"after": "1,,4 7"} and sealed["ranks"] == "3,1,"
     page = report.page(tmp_path)
     assert "50.5 ± 0.7" in page and "+10.0" in page and "Test questions" not in page and "41.0" not in page
     report.open_test(tmp_path)

@@ -114,6 +114,10 @@ def test_a_teacher_and_own_pairs_on_held_out_questions(small_nq, minilm_path, tm
     assert results["before"] != results["after"] and results["args"]["hold_out"] == 20
     corpus, trained = Corpus.from_beir(small_nq), SentenceTransformer(str(tmp_path / "out" / "final"), device="cpu")
     assert results["test"] == pytest.approx(CorpusRetrievalEvaluator(corpus, "dev")(trained)) != results["after"]
+    for name, questions in (("after", 20), ("test", len(corpus.qrels("dev")))):
+        ranks = [[int(rank) for rank in each.split()] for each in results["ranks"][name].split(",")]
+        reciprocal = sum(1 / found[0] for found in ranks if found and found[0] <= 10) / len(ranks)
+        assert len(ranks) == questions and reciprocal == pytest.approx(results[name]["mrr@10"])
     if strategy == "corrected":
         assert all({"distillation_loss", "task_loss_own_pairs"} <= entry.keys() for entry in results["log"])
 
