@@ -6,9 +6,11 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from presets import AS_LONG, INSTEAD, SPENT
-from report import Runs, differences, load, mrr
+from report import Runs, load
 from scipy import stats
 
 CORPORA = {"nq": "Natural Questions", "code": "code search", "packages": "package search"}
@@ -38,20 +40,26 @@ TITLES = {
     "mined-once": "mined once, without a margin",
     "mlp-margin": "corrected, with a margin",
     "mined-again": "mined again every 25 steps, with a margin",
-    "mined-margin-teacher": "mined once, `DistillKLDivLoss`",
+    "mined-by-teacher": "mined by the teacher, with a margin",
+    "mined-by-teacher-scores": "mined by the teacher, `DistillKLDivLoss`",
     "refresh-10": "re-embedded every 10 steps",
     "refresh-50": "re-embedded every 50 steps",
     "gist": "in-batch, larger batches, guided (GIST)",
 }
 RIVALS = ("in-batch-larger", "in-batch-larger-static", "mined-margin", "mined-once", "mined-again", "refresh-50")
-RIVALS += ("refresh-10", "mined-margin-teacher", "gist")
+RIVALS += ("refresh-10",)
+TAUGHT = ("mined-by-teacher", f"mined-by-teacher{FEWER}", "mined-by-teacher-scores", "gist")
+"""Rivals that have a teacher."""
 LONGER = tuple(f"{name}-as-long" for name in AS_LONG)
 TITLES |= {f"{name}-own-pairs": f"{TITLES[name]}, own pairs" for name in INSTEAD}
 TITLES |= {
     f"{name}-{count}-negatives-{encoder}": f"{TITLES[name].strip('*')}, {questions} questions × {count}"
-    for name in (DEFAULT, WRITTEN, "mined-margin")
+    for name in (DEFAULT, WRITTEN, "mined-margin", "mined-by-teacher")
     for encoder, spent in SPENT.items()
     for count, questions in spent.items()
+}
+TITLES |= {
+    f"{DEFAULT}{FEWER}{suffix}": f"{TITLES[f'{DEFAULT}{FEWER}']} {name}" for suffix, name in ADDED.items() if suffix
 }
 TITLES |= {f"{name}-as-long": f"{TITLES[name]}, {steps} steps" for name, steps in AS_LONG.items()}
 
@@ -68,11 +76,28 @@ def read(folder: Path) -> dict[str, Corpora]:
     return {encoder: corpora for encoder, corpora in found.items() if corpora}
 
 
-def recall(run: dict) -> float:
-    return 100 * float(run["after"]["recall@100"])
+class Metric(NamedTuple):
+    """A figure of a run, and of one question by the ranks of its relevant targets, ``inf`` beyond the first 100."""
+
+    name: str
+    of_question: Callable[[list[float]], float]
+
+    def __call__(self, run: dict) -> float:
+        return 100 * float(run["after"][self.name])
+
+    def by_question(self, run: dict) -> np.ndarray | None:
+        """``(Q,)``; None where ranks were not kept."""
+        if "ranks" not in run:
+            return None
+        told = run["ranks"]["after"].replace("-", "inf").split(",")
+        return 100 * np.array([self.of_question([float(rank) for rank in each.split()]) for each in told])
 
 
-METRICS: dict[str, Callable[[dict], float]] = {"MRR@10": mrr, "recall@100": recall}
+METRICS = {
+    "MRR@10": Metric("mrr@10", lambda ranks: 1 / ranks[0] if ranks[0] <= 10 else 0.0),
+    "recall@20": Metric("recall@20", lambda ranks: statistics.mean(rank <= 20 for rank in ranks)),
+    "recall@100": Metric("recall@100", lambda ranks: statistics.mean(rank <= 100 for rank in ranks)),
+}
 
 
 def texts(run: dict) -> float:
@@ -100,36 +125,62 @@ def usual_seconds(group: list[dict]) -> float:
     return statistics.median(noted) if noted else math.nan
 
 
-def interval(groups: list[list[float]]) -> tuple[float, float] | None:
-    """The 95 % interval of the mean over corpora of the mean over seeds, by Student's t.
+class Difference(NamedTuple):
+    """What one strategy has over another on one corpus."""
 
-    Each corpus counts alike. Seeds are what varies: the interval speaks of these corpora, not of others. The degrees of
-    freedom are those of Welch and Satterthwaite, for one corpus its seeds less one.
+    mean: float
+    seeds: int
+    parts: list[tuple[float, int]]
+    """The variances of the mean that are known, each with its degrees of freedom: over seeds, and over questions."""
 
-    Args:
-        groups: differences by seed, of each corpus.
+
+def difference(one: str, other: str, runs: Runs, metric: Metric) -> Difference | None:
+    """Seed by seed, question by question; None where no seed has both."""
+    ours, theirs = ({run["seed"]: run for run in runs.get(name, [])} for name in (one, other))
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    values = [metric(ours[seed]) - metric(theirs[seed]) for seed in seeds]
+    parts = [(statistics.variance(values) / len(seeds), len(seeds) - 1)] if len(seeds) > 1 else []
+    asked = [(metric.by_question(ours[seed]), metric.by_question(theirs[seed])) for seed in seeds]
+    by_question = [mine - its for mine, its in asked if mine is not None and its is not None]
+    if len(by_question) == len(seeds):
+        over_seeds = np.mean(by_question, axis=0)
+        parts.append((float(over_seeds.var(ddof=1)) / len(over_seeds), len(over_seeds) - 1))
+    return Difference(statistics.mean(values), len(seeds), parts)
+
+
+def interval(found: list[Difference]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean over corpora, by Student's t.
+
+    Each corpus counts alike. The variance of a difference is the sum of those over seeds and, where ranks were kept,
+    over questions: both have a part in common, so the interval is rather too wide than too narrow. The degrees of
+    freedom are those of Welch and Satterthwaite. It speaks of other seeds and questions, not of other corpora.
 
     Returns:
         None where a corpus has fewer than two seeds.
     """
-    if not groups or min(map(len, groups)) < 2:
+    if not found or min(each.seeds for each in found) < 2:
         return None
-    variances = [statistics.variance(values) / len(values) for values in groups]
-    total = sum(variances)
-    middle = statistics.mean(map(statistics.mean, groups))
+    parts = [part for each in found for part in each.parts]
+    total = sum(variance for variance, _ in parts)
+    middle = statistics.mean(each.mean for each in found)
     if total == 0:
         return middle, middle
-    freedom = total**2 / sum(each**2 / (len(values) - 1) for each, values in zip(variances, groups, strict=True))
-    half = float(stats.t.ppf(0.975, freedom)) * total**0.5 / len(groups)
+    freedom = total**2 / sum(variance**2 / freedom for variance, freedom in parts)
+    half = float(stats.t.ppf(0.975, freedom)) * total**0.5 / len(found)
     return middle - half, middle + half
 
 
-def apart(one: str, other: str, runs: list[Runs], value: Callable[[dict], float] = mrr) -> str:
-    """``"+0.6 [+0.2, +1.0] (3)"``: a difference, the mean over corpora, its interval, and of how many seeds."""
-    groups = [values for each in runs if (values := differences(one, other, each, value))]
-    if not groups:
+def apart(one: str, other: str, runs: list[Runs], metric: Metric) -> str:
+    """``"+0.6 [+0.2, +1.0] (3)"``: a difference, the mean over corpora, its interval, and of how many seeds, with an
+    ``s`` where the interval is over seeds alone.
+    """
+    found = [each for some in runs if (each := difference(one, other, some, metric))]
+    if not found:
         return ""
-    bounds = interval(groups)
+    bounds = interval(found)
     between = f" [{bounds[0]:+.1f}, {bounds[1]:+.1f}]" if bounds else ""
-    seeds = " + ".join(str(len(values)) for values in groups)
-    return f"{statistics.mean(map(statistics.mean, groups)):+.1f}{between} ({seeds})"
+    over_seeds = "s" if bounds and any(len(each.parts) < 2 for each in found) else ""
+    seeds = " + ".join(str(each.seeds) for each in found)
+    return f"{statistics.mean(each.mean for each in found):+.1f}{between} ({seeds}{over_seeds})"

@@ -8,8 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from evidence import CORPORA, DEFAULT, ENCODERS, FEWER, TITLES, WRITTEN, Corpora, interval, texts, usual_seconds
-from report import Runs, coverage, differences, mean, mrr, save
+from evidence import (
+    CORPORA,
+    DEFAULT,
+    ENCODERS,
+    FEWER,
+    METRICS,
+    TITLES,
+    WRITTEN,
+    Corpora,
+    difference,
+    interval,
+    texts,
+    usual_seconds,
+)
+from report import Runs, coverage, mean, mrr, save
 
 # By what is done, wherever it is done: the first beginning of a strategy's name counts.
 COLOURS = {"mlp": "C0", "stale": "C1", "in-batch": "C2", "gist": "C2", "mined": "C3", "refresh": "C7"}
@@ -97,10 +110,10 @@ def _gain(folder: Path, found: dict[str, Corpora]) -> str:
     for encoder, corpora in found.items():
         for corpus, runs in corpora.items():
             for suffix in ("", FEWER):
-                values = differences(f"{DEFAULT}{suffix}", f"{WRITTEN}{suffix}", runs)
-                if not (bounds := interval([values])):
+                found_here = difference(f"{DEFAULT}{suffix}", f"{WRITTEN}{suffix}", runs, METRICS["MRR@10"])
+                if found_here is None or not (bounds := interval([found_here])):
                     continue
-                middle, at = statistics.mean(values), mean(runs[f"{DEFAULT}{suffix}"], coverage)
+                middle, at = found_here.mean, mean(runs[f"{DEFAULT}{suffix}"], coverage)
                 look = {"color": "C1" if encoder == "static" else "C0", "capsize": 3}
                 look |= {"fmt": "s" if encoder == "static" else "o", "mfc": "white" if suffix else None}
                 axis.errorbar(at, middle, [[middle - bounds[0]], [bounds[1] - middle]], **look)

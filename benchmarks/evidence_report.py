@@ -31,23 +31,26 @@ from evidence import (
     METRICS,
     REGIMES,
     RIVALS,
+    TAUGHT,
     TITLES,
     WRITTEN,
     Corpora,
     apart,
+    difference,
     interval,
     read,
     usual_seconds,
 )
 from evidence_plots import plots
 from presets import INSTEAD
-from report import Runs, coverage, differences, load, machine, mean, mean_sd, mrr
+from report import Runs, coverage, load, machine, mean, mean_sd, mrr
 from strategies import RESULTS, ROOT
 
 sys.path.insert(0, str(ROOT / "recipes"))
 from common import commit
 
 OPENED = "opened.json"
+SEEDS = 3  # with two an interval says little
 LITTLE = 0.5  # points below something else that would not matter
 CHOICES = {f"code-{encoder}-choice": name for encoder, name in (("2-layers", "two layers"), ("static", "static"))}
 PLAIN, HALF = "32 questions × 4 (static: 64 × 8)", "48 questions × 2"
@@ -93,7 +96,7 @@ def against(found: Corpora, ours: str, rivals: Iterable[str]) -> str:
     tables = [
         table(found, "", [of(ours, metric), *(less(ours, each, metric) for each in rivals)])
         for metric in METRICS
-        if any(differences(ours, each, runs) for runs in found.values() for each in rivals)
+        if any(difference(ours, each, runs, METRICS[metric]) for runs in found.values() for each in rivals)
     ]
     return "\n\n".join(filter(None, tables))
 
@@ -139,25 +142,27 @@ def compared(found: dict[str, Corpora]) -> list[str]:
         *by_encoder(found, lambda corpora: against(corpora, DEFAULT, LONGER)),
         *by_encoder(found, lambda corpora: against(corpora, f"{DEFAULT}{FEWER}", LONGER)),
         "## What do own pairs and a teacher add?",
-        *by_encoder(found, added),
+        *by_encoder(found, lambda corpora: added(corpora, DEFAULT)),
+        *by_encoder(found, lambda corpora: added(corpora, f"{DEFAULT}{FEWER}")),
         *with_both(found),
         "## Where it fails",
         *failures(found),
     ]
 
 
-def added(found: Corpora) -> str:
-    """What own pairs, a teacher and both add to the default."""
+def added(found: Corpora, ours: str) -> str:
+    """What own pairs, a teacher and both add to corrected negatives."""
     return "\n\n".join(
         table(
             found,
             "",
             [
-                of(DEFAULT, metric),
-                *((name, less(f"{DEFAULT}{suffix}", DEFAULT, metric)[1]) for suffix, name in ADDED.items() if suffix),
+                of(ours, metric),
+                *((name, less(f"{ours}{suffix}", ours, metric)[1]) for suffix, name in ADDED.items() if suffix),
             ],
         )
         for metric in METRICS
+        if any(f"{ours}{suffix}" in runs for runs in found.values() for suffix in ADDED if suffix)
     )
 
 
@@ -166,7 +171,11 @@ def with_both(found: dict[str, Corpora]) -> list[str]:
     pairs = by_encoder(
         found, lambda corpora: against(corpora, f"{DEFAULT}-own-pairs", [f"{each}-own-pairs" for each in INSTEAD])
     )
-    taught = by_encoder(found, lambda corpora: against(corpora, f"{DEFAULT}-teacher", ["mined-margin-teacher", "gist"]))
+    taught = [
+        part
+        for ours in (DEFAULT, f"{DEFAULT}{FEWER}")
+        for part in by_encoder(found, lambda corpora, ours=ours: against(corpora, f"{ours}-teacher", TAUGHT))
+    ]
     return [
         *(["What is over rivals that have the same own pairs:", *pairs] if pairs else []),
         *(["What is over rivals that have the same teacher:", *taught] if taught else []),
@@ -174,31 +183,30 @@ def with_both(found: dict[str, Corpora]) -> list[str]:
 
 
 def failures(found: dict[str, Corpora]) -> list[str]:
-    """Every comparison in which corrected negatives are below something else, or may be."""
-    below, perhaps, count = [], [], 0
+    """Every comparison of three seeds or more in which corrected negatives are below something else, or may be."""
+    below, perhaps, count = [], 0, 0
     for encoder, corpora in found.items():
         for corpus, runs in corpora.items():
             for ours in (DEFAULT, f"{DEFAULT}{FEWER}"):
-                rivals = [f"{WRITTEN}{ours.removeprefix(DEFAULT)}", f"mined-margin{FEWER}", *RIVALS, *LONGER]
+                rivals = [f"{WRITTEN}{ours.removeprefix(DEFAULT)}", f"mined-margin{FEWER}", *RIVALS, *TAUGHT, *LONGER]
                 for other in rivals:
                     for metric, value in METRICS.items():
-                        bounds = interval([differences(ours, other, runs, value)])
-                        if bounds is None:
+                        found_here = difference(ours, other, runs, value)
+                        if found_here is None or found_here.seeds < SEEDS:
                             continue
+                        bounds = interval([found_here])
+                        assert bounds is not None
                         count += 1
                         where = f"{ENCODERS[encoder]}, {CORPORA[corpus]}, {metric}"
                         said = f"{TITLES[ours].strip('*')} {apart(ours, other, [runs], value)}"
                         line = f"- {where}: {said} against {TITLES[other]}."
                         if bounds[1] < 0:
                             below.append(line)
-                        elif bounds[0] < -LITTLE:
-                            perhaps.append(line)
-    nowhere = "Nowhere in these runs."
+                        perhaps += bounds[0] < -LITTLE and bounds[1] >= 0
     return [
-        f"Of {count} comparisons on one corpus, these have a 95 % interval below 0 (one in forty would by chance):",
-        "\n".join(below) or nowhere,
-        f"These may be more than {LITTLE} points below, as far as so few seeds tell:",
-        "\n".join(perhaps) or nowhere,
+        f"Of {count} comparisons on one corpus with {SEEDS} seeds or more, these have a 95 % interval below 0 (one in "
+        f"forty would by chance); {perhaps} more may be more than {LITTLE} points below, as far as so few seeds tell.",
+        "\n".join(below) or "Nowhere in these runs.",
     ]
 
 
@@ -241,9 +249,11 @@ def of_test(folder: Path, found: dict[str, Corpora]) -> list[str]:
                 for run in group:
                     figures = folder / "sealed" / REGIMES[encoder][corpus] / f"{strategy}-seed{run['seed']}.json"
                     if figures.exists():
-                        after = json.loads(figures.read_text(encoding="utf-8"))["test"]
+                        told = json.loads(figures.read_text(encoding="utf-8"))
+                        ranks = {"ranks": {"after": told["ranks"]}} if "ranks" in told else {}
+                        without = {name: value for name, value in run.items() if name != "ranks"}
                         kept = tested.setdefault(encoder, {}).setdefault(corpus, {})
-                        kept.setdefault(strategy, []).append(run | {"after": after})
+                        kept.setdefault(strategy, []).append({**without, "after": told["test"], **ranks})
     opened = json.loads(path.read_text(encoding="utf-8"))["opened"]
     return [
         "# Test questions",
@@ -260,8 +270,9 @@ def page(folder: Path) -> str:
         "# Evidence: three corpora, two encoders, and what one would pick instead",
         "Made by `benchmarks/evidence_report.py` from the JSON beside it; every JSON has its command, and "
         "`benchmarks/corpora.py` makes the corpora. Figures are of dev questions, mean ± sd. Differences are taken "
-        "seed by seed, with 95 % intervals by Student's t (number of seeds); *mean* is that over corpora, which count "
-        "alike: its interval speaks of these corpora. Runs encode about as many texts with gradient as their rivals. "
+        "seed by seed and question by question, with 95 % intervals by Student's t (number of seeds), which speak of "
+        "other seeds and other questions, where there is an *s* of other seeds alone. *Mean* is that over corpora, "
+        "which count alike. Runs encode about as many texts with gradient as their rivals. "
         "Not all runs have been made yet: `make bench PRESET=evidence` goes on where it was stopped.",
         "Seconds are of one core of two; one or two other processes ran beside, so they compare only roughly.",
         *([findings.read_text(encoding="utf-8").strip()] if findings.exists() else []),

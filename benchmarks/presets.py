@@ -270,10 +270,15 @@ STRATEGIES |= {
     "in-batch-larger-static": options(strategy="in-batch", per_device_train_batch_size=288),
     "mined-margin": options(strategy="mined-once", **MARGIN),
     "mined-again": options(strategy="mined:25", **MARGIN),
-    "mined-margin-teacher": options(strategy="mined-once", **MARGIN) + TEACHER + SCALED,
+    # Whoever has a teacher mines with it, and may learn its scores.
+    "mined-by-teacher": options(strategy="mined-by-teacher", **MARGIN) + TEACHER,
+    "mined-by-teacher-scores": options(strategy="mined-by-teacher", **MARGIN) + TEACHER + SCALED,
     "gist": options(strategy="gist", per_device_train_batch_size=96) + TEACHER,
 }
-INSTEAD = ("in-batch-larger", "mined-margin", "mined-margin-teacher", "refresh-50", "mined-again", "gist")
+INSTEAD = (
+    *("in-batch-larger", "mined-margin", "mined-by-teacher", "mined-by-teacher-scores", "refresh-50", "mined-again"),
+    "gist",
+)
 for name in INSTEAD:
     STRATEGIES[f"{name}-own-pairs"] = STRATEGIES[name] + OWN
 RATES = {"2-layers": ("2e-4", "1e-3"), "static": ("5e-4", "2e-3", "4e-3")}
@@ -287,8 +292,14 @@ for encoder, names in TUNED.items():
     STRATEGIES |= {
         f"{name}-{count}-negatives-{encoder}": STRATEGIES[name]
         + options(num_negatives=count, per_device_train_batch_size=questions)
-        for name in ("mlp-pull-back", "stale-write-back", "mined-margin")
+        for name in ("mlp-pull-back", "stale-write-back", "mined-margin", "mined-by-teacher")
         for count, questions in SPENT[encoder].items()
+    }
+    STRATEGIES |= {
+        f"mlp-pull-back-{count}-negatives-{encoder}-{kind}": STRATEGIES[f"mlp-pull-back-{count}-negatives-{encoder}"]
+        + given
+        for count in SPENT[encoder]
+        for kind, given in (("own-pairs", OWN), ("teacher", TEACHER), ("own-pairs-teacher", OWN + TEACHER))
     }
     for name in names:
         STRATEGIES |= {f"{name}-rate-{rate}": STRATEGIES[name] + options(learning_rate=rate) for rate in RATES[encoder]}
@@ -316,14 +327,15 @@ AS_LONG = {"stale-write-back": 350, "in-batch-larger-static": 400, "in-batch-lar
 STRATEGIES |= {f"{name}-as-long": STRATEGIES[name] + options(max_steps=steps) for name, steps in AS_LONG.items()}
 DECIDES_STATIC = (
     *("stale-write-back", "mlp-pull-back", "mlp-pull-back-own-pairs-teacher", "in-batch-larger-static"),
-    *("mined-margin", "mined-once", "mined-margin-teacher", "mined-again", "refresh-10"),
+    *("mined-margin", "mined-once", "mined-by-teacher", "mined-by-teacher-scores", "mined-again", "refresh-10"),
     *(f"{name}-as-long" for name in ("stale-write-back", "in-batch-larger-static")),
 )
 DECIDES = (
-    *("mlp-pull-back", "mlp-pull-back-2-negatives-2-layers", "in-batch-larger", "mined-margin", "stale-write-back"),
-    *("stale-write-back-2-negatives-2-layers", "mined-margin-2-negatives-2-layers", "mlp-pull-back-teacher"),
-    "mined-margin-teacher",
-    *("mlp-pull-back-own-pairs-teacher", "refresh-50", "in-batch-larger-as-long"),
+    *("mlp-pull-back-2-negatives-2-layers", "in-batch-larger", "stale-write-back-2-negatives-2-layers"),
+    *("mlp-pull-back", "mined-margin-2-negatives-2-layers", "mlp-pull-back-2-negatives-2-layers-teacher"),
+    *("mined-by-teacher-2-negatives-2-layers", "stale-write-back", "mined-margin", "mlp-pull-back-teacher"),
+    *("mlp-pull-back-own-pairs-teacher", "mined-by-teacher-scores", "refresh-50", "in-batch-larger-as-long"),
+    *("mlp-pull-back-2-negatives-2-layers-own-pairs-teacher", "mined-again", "gist"),
 )
 
 
@@ -388,7 +400,7 @@ PRESETS = {
         *(Block(f"{name}-2-layers", DECIDES, (0, 1, 2)) for name in ("code", "packages", "nq")),
         *(Block(f"{name}-static", (*DECIDES_STATIC, *_labelled("mlp-pull-back")), (0, 1, 2)) for name in CORPORA),
         *(
-            Block(f"{name}-2-layers", (*_labelled("mlp-pull-back"), *INSTEAD[4:], "stale", "corrected-mlp"), (0, 1, 2))
+            Block(f"{name}-2-layers", (*_labelled("mlp-pull-back"), "stale", "corrected-mlp"), (0, 1, 2))
             for name in CORPORA
         ),
         *(Block(f"{name}-2-layers", tuple(f"{each}-own-pairs" for each in INSTEAD), (0, 1, 2)) for name in CORPORA),

@@ -208,7 +208,7 @@ def parse_arguments(
     if recipe.num_layers is not None and (recipe.encoder == "static" or recipe.num_layers < 1):
         parser.error("--num_layers is how many layers of a transformer are kept: at least 1, and not with static")
     if not strategy.chooses:
-        heard = FOR_ALL | ({*MINED_BY, "range_max"} if strategy.name == "mined" else {"mini_batch_size"})
+        heard = FOR_ALL | ({*MINED_BY, "range_max"} if strategy.mines else {"mini_batch_size"})
         options = {option.name: getattr(training, option.name) for option in OPTIONS if option.name not in heard}
         given = [f"--{name}" for name, value in options.items() if value != parser.get_default(name)]
         given += ["--answer_check"] * recipe.answer_check
@@ -240,7 +240,7 @@ def _check_teacher(
         unheard, why = given, "there is no --teacher_model"
     elif strategy.name == "gist":
         unheard, why = given, "the teacher is a guide here"
-    elif strategy.name == "mined":
+    elif strategy.mines:
         unheard = [name for name in given if name != "teacher_scale"]
         why = "mined tuples are learnt by DistillKLDivLoss alone"
     if unheard:

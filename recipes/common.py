@@ -20,7 +20,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 from filelock import FileLock
-from rivals import RivalTrainer, guided_trainer, mined_trainer, mined_while_training, pairs_for
+from rivals import (
+    RivalTrainer,
+    guided_trainer,
+    mined_by_teacher_trainer,
+    mined_trainer,
+    mined_while_training,
+    pairs_for,
+)
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -49,8 +56,8 @@ from st_corrector.training.own_pairs import training_pairs
 
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 STRATEGIES = (
-    "in-batch, gist, mined-once, mined:<steps>, mined:<epochs>-epochs, stale, corrected, exhaustive, refresh:<steps> "
-    "or refresh:<epochs>-epochs"
+    "in-batch, gist, mined-once, mined:<steps>, mined:<epochs>-epochs, mined-by-teacher, stale, corrected, exhaustive, "
+    "refresh:<steps> or refresh:<epochs>-epochs"
 )
 
 
@@ -97,7 +104,7 @@ class Strategy(NamedTuple):
             return cls(match[1], int(match[2]), "epoch" if match[3] else "step")
         if text == "mined-once":
             return cls("mined")
-        if text in ("in-batch", "gist", "stale", "corrected"):
+        if text in ("in-batch", "gist", "mined-by-teacher", "stale", "corrected"):
             return cls(text)
         if text == "exhaustive":
             return cls(text, every=1)
@@ -106,7 +113,12 @@ class Strategy(NamedTuple):
     @property
     def chooses(self) -> bool:
         """Whether negatives are chosen from the corpus while training."""
-        return self.name not in ("in-batch", "gist", "mined")
+        return self.name not in ("in-batch", "gist") and not self.mines
+
+    @property
+    def mines(self) -> bool:
+        """Whether negatives are mined, by sentence-transformers' own means."""
+        return self.name in ("mined", "mined-by-teacher")
 
 
 def train(
@@ -223,9 +235,11 @@ def trainer_for(
     """The trainer of a strategy, as a user would make it."""
     if strategy.name == "gist":
         return guided_trainer(model, corpus, args, pairs_for(corpus, args), teacher)
-    pairs = pairs_for(corpus, args) if strategy.name == "mined" else training_pairs(corpus, args)
+    pairs = pairs_for(corpus, args) if strategy.mines else training_pairs(corpus, args)
     labels = None if teacher is None else teacher_of(teacher, corpus, pairs, cache_path.parent, args, costs)
-    if strategy.name == "mined":
+    if strategy.name == "mined-by-teacher":
+        return mined_by_teacher_trainer(model, corpus, args, pairs, labels)
+    if strategy.mines:
         return mined_trainer(model, corpus, args, pairs, labels, strategy.every, strategy.unit)
     if strategy.name != "corrected":
         args.corrector, args.corrector_settings = "identity", "{}"
@@ -302,11 +316,16 @@ def evaluated_after(
 
 
 def ranks(evaluator: CorpusRetrievalEvaluator, retrieved: np.ndarray) -> str:
-    """Of each query the ranks, from 1, at which its relevant targets stand among the first 100; queries are parted by
-    commas: ``"1 4,,37"``. All metrics follow from them, and how far they depend on the queries.
+    """Of each query the ranks, from 1, of its relevant targets, ``-`` for those that are not among the first 100;
+    queries are parted by commas: ``"1 4,-,37 -"``. All metrics of binary judgements follow from them, and how far they
+    depend on the queries.
     """
-    relevant = (np.isin(rows, evaluator.qrels.rows_of(query)) for query, rows in enumerate(retrieved))
-    return ",".join(" ".join(map(str, np.flatnonzero(each) + 1)) for each in relevant)
+    told = []
+    for query, rows in enumerate(retrieved):
+        relevant = evaluator.qrels.rows_of(query)
+        found = [str(rank + 1) for rank in np.flatnonzero(np.isin(rows, relevant))]
+        told.append(" ".join(found + ["-"] * (len(relevant) - len(found))))
+    return ",".join(told)
 
 
 def keep(trainer: CorrectorTrainer, folder: Path) -> None:

@@ -1,13 +1,16 @@
 """What one would do without this package, by sentence-transformers' own means: negatives mined before training, once or
-again after some steps or epochs; a teacher's scores of them; in-batch negatives with a guide.
+again after some steps or epochs, by the model or by a teacher; a teacher's scores of them; in-batch negatives with a
+guide.
 """
 
 from __future__ import annotations
 
 import tempfile
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, concatenate_datasets
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import (
@@ -16,7 +19,8 @@ from sentence_transformers.sentence_transformer.losses import (
     GISTEmbedLoss,
     MultipleNegativesRankingLoss,
 )
-from sentence_transformers.util import mine_hard_negatives, pairwise_cos_sim
+from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
+from sentence_transformers.util import dot_score, mine_hard_negatives, pairwise_cos_sim, pairwise_dot_score
 from torch import nn
 from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
@@ -48,7 +52,34 @@ def pairs_for(corpus: Corpus, args: CorrectorTrainingArguments) -> Dataset:
     return concatenate_datasets([pairs, corpus.own_pairs(count, args.own_question, split, args.seed)])
 
 
-def mine(model: SentenceTransformer, corpus: Corpus, pairs: Dataset, args: CorrectorTrainingArguments) -> Dataset:
+class KnownEmbeddings:
+    """A teacher as :func:`mine_hard_negatives` asks an embedder: what it has embedded already is looked up."""
+
+    def __init__(self, corpus: Corpus, teacher: EmbeddingTeacher) -> None:
+        self._teacher = teacher
+        self._row_of = {text: row for row, text in enumerate(corpus.texts(range(len(corpus))))}
+        self.device = torch.device("cpu")
+        self.model_card_data = SentenceTransformerModelCardData()
+
+    def encode_query(self, texts: list[str], **how: Any) -> np.ndarray:
+        return F.normalize(self._teacher.query_vectors(keys_of(texts, self._teacher)).float(), dim=-1).numpy()
+
+    def encode_document(self, texts: list[str], **how: Any) -> np.ndarray:
+        rows = torch.tensor([self._row_of[text] for text in texts])
+        return F.normalize(self._teacher.target_vectors(rows).float(), dim=-1).numpy()
+
+    similarity, similarity_pairwise = staticmethod(dot_score), staticmethod(pairwise_dot_score)
+
+
+def keys_of(queries: list[str], teacher: EmbeddingTeacher) -> torch.Tensor:
+    """The keys by which a teacher knows the questions, which may be the corpus's own."""
+    keys, own = torch.from_numpy(query_keys(queries)), query_keys(map(normalized, queries), own=True)
+    return torch.where(teacher.knows(keys), keys, torch.from_numpy(own))
+
+
+def mine(
+    model: SentenceTransformer | KnownEmbeddings, corpus: Corpus, pairs: Dataset, args: CorrectorTrainingArguments
+) -> Dataset:
     """sentence-transformers' own mining by the model as it is, from the same corpus: n-tuples of texts.
 
     By its own default it looks at some ten targets a negative, and leaves out the pairs that a margin leaves too few
@@ -62,7 +93,7 @@ def mine(model: SentenceTransformer, corpus: Corpus, pairs: Dataset, args: Corre
         def among(range_max: int, wanted: Dataset) -> Dataset:
             return mine_hard_negatives(
                 wanted,
-                model,
+                cast(SentenceTransformer, model),
                 corpus=corpus.texts(range(len(corpus))),
                 corpus_prompt=corpus.prompt,
                 num_negatives=args.num_negatives,
@@ -156,25 +187,70 @@ def mined_trainer(
         teacher: its scores of the tuples are learnt instead of hard labels, if there is one.
         every: after how many steps or epochs negatives are mined again; by default never.
     """
-    similarity = Similarity(model)
-    scale = args.scale or similarity.default_scale
+    if teacher is not None and every is not None:
+        raise InputError("A teacher's scores of mined tuples are learnt with --strategy mined-once alone.")
     tuples = mine(model, corpus, pairs, args)
     args.prompts = prompts_of(model, corpus, tuples)
     if teacher is not None:
-        if every is not None:
-            raise InputError("A teacher's scores of mined tuples are learnt with --strategy mined-once alone.")
-        soft = DistillKLDivLoss(
-            model,
-            similarity_fct=pairwise_cos_sim,
-            temperature=1 / scale,
-            teacher_temperature=1 / args.teacher_scale,
-        )
-        return RivalTrainer(model, args, train_dataset=_with_scores(tuples, corpus, teacher), loss=soft)
-    loss = MultipleNegativesRankingLoss(model, scale=scale, similarity_fct=similarity.function)
+        return _scores_trainer(model, corpus, args, tuples, teacher)
     if every is None:
-        return RivalTrainer(model, args, train_dataset=tuples, loss=loss)
+        return RivalTrainer(model, args, train_dataset=tuples, loss=_ranking_loss(model, args))
     again = MineAgain(model, corpus, pairs, args, every, unit)
-    return RivalTrainer(model, args, train_dataset=again.dataset(tuples), loss=loss, callbacks=[again])
+    return RivalTrainer(
+        model, args, train_dataset=again.dataset(tuples), loss=_ranking_loss(model, args), callbacks=[again]
+    )
+
+
+def mined_by_teacher_trainer(
+    model: SentenceTransformer,
+    corpus: Corpus,
+    args: CorrectorTrainingArguments,
+    pairs: Dataset,
+    teacher: EmbeddingTeacher | None,
+) -> RivalTrainer:
+    """A trainer on tuples that a teacher has mined; with ``args.teacher_scale`` its scores of them are learnt instead
+    of hard labels.
+    """
+    if teacher is None:
+        raise InputError("--strategy mined-by-teacher mines with a teacher: give --teacher_model.")
+    tuples = mine(KnownEmbeddings(corpus, teacher), corpus, pairs, args)
+    args.prompts = prompts_of(model, corpus, tuples)
+    if args.teacher_scale is not None:
+        return _scores_trainer(model, corpus, args, tuples, teacher)
+    return RivalTrainer(model, args, train_dataset=tuples, loss=_ranking_loss(model, args))
+
+
+def _ranking_loss(model: SentenceTransformer, args: CorrectorTrainingArguments) -> nn.Module:
+    similarity = Similarity(model)
+    return MultipleNegativesRankingLoss(
+        model, scale=args.scale or similarity.default_scale, similarity_fct=similarity.function
+    )
+
+
+class UnscaledDistillKLDivLoss(DistillKLDivLoss):
+    """Without the factor of the temperature's square, by which gradients of similarities between −1 and 1 would be so
+    small that AdamW's ε slows the steps down.
+    """
+
+    def compute_loss_from_embeddings(self, embeddings: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        return super().compute_loss_from_embeddings(embeddings, labels) / self.student_temperature**2
+
+
+def _scores_trainer(
+    model: SentenceTransformer,
+    corpus: Corpus,
+    args: CorrectorTrainingArguments,
+    tuples: Dataset,
+    teacher: EmbeddingTeacher,
+) -> RivalTrainer:
+    """A trainer on a teacher's scores of tuples."""
+    soft = UnscaledDistillKLDivLoss(
+        model,
+        similarity_fct=pairwise_cos_sim,
+        temperature=1 / (args.scale or Similarity(model).default_scale),
+        teacher_temperature=1 / args.teacher_scale,
+    )
+    return RivalTrainer(model, args, train_dataset=_with_scores(tuples, corpus, teacher), loss=soft)
 
 
 def prompts_of(model: SentenceTransformer, corpus: Corpus, data: Dataset) -> dict[str, str]:
@@ -259,8 +335,7 @@ def _with_scores(tuples: Dataset, corpus: Corpus, teacher: EmbeddingTeacher) -> 
     anchor, *columns = tuples.column_names
 
     def scored(batch: dict[str, list[str]]) -> dict[str, list[list[float]]]:
-        keys, own = torch.from_numpy(query_keys(batch[anchor])), query_keys(map(normalized, batch[anchor]), own=True)
-        keys = torch.where(teacher.knows(keys), keys, torch.from_numpy(own))
+        keys = keys_of(batch[anchor], teacher)
         rows = torch.tensor([[row_of[text] for text in batch[column]] for column in columns]).T
         return {"label": [teacher.scores(key[None], row)[0].tolist() for key, row in zip(keys, rows, strict=True)]}
 

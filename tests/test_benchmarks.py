@@ -176,13 +176,34 @@ def test_what_a_run_will_take_is_judged_by_those_that_are_done(monkeypatch):
 
 def test_the_interval_of_a_difference_is_that_of_students_t(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    interval = importlib.import_module("evidence").interval
+    evidence = importlib.import_module("evidence")
+    metric, interval = evidence.METRICS["recall@20"], evidence.interval
+
+    def of_seeds(values):
+        runs = {"one": [figures(n, 0.5 + value / 100) for n, value in enumerate(values)]}
+        runs["other"] = [figures(n, 0.5) for n in range(len(values) + 1)]
+        return evidence.difference("one", "other", runs, metric)
+
+    def figures(seed, recall, ranks=None):
+        return {"seed": seed, "after": {"recall@20": recall}} | ({"ranks": {"after": ranks}} if ranks else {})
+
     one, other = [0.2, 1.0, 0.9, -0.1], [3.0, 1.0, 2.5, 2.0]
-    assert interval([one]) == pytest.approx(tuple(stats.ttest_1samp(one, 0).confidence_interval(0.95)))
+    assert interval([of_seeds(one)]) == pytest.approx(tuple(stats.ttest_1samp(one, 0).confidence_interval(0.95)))
     # Half the difference of two means is a mean of two, of which one has its sign changed.
     welch = stats.ttest_ind(other, [-each for each in one], equal_var=False).confidence_interval(0.95)
-    assert interval([one, other]) == pytest.approx((welch.low / 2, welch.high / 2))
-    assert interval([one, [1.0]]) is None and interval([]) is None and interval([[1.0, 1.0]]) == (1.0, 1.0)
+    assert interval([of_seeds(one), of_seeds(other)]) == pytest.approx((welch.low / 2, welch.high / 2))
+    assert interval([of_seeds(one), of_seeds([1.0])]) is None and interval([]) is None
+    assert interval([of_seeds([1.0, 1.0])]) == pytest.approx((1.0, 1.0))
+    assert evidence.difference("one", "none", {"one": [figures(0, 0.5)]}, metric) is None
+    # Seeds that agree leave the questions, of whose relevant targets 1, 1, 0.5 and 0 are found, instead of 1, 0, 0, 0.
+    ours, theirs = "1,20,3 -,21", "1,-,- -,21"
+    runs = {"one": [figures(n, 0.625, ours) for n in range(3)], "other": [figures(n, 0.25, theirs) for n in range(3)]}
+    found = evidence.difference("one", "other", runs, metric)
+    over_questions = tuple(stats.ttest_1samp([0, 100, 50, 0], 0).confidence_interval(0.95))
+    assert found.mean == 37.5 and interval([found]) == pytest.approx(over_questions)
+    assert evidence.apart("one", "other", [runs], metric) == "+37.5 [{:+.1f}, {:+.1f}] (3)".format(*over_questions)
+    runs["one"][1] = figures(1, 0.5)
+    assert evidence.apart("one", "other", [runs], metric).endswith("(3s)"), "ranks are not known of all"
 
 
 def test_test_questions_stay_sealed_until_they_are_opened_once(monkeypatch, tmp_path):
@@ -195,7 +216,7 @@ def test_test_questions_stay_sealed_until_they_are_opened_once(monkeypatch, tmp_
             metrics = {"recall@20": 0.6, "recall@100": 0.7}
             figures = {"strategy": strategy, "seed": seed, "command": "python", "versions": {}, "targets": 10}
             figures |= {"after": {**metrics, "mrr@10": dev + seed / 100}, "test": {**metrics, "mrr@10": test}}
-            figures |= {"ranks": {"after": "1,,4 7", "test": "3,1,"}}
+            figures |= {"ranks": {"after": "1,-,4 7", "test": "3,1,-"}}
             figures |= {"targets_encoded": 20, "targets_encoded_for_cache": 0, "args": {"strategy": "corrected"}}
             figures |= {"seconds": {"prepare": 1.0, "train": 2.0}, "device": {"name": "x"}, "precision": "float32"}
             folder = run_of.outputs(tmp_path / "outputs")
@@ -203,7 +224,7 @@ def test_test_questions_stay_sealed_until_they_are_opened_once(monkeypatch, tmp_
             (folder / "results.json").write_text(json.dumps(figures))
             study._end(run_of, 0, 3.0)
             kept, sealed = (json.loads(path(tmp_path).read_text()) for path in (run_of.results, run_of.sealed))
-            assert "test" not in kept and kept["ranks"] == {"after": "1,,4 7"} and sealed["ranks"] == "3,1,"
+            assert "test" not in kept and kept["ranks"] == {"after": "1,-,4 7"} and sealed["ranks"] == "3,1,-"
     page = report.page(tmp_path)
     assert "50.5 ± 0.7" in page and "+10.0" in page and "Test questions" not in page and "41.0" not in page
     report.open_test(tmp_path)

@@ -13,12 +13,13 @@ import torch
 from conftest import ROOT, make_texts
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import pairwise_cos_sim
 from support.layouts import upload, write_repository
 from support.runs import arguments
 from support.scripts import run
 from transformers import TrainerCallback
 
-from st_corrector import Corpus, CorpusError, CorpusRetrievalEvaluator, InputError
+from st_corrector import Corpus, CorpusError, CorpusRetrievalEvaluator, EmbeddingTeacher, InputError
 from st_corrector.data.qrels import Qrels
 from st_corrector.training.own_pairs import own_positions
 
@@ -115,9 +116,12 @@ def test_a_teacher_and_own_pairs_on_held_out_questions(small_nq, minilm_path, tm
     corpus, trained = Corpus.from_beir(small_nq), SentenceTransformer(str(tmp_path / "out" / "final"), device="cpu")
     assert results["test"] == pytest.approx(CorpusRetrievalEvaluator(corpus, "dev")(trained)) != results["after"]
     for name, questions in (("after", 20), ("test", len(corpus.qrels("dev")))):
-        ranks = [[int(rank) for rank in each.split()] for each in results["ranks"][name].split(",")]
-        reciprocal = sum(1 / found[0] for found in ranks if found and found[0] <= 10) / len(ranks)
+        told = results["ranks"][name].replace("-", "inf").split(",")
+        ranks = [[float(rank) for rank in each.split()] for each in told]
+        reciprocal = sum(1 / found[0] for found in ranks if found[0] <= 10) / len(ranks)
         assert len(ranks) == questions and reciprocal == pytest.approx(results[name]["mrr@10"])
+        recall = sum(sum(rank <= 20 for rank in found) / len(found) for found in ranks) / len(ranks)
+        assert recall == pytest.approx(results[name]["recall@20"])
     if strategy == "corrected":
         assert all({"distillation_loss", "task_loss_own_pairs"} <= entry.keys() for entry in results["log"])
 
@@ -159,8 +163,36 @@ def test_negatives_mined_anew_are_those_of_the_model_as_it_is(recipe_module, min
     assert len(seen) == 15 and not torch.equal(tokens[0], tokens[2]), "and they are what is trained on"
 
 
+@pytest.mark.parametrize("has_own", [False, True])
+def test_what_a_teacher_mines_is_what_its_model_would(recipe_module, minilm_path, tmp_path, has_own):
+    rivals, common = recipe_module("rivals"), recipe_module("common")
+    queries, texts = make_texts(200)
+    titles = [f"title of {n}" for n in range(200)] if has_own else None
+    corpus = Corpus.from_texts(texts, titles=titles, cache_dir=tmp_path)
+    corpus.add_split("train", {str(n): queries[n] for n in range(60)}, {str(n): [str(n)] for n in range(60)})
+    pairs = corpus.own_pairs(30) if has_own else corpus.pairs("train")
+    model = common.static_encoder(minilm_path)
+    teacher = EmbeddingTeacher.build(model, corpus, tmp_path / "teacher", pairs, dtype="float32", progress=False)
+    settings = arguments(tmp_path, num_negatives=3, relative_margin=0.01)
+    known = rivals.KnownEmbeddings(corpus, teacher)
+    found, expected = (rivals.mine(each, corpus, pairs, settings) for each in (known, model))
+    assert len(found) == (30 if has_own else 60) and found.to_dict() == expected.to_dict()
+
+
+def test_the_gradient_of_a_teachers_scores_is_that_of_the_divergence(recipe_module, minilm_path):
+    rivals, common = recipe_module("rivals"), recipe_module("common")
+    model = common.static_encoder(minilm_path)
+    torch.manual_seed(0)
+    embeddings, scores = [torch.randn(4, 8) for _ in range(3)], torch.rand(4, 2)
+    similar = {"similarity_fct": pairwise_cos_sim, "temperature": 1 / 20, "teacher_temperature": 1 / 10}
+    loss = rivals.UnscaledDistillKLDivLoss(model, **similar).compute_loss_from_embeddings(embeddings, scores)
+    ours = torch.stack([pairwise_cos_sim(embeddings[0], each) for each in embeddings[1:]], 1)
+    divergence = torch.nn.functional.kl_div((20 * ours).log_softmax(1), (10 * scores).softmax(1), reduction="batchmean")
+    torch.testing.assert_close(loss, divergence)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", ["gist", "gist-cached", "mined:4"])
+@pytest.mark.parametrize("strategy", ["gist", "gist-cached", "mined:4", "mined-by-teacher"])
 def test_rivals_run(small_nq, minilm_path, tmp_path, strategy):
     options = ["--max_steps", 6, "--per_device_train_batch_size", 8, "--num_negatives", 2, "--max_seq_length", 16]
     options += ["--num_layers", 1, "--caches", tmp_path / "caches", "--output_dir", tmp_path / "out"]
@@ -168,12 +200,12 @@ def test_rivals_run(small_nq, minilm_path, tmp_path, strategy):
         options += ["--relative_margin", 0.05, "--own_pairs_share", 0.25, "--range_max", 150]
     else:
         options += ["--teacher_model", "default", *(["--mini_batch_size", 4] if strategy == "gist-cached" else [])]
-        strategy = "gist"
+        strategy = strategy.removesuffix("-cached")
     command = [RECIPES / "train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3]
     run(*command, *options, "--strategy", strategy)
     results = check_results(tmp_path / "out" / "results.json", strategy, 6)
     assert results["before"] != results["after"]
-    assert results["targets_encoded_for_cache"] == (0 if strategy == "gist" else 200), "mined anew once, at step 4"
+    assert results["targets_encoded_for_cache"] == (200 if strategy == "mined:4" else 0), "mined anew once, at step 4"
 
 
 def test_mining_looks_as_far_as_it_takes_and_leaves_no_question_out(recipe_module, minilm_path, tmp_path, monkeypatch):
@@ -589,7 +621,7 @@ def test_strategies_are_parsed(recipe_module):
     assert parse("refresh:2-epochs") == ("refresh", 2, "epoch") and parse("stale").every is None
     assert parse("mined:1-epochs") == ("mined", 1, "epoch") and parse("mined-once") == ("mined", None, "step")
     assert parse("mined:25") == ("mined", 25, "step")
-    rivals = ["in-batch", "gist", "mined-once", "mined:3-epochs"]
+    rivals = ["in-batch", "gist", "mined-once", "mined:3-epochs", "mined-by-teacher"]
     assert [name for name in (*rivals, "stale", "corrected", "refresh:5") if not parse(name).chooses] == rivals
     for wrong in ("refresh", "refresh:x", "refresh:0", "best", "stale:3", "refresh:5-steps", "mined", "mined:0"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not one of"):

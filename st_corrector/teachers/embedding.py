@@ -147,18 +147,22 @@ class EmbeddingTeacher(Teacher):
     def knows(self, queries: Tensor) -> Tensor:
         return torch.from_numpy(self._places(queries)[0]).to(queries.device)
 
+    def query_vectors(self, queries: Tensor) -> Tensor:
+        """What it has embedded, as it compares them: ``(B,) → (B, d)``; NaN where it does not know the key."""
+        known, places = self._places(queries)
+        vectors = self._comparable(self.queries[torch.from_numpy(places)].to(queries.device))
+        return vectors.masked_fill(~torch.from_numpy(known).to(queries.device)[:, None], torch.nan)
+
+    def target_vectors(self, rows: Tensor) -> Tensor:
+        """What it has embedded, as it compares them: ``(n,) → (n, d)``."""
+        return self._comparable(self.targets[rows.cpu()].to(rows.device))
+
     @in_float32
     def scores(self, queries: Tensor, rows: Tensor, wanted: Tensor | None = None) -> Tensor:
-        known, places = self._places(queries)
-        ours, theirs = (
-            self._comparable(cache[torch.from_numpy(each)].to(rows.device))
-            for cache, each in ((self.queries, places), (self.targets, rows.cpu().numpy()))
-        )
-        return (ours @ theirs.T).masked_fill(~torch.from_numpy(known).to(rows.device)[:, None], torch.nan)
+        return self.query_vectors(queries.to(rows.device)) @ self.target_vectors(rows).T
 
     def best_rows(self, queries: Tensor, exclude: Tensor, k: int) -> Tensor | None:
-        _, places = self._places(queries)
-        ours = self._comparable(self.queries[torch.from_numpy(places)].to(queries.device))
+        ours = self.query_vectors(queries).nan_to_num(0.0)
         unchanged = IdentityCorrector(self.targets.dim, normalize=False)
         is_cosine = self.similarity == "cosine"
         search = CorrectedSearch(self.targets, unchanged, normalize=is_cosine, withdrawn=self.withdrawn)
