@@ -30,7 +30,6 @@ FEWER = "-2-negatives-2-layers"
 ADDED = {"": "corrected", "-own-pairs": "+ own pairs", "-teacher": "+ teacher", "-own-pairs-teacher": "+ both"}
 TITLES = {
     DEFAULT: "**corrected**",
-    **{f"{DEFAULT}{suffix}": f"corrected {name}" for suffix, name in ADDED.items() if suffix},
     WRITTEN: "written back, no corrector",
     "corrected-mlp": "the paper's setting",
     "stale": "stale cache",
@@ -59,7 +58,11 @@ TITLES |= {
     for count, questions in spent.items()
 }
 TITLES |= {
-    f"{DEFAULT}{FEWER}{suffix}": f"{TITLES[f'{DEFAULT}{FEWER}']} {name}" for suffix, name in ADDED.items() if suffix
+    f"{name}{spent}{suffix}": f"{TITLES[f'{name}{spent}'].strip('*')} {added}"
+    for name in (DEFAULT, WRITTEN)
+    for spent in ("", FEWER)
+    for suffix, added in ADDED.items()
+    if suffix
 }
 TITLES |= {f"{name}-as-long": f"{TITLES[name]}, {steps} steps" for name, steps in AS_LONG.items()}
 

@@ -110,7 +110,7 @@ def by_encoder(found: dict[str, Corpora], part: Callable[[Corpora], str]) -> lis
 
 def compared(found: dict[str, Corpora]) -> list[str]:
     """The tables, one or more for each question."""
-    spent = {"": PLAIN, FEWER: HALF}
+    ways = {"": PLAIN, FEWER: HALF, "-teacher": f"{PLAIN}, a teacher", f"{FEWER}-teacher": f"{HALF}, a teacher"}
     return [
         "## Does the corrector beat plain write-back?",
         "What corrected negatives have over embeddings that are written back without a corrector:",
@@ -120,9 +120,9 @@ def compared(found: dict[str, Corpora]) -> list[str]:
                 corpora,
                 "",
                 [
-                    (f"{metric}, {how}", less(f"{DEFAULT}{suffix}", f"{WRITTEN}{suffix}", metric)[1])
+                    (f"{metric}: {how}", less(f"{DEFAULT}{suffix}", f"{WRITTEN}{suffix}", metric)[1])
                     for metric in METRICS
-                    for suffix, how in spent.items()
+                    for suffix, how in ways.items()
                 ],
             ),
         ),
@@ -173,8 +173,13 @@ def with_both(found: dict[str, Corpora]) -> list[str]:
     )
     taught = [
         part
-        for ours in (DEFAULT, f"{DEFAULT}{FEWER}")
-        for part in by_encoder(found, lambda corpora, ours=ours: against(corpora, f"{ours}-teacher", TAUGHT))
+        for spent in ("", FEWER)
+        for part in by_encoder(
+            found,
+            lambda corpora, spent=spent: against(
+                corpora, f"{DEFAULT}{spent}-teacher", [f"{WRITTEN}{spent}-teacher", *TAUGHT]
+            ),
+        )
     ]
     return [
         *(["What is over rivals that have the same own pairs:", *pairs] if pairs else []),

@@ -296,8 +296,8 @@ for encoder, names in TUNED.items():
         for count, questions in SPENT[encoder].items()
     }
     STRATEGIES |= {
-        f"mlp-pull-back-{count}-negatives-{encoder}-{kind}": STRATEGIES[f"mlp-pull-back-{count}-negatives-{encoder}"]
-        + given
+        f"{name}-{count}-negatives-{encoder}-{kind}": STRATEGIES[f"{name}-{count}-negatives-{encoder}"] + given
+        for name in ("mlp-pull-back", "stale-write-back")
         for count in SPENT[encoder]
         for kind, given in (("own-pairs", OWN), ("teacher", TEACHER), ("own-pairs-teacher", OWN + TEACHER))
     }
@@ -333,7 +333,8 @@ DECIDES_STATIC = (
 DECIDES = (
     *("mlp-pull-back-2-negatives-2-layers", "in-batch-larger", "stale-write-back-2-negatives-2-layers"),
     *("mlp-pull-back", "mined-margin-2-negatives-2-layers", "mlp-pull-back-2-negatives-2-layers-teacher"),
-    *("mined-by-teacher-2-negatives-2-layers", "stale-write-back", "mined-margin", "mlp-pull-back-teacher"),
+    *("stale-write-back-2-negatives-2-layers-teacher", "mined-by-teacher-2-negatives-2-layers"),
+    *("stale-write-back", "mined-margin", "mlp-pull-back-teacher"),
     *("mlp-pull-back-own-pairs-teacher", "mined-by-teacher-scores", "refresh-50", "in-batch-larger-as-long"),
     *("mlp-pull-back-2-negatives-2-layers-own-pairs-teacher", "mined-again", "gist"),
 )
