@@ -53,7 +53,7 @@ LONGER = tuple(f"{name}-as-long" for name in AS_LONG)
 TITLES |= {f"{name}-own-pairs": f"{TITLES[name]}, own pairs" for name in INSTEAD}
 TITLES |= {
     f"{name}-{count}-negatives-{encoder}": f"{TITLES[name].strip('*')}, {questions} questions × {count}"
-    for name in (DEFAULT, WRITTEN, "mined-margin", "mined-by-teacher")
+    for name in (DEFAULT, "mlp-margin", WRITTEN, "mined-margin", "mined-by-teacher")
     for encoder, spent in SPENT.items()
     for count, questions in spent.items()
 }

@@ -45,6 +45,7 @@ from evidence_plots import plots
 from presets import INSTEAD
 from report import Runs, coverage, load, machine, mean, mean_sd, mrr
 from strategies import RESULTS, ROOT
+from strategies import runs as runs_of
 
 sys.path.insert(0, str(ROOT / "recipes"))
 from common import commit
@@ -237,9 +238,10 @@ def open_test(folder: Path) -> None:
     path = folder / "sealed" / OPENED
     if path.exists():
         sys.exit(f"Test questions were opened before: {path.read_text(encoding='utf-8').strip()}")
-    path.write_text(
-        json.dumps({"opened": datetime.now(timezone.utc).date().isoformat(), **commit()}) + "\n", encoding="utf-8"
-    )
+    # What is run later has no part in it: it could have been run because of what was seen.
+    sealed = sorted(each.relative_to(path.parent).as_posix() for each in path.parent.glob("*/*.json"))
+    opened = {"opened": datetime.now(timezone.utc).date().isoformat(), **commit(), "runs": sealed}
+    path.write_text(json.dumps(opened, indent=1) + "\n", encoding="utf-8")
 
 
 def of_test(folder: Path, found: dict[str, Corpora]) -> list[str]:
@@ -247,23 +249,23 @@ def of_test(folder: Path, found: dict[str, Corpora]) -> list[str]:
     path = folder / "sealed" / OPENED
     if not path.exists():
         return []
+    told = json.loads(path.read_text(encoding="utf-8"))
     tested: dict[str, Corpora] = {}
     for encoder, corpora in found.items():
         for corpus, runs in corpora.items():
             for strategy, group in runs.items():
                 for run in group:
-                    figures = folder / "sealed" / REGIMES[encoder][corpus] / f"{strategy}-seed{run['seed']}.json"
-                    if figures.exists():
-                        told = json.loads(figures.read_text(encoding="utf-8"))
-                        ranks = {"ranks": {"after": told["ranks"]}} if "ranks" in told else {}
-                        without = {name: value for name, value in run.items() if name != "ranks"}
+                    name = f"{REGIMES[encoder][corpus]}/{strategy}-seed{run['seed']}.json"
+                    if name in told["runs"]:
+                        figures = json.loads((path.parent / name).read_text(encoding="utf-8"))
+                        ranks = {"ranks": {"after": figures["ranks"]}} if "ranks" in figures else {}
+                        others = {key: value for key, value in run.items() if key != "ranks"}
                         kept = tested.setdefault(encoder, {}).setdefault(corpus, {})
-                        kept.setdefault(strategy, []).append({**without, "after": told["test"], **ranks})
-    opened = json.loads(path.read_text(encoding="utf-8"))["opened"]
+                        kept.setdefault(strategy, []).append({**others, "after": figures["test"], **ranks})
     return [
         "# Test questions",
-        f"Opened on {opened}, when the defaults had been decided: the same tables as above, where all was measured on "
-        "dev questions. Natural Questions has no third part.",
+        f"Opened on {told['opened']}, when the defaults had been decided: the tables above once more, which are of dev "
+        "questions. Natural Questions has no third part.",
         *compared(tested),
     ]
 
@@ -271,21 +273,23 @@ def of_test(folder: Path, found: dict[str, Corpora]) -> list[str]:
 def page(folder: Path) -> str:
     found = read(folder)
     findings = folder / "findings.md"
+    made = [run.results(folder).exists() for run in runs_of("evidence")]
     parts = [
         "# Evidence: three corpora, two encoders, and what one would pick instead",
         "Made by `benchmarks/evidence_report.py` from the JSON beside it; every JSON has its command, and "
         "`benchmarks/corpora.py` makes the corpora. Figures are of dev questions, mean ± sd. Differences are taken "
         "seed by seed and question by question, with 95 % intervals by Student's t (number of seeds), which speak of "
         "other seeds and other questions, where there is an *s* of other seeds alone. *Mean* is that over corpora, "
-        "which count alike. Runs encode about as many texts with gradient as their rivals. "
-        "Not all runs have been made yet: `make bench PRESET=evidence` goes on where it was stopped.",
+        "which count alike. Runs encode about as many texts with gradient as their rivals, where no other number of "
+        f"steps is named. {sum(made)} of {len(made)} runs have been made; `make bench PRESET=evidence` goes on.",
         "Seconds are of one core of two; one or two other processes ran beside, so they compare only roughly.",
         *([findings.read_text(encoding="utf-8").strip()] if findings.exists() else []),
         *plots(folder, found),
         *compared(found),
         "## What was chosen before",
         "Learning rates, ways to mine, and how texts are spent (*questions × negatives* a step): on 1,000 questions "
-        "held out of the training questions of code search, which nothing above is measured on; one seed, MRR@10.",
+        "held out of the training questions of code search, which nothing above is measured on; one seed, MRR@10 and "
+        "recall@100.",
         *(chosen(load(folder / regime), title) for regime, title in CHOICES.items() if (folder / regime).is_dir()),
         "## All runs",
         *(
@@ -312,7 +316,12 @@ def chosen(runs: Runs, encoder: str) -> str:
     for name in dict.fromkeys(each.partition("-rate-")[0] for each in runs):
         alike = [group for each, group in runs.items() if each.partition("-rate-")[0] == name]
         tried = {group[0]["args"]["learning_rate"]: group for group in alike}
-        cells = [mean_sd([mrr(run) for run in tried[rate]]) if rate in tried else "" for rate in rates]
+        cells = [
+            " · ".join(mean_sd([METRICS[name](run) for run in tried[rate]]) for name in ("MRR@10", "recall@100"))
+            if rate in tried
+            else ""
+            for rate in rates
+        ]
         rows.append(f"| {TITLES[name]} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

@@ -292,7 +292,7 @@ for encoder, names in TUNED.items():
     STRATEGIES |= {
         f"{name}-{count}-negatives-{encoder}": STRATEGIES[name]
         + options(num_negatives=count, per_device_train_batch_size=questions)
-        for name in ("mlp-pull-back", "stale-write-back", "mined-margin", "mined-by-teacher")
+        for name in ("mlp-pull-back", "mlp-margin", "stale-write-back", "mined-margin", "mined-by-teacher")
         for count, questions in SPENT[encoder].items()
     }
     STRATEGIES |= {
@@ -314,7 +314,7 @@ def _choices(encoder: str) -> tuple[str, ...]:
         "mlp-margin",
         *(
             f"{name}-{count}-negatives-{encoder}"
-            for name in ("mlp-pull-back", "mined-margin")
+            for name in ("mlp-pull-back", "mlp-margin", "stale-write-back", "mined-margin")
             for count in SPENT[encoder]
         ),
         *rates,

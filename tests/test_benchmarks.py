@@ -230,6 +230,11 @@ def test_test_questions_stay_sealed_until_they_are_opened_once(monkeypatch, tmp_
     report.open_test(tmp_path)
     opened = report.page(tmp_path)
     assert "\n# Test questions\n" in opened and "41.0 ± 0.0" in opened and "-2.0" in opened and "50.5 ± 0.7" in opened
+    for path in (run_of.results(tmp_path), run_of.sealed(tmp_path)):
+        later = json.loads(path.read_text()) | {"seed": 2}
+        path.with_name("stale-write-back-seed2.json").write_text(json.dumps(later))
+    tested = report.page(tmp_path).partition("\n# Test questions\n")[2]
+    assert "-2.0" in tested and "(2)" in tested and "(3)" not in tested, "what was run later has no part in it"
     with pytest.raises(SystemExit, match="opened before"):
         report.open_test(tmp_path)
 
