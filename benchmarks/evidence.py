@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from presets import AS_LONG, INSTEAD, SPENT
+from presets import AS_LONG, PAIRED, SPENT
 from report import Runs, load
 from scipy import stats
 
@@ -19,12 +19,9 @@ ENCODERS = {
     "2-layers-all": "Two layers of MiniLM, all targets",
     "static": "Static encoder, all targets",
 }
-# The first of all, configured before the others, has a name of its own.
-REGIMES = {
-    encoder: {corpus: f"{corpus}-{encoder}" for corpus in CORPORA}
-    | ({"nq": "minilm-2-layers-all-passages"} if encoder == "2-layers-all" else {})
-    for encoder in ENCODERS
-}
+# All passages, of which a run encodes few, are those of one corpus.
+REGIMES = {encoder: {corpus: f"{corpus}-{encoder}" for corpus in CORPORA} for encoder in ENCODERS}
+REGIMES["2-layers-all"] = {"nq": "minilm-2-layers-all-passages"}
 DEFAULT, WRITTEN = "mlp-pull-back", "stale-write-back"
 FEWER = "-2-negatives-2-layers"
 ADDED = {"": "corrected", "-own-pairs": "+ own pairs", "-teacher": "+ teacher", "-own-pairs-teacher": "+ both"}
@@ -50,7 +47,7 @@ RIVALS += ("refresh-10",)
 TAUGHT = ("mined-by-teacher", f"mined-by-teacher{FEWER}", "mined-by-teacher-scores", "gist")
 """Rivals that have a teacher."""
 LONGER = tuple(f"{name}-as-long" for name in AS_LONG)
-TITLES |= {f"{name}-own-pairs": f"{TITLES[name]}, own pairs" for name in INSTEAD}
+TITLES |= {f"{name}-own-pairs": f"{TITLES[name]}, own pairs" for name in PAIRED}
 TITLES |= {
     f"{name}-{count}-negatives-{encoder}": f"{TITLES[name].strip('*')}, {questions} questions × {count}"
     for name in (DEFAULT, "mlp-margin", WRITTEN, "mined-margin", "mined-by-teacher")

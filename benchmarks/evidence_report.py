@@ -42,7 +42,7 @@ from evidence import (
     usual_seconds,
 )
 from evidence_plots import plots
-from presets import INSTEAD
+from presets import PAIRED
 from report import Runs, coverage, load, machine, mean, mean_sd, mrr
 from strategies import RESULTS, ROOT
 from strategies import runs as runs_of
@@ -170,7 +170,8 @@ def added(found: Corpora, ours: str) -> str:
 def with_both(found: dict[str, Corpora]) -> list[str]:
     """What corrected negatives have over rivals that are given the same pairs or the same teacher."""
     pairs = by_encoder(
-        found, lambda corpora: against(corpora, f"{DEFAULT}-own-pairs", [f"{each}-own-pairs" for each in INSTEAD])
+        found,
+        lambda corpora: against(corpora, f"{DEFAULT}-own-pairs", [f"{each}-own-pairs" for each in (WRITTEN, *PAIRED)]),
     )
     taught = [
         part

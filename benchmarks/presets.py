@@ -101,7 +101,6 @@ for name, where in CORPORA.items():
             **short, **_TWO_LAYERS, max_targets=15_000, learning_rate="5e-4", hold_out=1_000
         ),
         f"{name}-static-choice": static(**where, max_steps=200, num_negatives=8, hold_out=1_000),
-        f"{name}-2-layers-all": options(**short, **_TWO_LAYERS, **tested, learning_rate="5e-4"),
         f"{name}-static": static(**where, **tested, max_steps=200, num_negatives=8),
     }
 # Fidelity is measured with seed 0 alone, over the whole corpus where the encoder is cheap; at intervals that are no
@@ -275,12 +274,9 @@ STRATEGIES |= {
     "mined-by-teacher-scores": options(strategy="mined-by-teacher", **MARGIN) + TEACHER + SCALED,
     "gist": options(strategy="gist", per_device_train_batch_size=96) + TEACHER,
 }
-INSTEAD = (
-    *("in-batch-larger", "mined-margin", "mined-by-teacher", "mined-by-teacher-scores", "refresh-50", "mined-again"),
-    "gist",
-)
-for name in INSTEAD:
-    STRATEGIES[f"{name}-own-pairs"] = STRATEGIES[name] + OWN
+# Where questions come more than once, all are given the corpus's own pairs, too.
+PAIRED = ("in-batch-larger-static", "mined-margin", "mined-by-teacher", "refresh-10")
+STRATEGIES |= {f"{name}-own-pairs": STRATEGIES[name] + OWN for name in PAIRED}
 RATES = {"2-layers": ("2e-4", "1e-3"), "static": ("5e-4", "2e-3", "4e-3")}
 TUNED = {
     "2-layers": ("mlp-pull-back", "in-batch-larger", "mined-margin"),
@@ -325,18 +321,26 @@ def _choices(encoder: str) -> tuple[str, ...]:
 # for which correcting and choosing take longer than encoding, and with two layers.
 AS_LONG = {"stale-write-back": 350, "in-batch-larger-static": 400, "in-batch-larger": 190}
 STRATEGIES |= {f"{name}-as-long": STRATEGIES[name] + options(max_steps=steps) for name, steps in AS_LONG.items()}
+# With each seed, on each corpus; then those that tell less, with one.
+_TWICE = "-2-negatives-2-layers"
+DECIDES = (
+    *(f"mlp-pull-back{_TWICE}", "in-batch-larger", f"stale-write-back{_TWICE}", "mlp-pull-back"),
+    *(f"mined-margin{_TWICE}", f"mlp-pull-back{_TWICE}-teacher", f"stale-write-back{_TWICE}-teacher"),
+    *(f"mined-by-teacher{_TWICE}", "stale-write-back"),
+)
+ONCE = (
+    *(f"mlp-pull-back{_TWICE}-own-pairs", f"mlp-pull-back{_TWICE}-own-pairs-teacher", "mlp-pull-back-teacher"),
+    *("mined-margin", "mined-again", "mined-by-teacher-scores", "gist", "refresh-50", "in-batch-larger-as-long"),
+    *("stale", "corrected-mlp"),
+)
 DECIDES_STATIC = (
-    *("stale-write-back", "mlp-pull-back", "mlp-pull-back-own-pairs-teacher", "in-batch-larger-static"),
-    *("mined-margin", "mined-once", "mined-by-teacher", "mined-by-teacher-scores", "mined-again", "refresh-10"),
+    *("mlp-pull-back", "in-batch-larger-static", "stale-write-back", "mined-margin", "mlp-pull-back-own-pairs"),
+    *("mlp-pull-back-teacher", "mlp-pull-back-own-pairs-teacher", "stale-write-back-teacher", "mined-by-teacher"),
     *(f"{name}-as-long" for name in ("stale-write-back", "in-batch-larger-static")),
 )
-DECIDES = (
-    *("mlp-pull-back-2-negatives-2-layers", "in-batch-larger", "stale-write-back-2-negatives-2-layers"),
-    *("mlp-pull-back", "mined-margin-2-negatives-2-layers", "mlp-pull-back-2-negatives-2-layers-teacher"),
-    *("stale-write-back-2-negatives-2-layers-teacher", "mined-by-teacher-2-negatives-2-layers"),
-    *("stale-write-back", "mined-margin", "mlp-pull-back-teacher"),
-    *("mlp-pull-back-own-pairs-teacher", "mined-by-teacher-scores", "refresh-50", "in-batch-larger-as-long"),
-    *("mlp-pull-back-2-negatives-2-layers-own-pairs-teacher", "mined-again", "gist"),
+ONCE_STATIC = (
+    *("mined-once", "mined-again", "mined-by-teacher-scores", "refresh-10", "stale-write-back-own-pairs"),
+    *(f"{name}-own-pairs" for name in PAIRED),
 )
 
 
@@ -399,13 +403,9 @@ PRESETS = {
         Block("minilm-2-layers-all-passages", ("stale-write-back", "mlp-pull-back"), (0, 1, 2, 3, 4)),
         *(Block(f"code-{encoder}-choice", _choices(encoder), (0,)) for encoder in TUNED),
         *(Block(f"{name}-2-layers", DECIDES, (0, 1, 2)) for name in ("code", "packages", "nq")),
-        *(Block(f"{name}-static", (*DECIDES_STATIC, *_labelled("mlp-pull-back")), (0, 1, 2)) for name in CORPORA),
-        *(
-            Block(f"{name}-2-layers", (*_labelled("mlp-pull-back"), "stale", "corrected-mlp"), (0, 1, 2))
-            for name in CORPORA
-        ),
-        *(Block(f"{name}-2-layers", tuple(f"{each}-own-pairs" for each in INSTEAD), (0, 1, 2)) for name in CORPORA),
-        *(Block(f"{name}-2-layers-all", DECIDES, (0, 1, 2)) for name in ("code", "packages")),
+        *(Block(f"{name}-static", DECIDES_STATIC, (0, 1, 2)) for name in CORPORA),
+        *(Block(f"{name}-2-layers", ONCE, (0,)) for name in CORPORA),
+        *(Block(f"{name}-static", ONCE_STATIC, (0,)) for name in CORPORA),
     ],
     # The most telling first: whatever time there is, it buys these. Verifying 8 needs fewer negatives than 8.
     "gpu": [
