@@ -102,6 +102,7 @@ def test_what_is_no_longer_frozen_is_not_looked_up_in_silence(towers, corpus, tm
         loss(features, labels)
 
 
+@pytest.mark.long
 def test_two_processes_look_up_what_one_does(tmp_path):
     for processes in (1, 2):
         launch(tmp_path / str(processes), processes, "--cases", json.dumps(["frozen documents"]), "--steps", 6)

@@ -128,7 +128,9 @@ def test_several_processes_train_what_one_does(one, tmp_path, processes, cases):
             raise AssertionError(f"{case}: {error}") from error
 
 
-@pytest.mark.parametrize("case", ["taught and checked by a cross-encoder", "judged: a cross-encoder"])
+@pytest.mark.parametrize(
+    "case", [pytest.param("taught and checked by a cross-encoder", marks=pytest.mark.long), "judged: a cross-encoder"]
+)
 def test_a_teacher_that_fails_in_one_process_ends_all(case, tmp_path):
     done = launch(tmp_path, 2, "--cases", json.dumps([case]), "--teacher_fails_on", 1, check=False)
     assert done.returncode != 0

@@ -45,11 +45,9 @@ CorrectedSearch._update_fused = counting
 vectors = torch.randn(2_000, 24)
 vectors[1500:1600] = vectors[:100]
 query_side, mlp = lambda d: RidgeCorrector(d, normalize=False), lambda d: MLPCorrector(d, hidden=8)
-for make, dtype, normalize in itertools.product(
-    (IdentityCorrector, RidgeCorrector, query_side, mlp),
-    (torch.float32, torch.bfloat16, torch.int8),
-    (True, False),
-):
+makes, dtypes = (IdentityCorrector, RidgeCorrector, query_side, mlp), (torch.float32, torch.bfloat16, torch.int8)
+for (n, make), (m, dtype) in itertools.product(enumerate(makes), enumerate(dtypes)):
+    normalize = (n + m) % 2 == 0  # both with each corrector and each dtype
     search = CorrectedSearch(
         EmbeddingCache.from_blocks([vectors], dtype), trained(make(24), 24), normalize=normalize, chunk_size=900
     )

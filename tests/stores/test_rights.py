@@ -1,6 +1,5 @@
 """Somebody who may only read."""
 
-import multiprocessing
 import os
 import tempfile
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import FORKS
 
 lancedb = pytest.importorskip("lancedb")
 pytest.importorskip("lancedb.index")
@@ -53,11 +53,10 @@ def _tried(folder: str, told) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "setuid"), reason="rights are those of POSIX")
 def test_who_may_not_write_is_told_so_and_everything_is_as_it_was():
-    context = multiprocessing.get_context("spawn")
-    told = context.Queue()
+    told = FORKS.Queue()
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others
         Path(folder).chmod(0o755)
-        process = context.Process(target=_tried, args=(folder, told))
+        process = FORKS.Process(target=_tried, args=(folder, told))
         process.start()
         found = [told.get(timeout=120) for _ in range(4)]
         process.join()
