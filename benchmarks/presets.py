@@ -401,7 +401,7 @@ PRESETS = {
     # The most telling first: low coverage with a transformer; then what one would pick instead, corpus by corpus.
     "evidence": [
         Block("minilm-2-layers-all-passages", ("stale-write-back", "mlp-pull-back"), (0, 1, 2, 3, 4)),
-        *(Block(f"code-{encoder}-choice", _choices(encoder), (0,)) for encoder in TUNED),
+        *(Block(f"{name}-{encoder}-choice", _choices(encoder), (0,)) for name in CORPORA for encoder in TUNED),
         *(Block(f"{name}-2-layers", DECIDES, (0, 1, 2)) for name in ("code", "packages", "nq")),
         *(Block(f"{name}-static", DECIDES_STATIC, (0, 1, 2)) for name in CORPORA),
         *(Block(f"{name}-2-layers", ONCE, (0,)) for name in CORPORA),
