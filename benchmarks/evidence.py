@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from presets import AS_LONG, PAIRED, SPENT
+from presets import AS_LONG, PAIRED, SPENT, WAYS
 from report import Runs, load
 from scipy import stats
 
@@ -35,6 +35,7 @@ TITLES = {
     "mined-margin": "mined once, with a margin",
     "mined-once": "mined once, without a margin",
     "mlp-margin": "corrected, with a margin",
+    "mlp-window-32": "corrected, any of the hardest 32",
     "mined-again": "mined again every 25 steps, with a margin",
     "mined-by-teacher": "mined by the teacher, with a margin",
     "mined-by-teacher-scores": "mined by the teacher, `DistillKLDivLoss`",
@@ -50,7 +51,7 @@ LONGER = tuple(f"{name}-as-long" for name in AS_LONG)
 TITLES |= {f"{name}-own-pairs": f"{TITLES[name]}, own pairs" for name in PAIRED}
 TITLES |= {
     f"{name}-{count}-negatives-{encoder}": f"{TITLES[name].strip('*')}, {questions} questions × {count}"
-    for name in (DEFAULT, "mlp-margin", WRITTEN, "mined-margin", "mined-by-teacher")
+    for name in (*WAYS, "mined-by-teacher")
     for encoder, spent in SPENT.items()
     for count, questions in spent.items()
 }

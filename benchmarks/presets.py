@@ -282,13 +282,14 @@ TUNED = {
     "2-layers": ("mlp-pull-back", "in-batch-larger", "mined-margin"),
     "static": ("mlp-pull-back", "in-batch-larger-static", "mined-margin"),
 }
+WAYS = ("mlp-pull-back", "mlp-margin", "mlp-window-32", "stale-write-back", "mined-margin")
 # As many texts a step, spent on more questions with fewer negatives each.
 SPENT = {"2-layers": {2: 48, 1: 64}, "static": {3: 115, 1: 192}}
 for encoder, names in TUNED.items():
     STRATEGIES |= {
         f"{name}-{count}-negatives-{encoder}": STRATEGIES[name]
         + options(num_negatives=count, per_device_train_batch_size=questions)
-        for name in ("mlp-pull-back", "mlp-margin", "stale-write-back", "mined-margin", "mined-by-teacher")
+        for name in (*WAYS, "mined-by-teacher")
         for count, questions in SPENT[encoder].items()
     }
     STRATEGIES |= {
@@ -308,11 +309,7 @@ def _choices(encoder: str) -> tuple[str, ...]:
         *TUNED[encoder],
         "mined-once",
         "mlp-margin",
-        *(
-            f"{name}-{count}-negatives-{encoder}"
-            for name in ("mlp-pull-back", "mlp-margin", "stale-write-back", "mined-margin")
-            for count in SPENT[encoder]
-        ),
+        *(f"{name}-{count}-negatives-{encoder}" for name in WAYS for count in SPENT[encoder]),
         *rates,
     )
 
