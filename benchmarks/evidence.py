@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from presets import AS_LONG, PAIRED, SPENT, WAYS
+from presets import AS_LONG, PAIRED, SPENT, WAYS, WEIGHTS
 from report import Runs, load
 from scipy import stats
 
@@ -63,6 +63,11 @@ TITLES |= {
     if suffix
 }
 TITLES |= {f"{name}-as-long": f"{TITLES[name]}, {steps} steps" for name, steps in AS_LONG.items()}
+
+TITLES |= {
+    f"{DEFAULT}{FEWER}-teacher-weight-{weight}": f"{TITLES[f'{DEFAULT}{FEWER}-teacher']}, weight {weight}"
+    for weight in WEIGHTS
+}
 
 Corpora = dict[str, Runs]
 """The runs of one encoder, by corpus."""

@@ -323,7 +323,7 @@ def chosen(runs: Runs, encoder: str) -> str:
             else ""
             for rate in rates
         ]
-        rows.append(f"| {TITLES[name]} | {' | '.join(cells)} |")
+        rows.append(f"| {TITLES.get(name, name)} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

@@ -282,6 +282,7 @@ TUNED = {
     "2-layers": ("mlp-pull-back", "in-batch-larger", "mined-margin"),
     "static": ("mlp-pull-back", "in-batch-larger-static", "mined-margin"),
 }
+WEIGHTS = (1, 4)
 WAYS = ("mlp-pull-back", "mlp-margin", "mlp-window-32", "stale-write-back", "mined-margin")
 # As many texts a step, spent on more questions with fewer negatives each.
 SPENT = {"2-layers": {2: 48, 1: 64}, "static": {3: 115, 1: 192}}
@@ -298,6 +299,15 @@ for encoder, names in TUNED.items():
         for count in SPENT[encoder]
         for kind, given in (("own-pairs", OWN), ("teacher", TEACHER), ("own-pairs-teacher", OWN + TEACHER))
     }
+    # Whether what is found out of a teacher is as good as what one would set.
+    STRATEGIES |= {
+        f"mlp-pull-back-{count}-negatives-{encoder}-teacher-weight-{weight}": STRATEGIES[
+            f"mlp-pull-back-{count}-negatives-{encoder}-teacher"
+        ]
+        + options(teacher_weight=weight)
+        for count in SPENT[encoder]
+        for weight in WEIGHTS
+    }
     for name in names:
         STRATEGIES |= {f"{name}-rate-{rate}": STRATEGIES[name] + options(learning_rate=rate) for rate in RATES[encoder]}
 
@@ -305,12 +315,17 @@ for encoder, names in TUNED.items():
 def _choices(encoder: str) -> tuple[str, ...]:
     """Everything that is compared before anything is reported."""
     rates = (f"{name}-rate-{rate}" for name in TUNED[encoder] for rate in RATES[encoder])
+    most = max(SPENT[encoder])
     return (
         *TUNED[encoder],
         "mined-once",
         "mlp-margin",
         *(f"{name}-{count}-negatives-{encoder}" for name in WAYS for count in SPENT[encoder]),
         *rates,
+        *(
+            f"mlp-pull-back-{most}-negatives-{encoder}-teacher{weight}"
+            for weight in ("", *(f"-weight-{weight}" for weight in WEIGHTS))
+        ),
     )
 
 
