@@ -315,18 +315,20 @@ for encoder, names in TUNED.items():
 def _choices(encoder: str) -> tuple[str, ...]:
     """Everything that is compared before anything is reported."""
     rates = (f"{name}-rate-{rate}" for name in TUNED[encoder] for rate in RATES[encoder])
-    most = max(SPENT[encoder])
     return (
         *TUNED[encoder],
         "mined-once",
         "mlp-margin",
         *(f"{name}-{count}-negatives-{encoder}" for name in WAYS for count in SPENT[encoder]),
         *rates,
-        *(
-            f"mlp-pull-back-{most}-negatives-{encoder}-teacher{weight}"
-            for weight in ("", *(f"-weight-{weight}" for weight in WEIGHTS))
-        ),
+        *_taught(encoder),
     )
+
+
+def _taught(encoder: str) -> tuple[str, ...]:
+    """A teacher's weight, found out and set."""
+    weights = ("", *(f"-weight-{weight}" for weight in WEIGHTS))
+    return tuple(f"mlp-pull-back-{max(SPENT[encoder])}-negatives-{encoder}-teacher{weight}" for weight in weights)
 
 
 # Steps for which these take about as long as the default does with its cache, on code search: with a static encoder,
@@ -414,6 +416,7 @@ PRESETS = {
     "evidence": [
         Block("minilm-2-layers-all-passages", ("stale-write-back", "mlp-pull-back"), (0, 1, 2, 3, 4)),
         *(Block(f"{name}-{encoder}-choice", _choices(encoder), (0,)) for name in CORPORA for encoder in TUNED),
+        Block("code-2-layers-choice", (f"mlp-pull-back{_TWICE}", *_taught("2-layers")), (1,)),
         *(Block(f"{name}-2-layers", DECIDES, (0, 1, 2)) for name in ("code", "packages", "nq")),
         *(Block(f"{name}-static", DECIDES_STATIC, (0, 1, 2)) for name in CORPORA),
         *(Block(f"{name}-2-layers", ONCE, (0,)) for name in CORPORA),
