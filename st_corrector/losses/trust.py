@@ -25,7 +25,7 @@ _HELD_OUT = 1 / 32  # of the training questions
 _MOST, _FEWEST = 256, 32  # held-out questions
 _MOST_HELD_OUT = 1 / 6  # of the training questions; where the fewest are more, none are kept out
 _FIRST = 20  # steps until it is measured for the second time; then after twice as many, and so on
-_FULL = 0.20  # MRR by which a teacher must be ahead to count fully
+_FULL = 0.10  # MRR by which a teacher must be ahead to count fully
 _MOST_WEIGHT = 4.0  # of a teacher that counts fully: the hard label is a fifth then
 _SOFTENED = 0.5  # of the likeliest scale is taken: what else is relevant is told by softer labels
 _CANDIDATES = 16  # targets that encoder and teacher each confuse with a positive, which are encoded to compare
@@ -213,11 +213,7 @@ class TeacherTrust:
             # It can only rank again what the encoder has found: elsewhere it has found nothing either.
             harder = counts & (of_encoder > of_encoder.gather(1, place[:, :1]))
             by_teacher = by_teacher.masked_fill(harder.sum(1) >= _CANDIDATES, 0.0)
-        # By how much at least, as far as so few questions can tell: one standard error less than the mean.
-        difference = by_teacher - by_encoder
-        ahead = float(difference.mean() - difference.std() / len(difference) ** 0.5)
-        # Squared, so that a teacher that is hardly ahead hardly counts.
-        weight = _MOST_WEIGHT * min(1.0, max(0.0, ahead / _FULL)) ** 2
+        weight = weight_by(by_teacher - by_encoder)
         scale = _SOFTENED * likeliest_scale(of_teacher.gather(1, place).masked_fill(rows == NO_ROW, -torch.inf))
         return Judgement(float(by_teacher.mean()), float(by_encoder.mean()), scale, weight, encoded)
 
@@ -244,6 +240,14 @@ def _are_among(columns: Tensor, rows: Tensor) -> Tensor:
     at = torch.searchsorted(columns, rows).clamp(max=len(columns) - 1)
     found = torch.zeros(len(rows), len(columns), dtype=torch.int32, device=columns.device)
     return found.scatter_add_(1, at, (columns[at] == rows).int()) > 0
+
+
+def weight_by(ahead: Tensor) -> float:
+    """α of a teacher, by how far its reciprocal rank of each question, ``(n,)``, is ahead of the encoder's: the lead
+    less one standard error, as a share of the one that counts fully.
+    """
+    least = float(ahead.mean() - ahead.std() / len(ahead) ** 0.5)
+    return _MOST_WEIGHT * min(1.0, max(0.0, least / _FULL))
 
 
 def likeliest_scale(scores: Tensor) -> float:

@@ -34,7 +34,7 @@ from st_corrector import (
     Teacher,
     TeacherCheck,
 )
-from st_corrector.losses.trust import Judgement, TeacherTrust, likeliest_scale, reciprocal_ranks
+from st_corrector.losses.trust import Judgement, TeacherTrust, likeliest_scale, reciprocal_ranks, weight_by
 
 ALONE = {"share_negatives": False, "in_batch_negatives": False}
 
@@ -299,6 +299,13 @@ def test_a_good_teacher_is_trusted_and_a_random_one_is_not(many, tmp_path, caplo
     messages = [record for record in caplog.records if ", which are held out, the teacher" in record.getMessage()]
     assert {record.levelno for record in messages} == {logging.INFO, logging.WARNING}
     assert "which is not at all" in next(m for m in messages if m.levelno == logging.WARNING).getMessage()
+
+
+def test_a_teacher_counts_by_the_lead_that_is_sure():
+    noise = torch.tensor([0.3, -0.3]).repeat(50)
+    error = noise.std() / 10
+    for lead, weight in ((-0.2, 0.0), (0.0, 0.0), (error, 0.0), (error + 0.05, 2.0), (error + 0.1, 4.0), (0.5, 4.0)):
+        assert weight_by(noise + lead) == pytest.approx(weight, abs=1e-5)
 
 
 def test_the_teacher_that_is_the_untrained_encoder_has_nothing_to_teach(many, tmp_path):
