@@ -53,7 +53,11 @@ from common import commit
 OPENED = "opened.json"
 SEEDS = 3  # with two an interval says little
 LITTLE = 0.5  # points below something else that would not matter
-CHOICES = {f"code-{encoder}-choice": name for encoder, name in (("2-layers", "two layers"), ("static", "static"))}
+CHOICES = {
+    f"{corpus}-{encoder}-choice": f"{title}, {name}"
+    for corpus, title in CORPORA.items()
+    for encoder, name in (("2-layers", "two layers"), ("static", "static"))
+}
 PLAIN, HALF = "32 questions × 4 (static: 64 × 8)", "48 questions × 2"
 
 
@@ -136,6 +140,10 @@ def compared(found: dict[str, Corpora]) -> list[str]:
             lambda corpora: against(
                 corpora, f"{DEFAULT}{FEWER}", [DEFAULT, f"{WRITTEN}{FEWER}", f"mined-margin{FEWER}", *RIVALS]
             ),
+        ),
+        "What embeddings that are written back without a corrector have over each:",
+        *by_encoder(
+            found, lambda corpora: against(corpora, f"{WRITTEN}{FEWER}", [WRITTEN, f"mined-margin{FEWER}", *RIVALS])
         ),
         "## In as much time",
         "What corrected negatives have over these, which make as many steps as there is time for while the default "
@@ -289,8 +297,8 @@ def page(folder: Path) -> str:
         *compared(found),
         "## What was chosen before",
         "Learning rates, ways to mine, and how texts are spent (*questions × negatives* a step): on 1,000 questions "
-        "held out of the training questions of code search, which nothing above is measured on; one seed, MRR@10 and "
-        "recall@100.",
+        "held out of the training questions, which nothing above is measured on; one seed where no deviation is named, "
+        "MRR@10 and recall@100.",
         *(chosen(load(folder / regime), title) for regime, title in CHOICES.items() if (folder / regime).is_dir()),
         "## All runs",
         *(

@@ -210,6 +210,8 @@ def page(folder: Path) -> str:
         "36 % of every batch; by default they are added in runs of more than one epoch, here in the columns that say "
         "so. All runs of a table take the same number of steps. Not all cells have been run yet: `make bench "
         "PRESET=labels` goes on where it was stopped.",
+        "These runs were made when a teacher's weight grew with the square of its lead, to 4 at twenty points; now it "
+        "grows with the lead, to 4 at ten. The teachers that know nothing, where this makes a difference, are of now.",
     ]
     for regime, title in REGIMES.items():
         if runs := regimes.get(regime):

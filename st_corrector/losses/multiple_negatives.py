@@ -135,7 +135,7 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         corrected or written back.
 
         Recommendations:
-            - Raise ``num_negatives`` before the batch size: the union of the batch's selections serves every query.
+            - Raise the batch size before ``num_negatives``: the union of the batch's selections serves every query.
             - On a GPU that has room for it, pass ``cache.to("cuda")``: the search is memory-bound.
 
         Relations:
