@@ -45,9 +45,15 @@ TITLES = {
 }
 RIVALS = ("in-batch-larger", "in-batch-larger-static", "mined-margin", "mined-once", "mined-again", "refresh-50")
 RIVALS += ("refresh-10",)
-TAUGHT = ("mined-by-teacher", f"mined-by-teacher{FEWER}", "mined-by-teacher-scores", "gist")
-"""Rivals that have a teacher."""
 LONGER = tuple(f"{name}-as-long" for name in AS_LONG)
+TAUGHT = ("mined-by-teacher", f"mined-by-teacher{FEWER}", "mined-by-teacher-scores", "gist")
+HEARD = {
+    "": (*RIVALS, f"mined-margin{FEWER}", *LONGER),
+    "-own-pairs": tuple(f"{name}-own-pairs" for name in PAIRED if name not in TAUGHT),
+    "-teacher": TAUGHT,
+    "-own-pairs-teacher": tuple(f"{name}-own-pairs" for name in PAIRED if name in TAUGHT),
+}
+"""What is compared with corrected negatives, by what both hear besides."""
 TITLES |= {f"{name}-own-pairs": f"{TITLES[name]}, own pairs" for name in PAIRED}
 TITLES |= {
     f"{name}-{count}-negatives-{encoder}": f"{TITLES[name].strip('*')}, {questions} questions × {count}"
@@ -58,14 +64,16 @@ TITLES |= {
 TITLES |= {
     f"{name}{spent}{suffix}": f"{TITLES[f'{name}{spent}'].strip('*')} {added}"
     for name in (DEFAULT, WRITTEN)
-    for spent in ("", FEWER)
+    for spent in ("", *(f"-{count}-negatives-{encoder}" for encoder, counts in SPENT.items() for count in counts))
     for suffix, added in ADDED.items()
     if suffix
 }
 TITLES |= {f"{name}-as-long": f"{TITLES[name]}, {steps} steps" for name, steps in AS_LONG.items()}
 
 TITLES |= {
-    f"{DEFAULT}{FEWER}-teacher-weight-{weight}": f"{TITLES[f'{DEFAULT}{FEWER}-teacher']}, weight {weight}"
+    f"{name}-weight-{weight}": f"{title}, weight {weight}"
+    for name, title in TITLES.items()
+    if name.startswith(DEFAULT) and name.endswith("-teacher")
     for weight in WEIGHTS
 }
 
@@ -180,13 +188,12 @@ def interval(found: list[Difference]) -> tuple[float, float] | None:
 
 def apart(one: str, other: str, runs: list[Runs], metric: Metric) -> str:
     """``"+0.6 [+0.2, +1.0] (3)"``: a difference, the mean over corpora, its interval, and of how many seeds, with an
-    ``s`` where the interval is over seeds alone.
+    ``s`` behind those of a corpus for which the interval is over seeds alone.
     """
     found = [each for some in runs if (each := difference(one, other, some, metric))]
     if not found:
         return ""
     bounds = interval(found)
     between = f" [{bounds[0]:+.1f}, {bounds[1]:+.1f}]" if bounds else ""
-    over_seeds = "s" if bounds and any(len(each.parts) < 2 for each in found) else ""
-    seeds = " + ".join(str(each.seeds) for each in found)
-    return f"{statistics.mean(each.mean for each in found):+.1f}{between} ({seeds}{over_seeds})"
+    seeds = " + ".join(f"{each.seeds}{'s' if bounds and len(each.parts) < 2 else ''}" for each in found)
+    return f"{statistics.mean(each.mean for each in found):+.1f}{between} ({seeds})"

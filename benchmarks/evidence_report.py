@@ -7,8 +7,8 @@ from the JSON of `strategies.py --preset evidence`.
 Test questions are asked by every run, and their figures lie in `sealed/` unread, until the second command opens them,
 once, when everything has been decided; `sealed/opened.json` says when.
 
-Differences are taken seed by seed, with 95 % intervals by Student's t over the seeds. What is said of all this is
-written by hand, in `findings.md` beside the JSON.
+Differences are taken seed by seed and question by question, with 95 % intervals. What is said of all this is written by
+hand, in `findings.md` beside the JSON.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from evidence import (
     DEFAULT,
     ENCODERS,
     FEWER,
+    HEARD,
     LONGER,
     METRICS,
     REGIMES,
     RIVALS,
-    TAUGHT,
     TITLES,
     WRITTEN,
     Corpora,
@@ -42,7 +42,6 @@ from evidence import (
     usual_seconds,
 )
 from evidence_plots import plots
-from presets import PAIRED
 from report import Runs, coverage, load, machine, mean, mean_sd, mrr
 from strategies import RESULTS, ROOT
 from strategies import runs as runs_of
@@ -153,7 +152,7 @@ def compared(found: dict[str, Corpora]) -> list[str]:
         "## What do own pairs and a teacher add?",
         *by_encoder(found, lambda corpora: added(corpora, DEFAULT)),
         *by_encoder(found, lambda corpora: added(corpora, f"{DEFAULT}{FEWER}")),
-        *with_both(found),
+        *alike(found),
         "## Where it fails",
         *failures(found),
     ]
@@ -175,49 +174,44 @@ def added(found: Corpora, ours: str) -> str:
     )
 
 
-def with_both(found: dict[str, Corpora]) -> list[str]:
-    """What corrected negatives have over rivals that are given the same pairs or the same teacher."""
-    pairs = by_encoder(
-        found,
-        lambda corpora: against(corpora, f"{DEFAULT}-own-pairs", [f"{each}-own-pairs" for each in (WRITTEN, *PAIRED)]),
-    )
-    taught = [
-        part
-        for spent in ("", FEWER)
-        for part in by_encoder(
-            found,
-            lambda corpora, spent=spent: against(
-                corpora, f"{DEFAULT}{spent}-teacher", [f"{WRITTEN}{spent}-teacher", *TAUGHT]
-            ),
-        )
-    ]
-    return [
-        *(["What is over rivals that have the same own pairs:", *pairs] if pairs else []),
-        *(["What is over rivals that have the same teacher:", *taught] if taught else []),
-    ]
+def alike(found: dict[str, Corpora]) -> list[str]:
+    """What corrected negatives have over others that hear the same besides: own pairs, a teacher, both."""
+    parts = []
+    for suffix, name in ADDED.items():
+        for spent in ("", FEWER):
+            rivals = [f"{WRITTEN}{spent}{suffix}", *HEARD[suffix]]
+            ours = f"{DEFAULT}{spent}{suffix}"
+            made = by_encoder(found, lambda corpora, ours=ours, rivals=rivals: against(corpora, ours, rivals))
+            if suffix and made:
+                parts += [f"What {TITLES[ours]} has over others with the same {name.removeprefix('+ ')}:", *made]
+    return parts
 
 
 def failures(found: dict[str, Corpora]) -> list[str]:
-    """Every comparison of three seeds or more in which corrected negatives are below something else, or may be."""
+    """Every comparison of three seeds or more in which corrected negatives are below something that hears the same, or
+    may be.
+    """
     below, perhaps, count = [], 0, 0
-    for encoder, corpora in found.items():
-        for corpus, runs in corpora.items():
-            for ours in (DEFAULT, f"{DEFAULT}{FEWER}"):
-                rivals = [f"{WRITTEN}{ours.removeprefix(DEFAULT)}", f"mined-margin{FEWER}", *RIVALS, *TAUGHT, *LONGER]
-                for other in rivals:
-                    for metric, value in METRICS.items():
-                        found_here = difference(ours, other, runs, value)
-                        if found_here is None or found_here.seeds < SEEDS:
-                            continue
-                        bounds = interval([found_here])
-                        assert bounds is not None
-                        count += 1
-                        where = f"{ENCODERS[encoder]}, {CORPORA[corpus]}, {metric}"
-                        said = f"{TITLES[ours].strip('*')} {apart(ours, other, [runs], value)}"
-                        line = f"- {where}: {said} against {TITLES[other]}."
-                        if bounds[1] < 0:
-                            below.append(line)
-                        perhaps += bounds[0] < -LITTLE and bounds[1] >= 0
+    compared = [
+        (f"{DEFAULT}{spent}{suffix}", other, encoder, corpus, name)
+        for encoder, corpora in found.items()
+        for corpus in corpora
+        for spent in ("", FEWER)
+        for suffix, rivals in HEARD.items()
+        for other in (f"{WRITTEN}{spent}{suffix}", *rivals)
+        for name in METRICS
+    ]
+    for ours, other, encoder, corpus, name in compared:
+        runs = found[encoder][corpus]
+        apart_by = difference(ours, other, runs, METRICS[name])
+        if apart_by is None or apart_by.seeds < SEEDS:
+            continue
+        count += 1
+        low, high = interval([apart_by]) or (-math.inf, math.inf)
+        perhaps += low < -LITTLE and high >= 0
+        if high < 0:
+            said = f"{TITLES[ours].strip('*')} {apart(ours, other, [runs], METRICS[name])} against {TITLES[other]}"
+            below.append(f"- {ENCODERS[encoder]}, {CORPORA[corpus]}, {name}: {said}.")
     return [
         f"Of {count} comparisons on one corpus with {SEEDS} seeds or more, these have a 95 % interval below 0 (one in "
         f"forty would by chance); {perhaps} more may be more than {LITTLE} points below, as far as so few seeds tell.",
@@ -287,9 +281,9 @@ def page(folder: Path) -> str:
         "# Evidence: three corpora, two encoders, and what one would pick instead",
         "Made by `benchmarks/evidence_report.py` from the JSON beside it; every JSON has its command, and "
         "`benchmarks/corpora.py` makes the corpora. Figures are of dev questions, mean ± sd. Differences are taken "
-        "seed by seed and question by question, with 95 % intervals by Student's t (number of seeds), which speak of "
-        "other seeds and other questions, where there is an *s* of other seeds alone. *Mean* is that over corpora, "
-        "which count alike. Runs encode about as many texts with gradient as their rivals, where no other number of "
+        "seed by seed and question by question, with 95 % intervals by Student's t (number of seeds). They speak of "
+        "other seeds and other questions, behind an *s* of other seeds alone. *Mean* is that over corpora, which count "
+        "alike. Runs encode about as many texts with gradient as their rivals, where no other number of "
         f"steps is named. {sum(made)} of {len(made)} runs have been made; `make bench PRESET=evidence` goes on.",
         "Seconds are of one core of two; one or two other processes ran beside, so they compare only roughly.",
         *([findings.read_text(encoding="utf-8").strip()] if findings.exists() else []),

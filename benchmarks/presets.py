@@ -415,7 +415,11 @@ PRESETS = {
     # The most telling first: low coverage with a transformer; then what one would pick instead, corpus by corpus.
     "evidence": [
         Block("minilm-2-layers-all-passages", ("stale-write-back", "mlp-pull-back"), (0, 1, 2, 3, 4)),
-        *(Block(f"{name}-{encoder}-choice", _choices(encoder), (0,)) for name in CORPORA for encoder in TUNED),
+        *(Block(f"code-{encoder}-choice", _choices(encoder), (0,)) for encoder in TUNED),
+        *(
+            Block(f"{name}-2-layers-choice", ("in-batch-larger", *(f"{way}{_TWICE}" for way in WAYS)), (0,))
+            for name in ("packages", "nq")
+        ),
         Block("code-2-layers-choice", (f"mlp-pull-back{_TWICE}", *_taught("2-layers")), (1,)),
         *(Block(f"{name}-2-layers", DECIDES, (0, 1, 2)) for name in ("code", "packages", "nq")),
         *(Block(f"{name}-static", DECIDES_STATIC, (0, 1, 2)) for name in CORPORA),

@@ -236,13 +236,15 @@ def _check_teacher(
     options = ("teacher_weight", "teacher_scale", "distillation_loss")
     given = [name for name in options if getattr(training, name) != parser.get_default(name)]
     unheard, why = [], ""
+    if recipe.teacher_model is None and strategy.name in ("gist", "mined-by-teacher"):
+        parser.error(f"--strategy {strategy.name} has a teacher: give --teacher_model")
     if recipe.teacher_model is None:
         unheard, why = given, "there is no --teacher_model"
     elif strategy.name == "gist":
         unheard, why = given, "the teacher is a guide here"
     elif strategy.mines:
         unheard = [name for name in given if name != "teacher_scale"]
-        why = "mined tuples are learnt by DistillKLDivLoss alone"
+        why = "a teacher's scores of mined tuples are learnt by DistillKLDivLoss alone"
     if unheard:
         parser.error(f"leave out {', '.join(f'--{name}' for name in unheard)}: {why}")
     needed = {"in-batch": options[:2], "mined": options[1:2]}.get(strategy.name, ())

@@ -310,7 +310,8 @@ def evaluated_after(
     found = {}
     for name, evaluator in evaluators.items():
         retrieved = evaluator.retrieve(model, embeddings)
-        found[name] = evaluator.score(retrieved), ranks(evaluator, retrieved.numpy())
+        metrics = evaluator.prefix_name_to_metrics(evaluator.score(retrieved), evaluator.name)
+        found[name] = metrics, ranks(evaluator, retrieved.numpy())
         evaluator.store_metrics_in_model_card_data(model, found[name][0])
     return found
 

@@ -53,7 +53,9 @@ def pairs_for(corpus: Corpus, args: CorrectorTrainingArguments) -> Dataset:
 
 
 class KnownEmbeddings:
-    """A teacher as :func:`mine_hard_negatives` asks an embedder: what it has embedded already is looked up."""
+    """A teacher as :func:`mine_hard_negatives` asks an embedder: what it has embedded already is looked up, and
+    compared by cosine, as that function compares.
+    """
 
     def __init__(self, corpus: Corpus, teacher: EmbeddingTeacher) -> None:
         self._teacher = teacher

@@ -174,6 +174,30 @@ def test_what_a_run_will_take_is_judged_by_those_that_are_done(monkeypatch):
     assert expected("stale", "old") == 16, "parts; what was measured beside is a part of training"
 
 
+def test_packages_that_say_the_same_are_in_one_group(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    corpora = importlib.import_module("corpora")
+    words = [f"word{n}" for n in range(60)]
+    story, other = " ".join(words[:40]), " ".join(words[20:60])
+    texts = [
+        [story],
+        ["It is new. " + story],  # 37 sequences of four words, all but three of which are in both
+        [story.replace("word20", "else")],  # four of 37 are others: 33 of 41 in both
+        [story.replace("word9", "one").replace("word29", "two")],  # eight are others: 29 of 45
+        ["A beginning.", other],
+        ["a Beginning.", story],
+        [other],
+        ["two words"],
+        ["two words more"],
+    ]
+    groups = corpora.alike(texts)
+    members = [{n for n, each in enumerate(groups) if each == group} for group in dict.fromkeys(groups)]
+    # Those with one beginning bring their groups together, and a text that is like another of a group is in it.
+    assert members == [{0, 1, 2, 4, 5, 6}, {3}, {7}, {8}]
+    monkeypatch.setattr(corpora, "RARE", 1)
+    assert corpora.alike(texts[:1] + texts[6:]) == [0, 1, 2, 3], "nothing shared is rare"
+
+
 def test_the_interval_of_a_difference_is_that_of_students_t(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     evidence = importlib.import_module("evidence")

@@ -389,12 +389,14 @@ def test_options_that_a_strategy_does_not_look_at_are_refused(recipe_module, mon
         ("--strategy mined-once --teacher_model default", "give --teacher_scale"),
         (
             "--strategy mined-once --teacher_model default --teacher_scale 9 --teacher_weight 1",
-            "leave out --teacher_weight: mined tuples are learnt by DistillKLDivLoss alone",
+            "leave out --teacher_weight: a teacher's scores of mined tuples are learnt by DistillKLDivLoss alone",
         ),
         (
             "--strategy gist --teacher_model default --teacher_scale 9",
             "leave out --teacher_scale: the teacher",
         ),
+        ("--strategy gist", "--strategy gist has a teacher: give --teacher_model"),
+        ("--strategy mined-by-teacher", "--strategy mined-by-teacher has a teacher: give --teacher_model"),
         ("--distillation_loss margin-mse", "leave out --distillation_loss: there is no --teacher_model"),
     ],
 )

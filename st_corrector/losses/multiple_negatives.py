@@ -135,7 +135,8 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         corrected or written back.
 
         Recommendations:
-            - Raise the batch size before ``num_negatives``: the union of the batch's selections serves every query.
+            - With a transformer, raise the batch size before ``num_negatives``: the union of the batch's selections
+              serves every query.
             - On a GPU that has room for it, pass ``cache.to("cuda")``: the search is memory-bound.
 
         Relations:
