@@ -211,7 +211,9 @@ def page(folder: Path) -> str:
         "so. All runs of a table take the same number of steps. Not all cells have been run yet: `make bench "
         "PRESET=labels` goes on where it was stopped.",
         "These runs were made when a teacher's weight grew with the square of its lead, to 4 at twenty points; now it "
-        "grows with the lead, to 4 at ten. The teachers that know nothing, where this makes a difference, are of now.",
+        "grows with the lead, to 4 at ten, less one standard error. Of the teachers that know nothing this makes a "
+        "difference to that of another domain on code search alone, which was measured again; the others have weight 0 "
+        "or 4 either way.",
     ]
     for regime, title in REGIMES.items():
         if runs := regimes.get(regime):
