@@ -69,7 +69,6 @@ TITLES |= {
     if suffix
 }
 TITLES |= {f"{name}-as-long": f"{TITLES[name]}, {steps} steps" for name, steps in AS_LONG.items()}
-
 TITLES |= {
     f"{name}-weight-{weight}": f"{title}, weight {weight}"
     for name, title in TITLES.items()

@@ -178,11 +178,11 @@ def alike(found: dict[str, Corpora]) -> list[str]:
     """What corrected negatives have over others that hear the same besides: own pairs, a teacher, both."""
     parts = []
     for suffix, name in ADDED.items():
-        for spent in ("", FEWER):
+        for spent in ("", FEWER) if suffix else ():
             rivals = [f"{WRITTEN}{spent}{suffix}", *HEARD[suffix]]
             ours = f"{DEFAULT}{spent}{suffix}"
             made = by_encoder(found, lambda corpora, ours=ours, rivals=rivals: against(corpora, ours, rivals))
-            if suffix and made:
+            if made:
                 parts += [f"What {TITLES[ours]} has over others with the same {name.removeprefix('+ ')}:", *made]
     return parts
 

@@ -273,9 +273,10 @@ def machine(runs: Runs) -> str:
 def save(figure: plt.Figure, folder: Path, name: str) -> str:
     """Write PNG and SVG; returns Markdown that shows it."""
     for suffix in ("png", "svg"):
-        # Without a date, so that the same results give the same file.
+        # Without a date and with the same names inside, so that the same results give the same file.
         metadata = {"Date": None} if suffix == "svg" else None
-        figure.savefig(folder / f"{name}.{suffix}", dpi=110, bbox_inches="tight", metadata=metadata)
+        with plt.rc_context({"svg.hashsalt": name}):
+            figure.savefig(folder / f"{name}.{suffix}", dpi=110, bbox_inches="tight", metadata=metadata)
     plt.close(figure)
     return f"![{name}]({name}.png)"
 

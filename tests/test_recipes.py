@@ -179,7 +179,7 @@ def test_what_a_teacher_mines_is_what_its_model_would(recipe_module, minilm_path
     assert len(found) == (30 if has_own else 60) and found.to_dict() == expected.to_dict()
 
 
-def test_the_gradient_of_a_teachers_scores_is_that_of_the_divergence(recipe_module, minilm_path):
+def test_the_loss_of_a_teachers_scores_is_the_divergence_itself(recipe_module, minilm_path):
     rivals, common = recipe_module("rivals"), recipe_module("common")
     model = common.static_encoder(minilm_path)
     torch.manual_seed(0)
