@@ -275,7 +275,7 @@ def save(figure: plt.Figure, folder: Path, name: str) -> str:
     for suffix in ("png", "svg"):
         # Without a date and with the same names inside, so that the same results give the same file.
         metadata = {"Date": None} if suffix == "svg" else None
-        with plt.rc_context({"svg.hashsalt": name}):
+        with plt.rc_context({"svg.hashsalt": "st_corrector"}):
             figure.savefig(folder / f"{name}.{suffix}", dpi=110, bbox_inches="tight", metadata=metadata)
     plt.close(figure)
     return f"![{name}]({name}.png)"
@@ -486,7 +486,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="a folder with a folder for each regime")
     folder = parser.parse_args().results.resolve()
-    plt.rcParams["svg.hashsalt"] = "st_corrector"
     names = dict.fromkeys([*TITLES, *REGIMES])
     regimes = {name: runs for name in names if (runs := load(folder / name))}
     if not regimes:
