@@ -73,6 +73,7 @@ def trained(
     cache = EmbeddingCache.build(model, corpus, caches / f"{kind}-{len(corpus)}-{seed}", batch_size=256)
     args = CorrectorTrainingArguments(
         str(caches / f"run-{kind}"),
+        corrector="mlp",
         cache_path=str(cache.path),
         seed=seed,
         warmup_steps=0.1,

@@ -43,7 +43,7 @@ CURVE = {
 
 
 class Pooled(NamedTuple):
-    """Where a pool was tried: how it is called, and the regime of the default's runs."""
+    """Where a pool was tried: how it is called, and the regime of the runs without a rule."""
 
     title: str
     regime: str
@@ -60,10 +60,10 @@ POOLED = {
 CORPORA = {"nq": "Natural Questions", "code": "Code search", "packages": "Package search"}
 POOLS = (
     "The rules of `benchmarks/pool.py`, which are not in the package. After each mean ± sd (seeds) stands the mean "
-    "difference from the default, seed by seed, and the least."
+    "difference from corrected negatives without a rule, seed by seed, and the least."
 )
 UNTRUSTED = (
-    "The default with teachers whose weight and scale are found out as the run goes "
+    "Corrected negatives with teachers whose weight and scale are found out as the run goes "
     "(`benchmarks/untrusted_teachers.py`): "
     "all-MiniLM-L6-v2; random vectors; the encoder before it was trained; the same encoder trained on another corpus; "
     "and trained for ten epochs on the very questions that teachers are judged by."
@@ -167,7 +167,7 @@ def choices(runs: dict[str, list[dict]]) -> str:
     rows = ["| setting | MRR@10 | seeds |", "|---|---|---|"]
     ordered = sorted(runs.items(), key=lambda item: -sum(map(mrr, item[1])) / len(item[1]))
     for name, group in ordered:
-        setting = name.removeprefix("mlp-pull-back").lstrip("-") or "the default, nothing added"
+        setting = name.removeprefix("mlp-pull-back").lstrip("-") or "nothing added"
         rows.append(f"| {setting} | {mean_sd([mrr(run) for run in group])} | {len(group)} |")
     return "\n".join(rows)
 
@@ -222,8 +222,8 @@ def page(folder: Path) -> str:
         parts += [
             "## How the settings were chosen",
             "On 1,000 of the training questions, held out (`--hold_out 1000`), at high coverage; nothing above is "
-            "measured on them. `teacher` is the default, whose weight and scale are found out as the run goes; the "
-            "others of a teacher have theirs set.",
+            "measured on them. `teacher` is one whose weight and scale are found out as the run goes, as by default; "
+            "the others of a teacher have theirs set.",
             choices(runs),
             trusted(runs),
         ]

@@ -18,8 +18,8 @@ a negative is pushed away from all questions. The rules:
 - **weight-1**: of eight times as many candidates those are taken whose logit is highest less the logarithm of
   (1 + steps in which it has been a negative) / (1 + steps in which it has been a positive).
 
-One JSON a run; runs whose JSON is there are skipped. Without a rule it is the default, whose runs are those of
-`strategies.py --preset labels`.
+One JSON a run; runs whose JSON is there are skipped. Without a rule they are corrected negatives, whose runs are those
+of `strategies.py --preset labels`.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from strategies import REGIMES, RESULTS, ROOT, STRATEGIES
 
+from st_corrector.training.plan import LOW_COVERAGE
+
 RATES = ("1e-4", "2e-5")  # of all-MiniLM-L6-v2 as a whole
 METRICS = ("mrr@10", "recall@1", "recall@5", "recall@20", "recall@100", "answer_recall@20")
 TITLES = {
@@ -54,13 +56,13 @@ SHOWN = (
     *("in-batch", "mined-once", "stale", "stale-write-back", "refresh-50", "refresh-10", "exhaustive"),
     *("corrected-mlp", "corrected-ridge", "mlp-pull-back", "ridge-pull-back", "ridge-pull-back-query-side"),
 )
-DEFAULT = "mlp-pull-back"
-# Whose difference decides something: what the default gains, over what else; what correcting alone gains over writing
-# back alone; what verifying adds.
+CORRECTED, WRITTEN = "mlp-pull-back", "stale-write-back"
+# Whose difference decides something: what correcting and writing back gains, over what else; what correcting alone
+# gains over writing back alone; what verifying adds.
 COMPARED = (
-    *((DEFAULT, other) for other in ("in-batch", "mined-once", "stale", "stale-write-back", "exhaustive")),
+    *((CORRECTED, other) for other in ("in-batch", "mined-once", "stale", "stale-write-back", "exhaustive")),
     ("corrected-mlp", "stale-write-back"),
-    *((f"mlp-verify-{candidates}", DEFAULT) for candidates in (8, 32)),
+    *((f"mlp-verify-{candidates}", CORRECTED) for candidates in (8, 32)),
 )
 COLOURS = dict(zip(SHOWN, plt.get_cmap("tab20").colors, strict=False))
 
@@ -68,8 +70,8 @@ SUMMARY = {"low coverage": "nq-low-coverage", "high coverage": "nq-high-coverage
 SUMMARY_ROWS = {
     "in-batch": "in-batch negatives",
     "mined-once": "mined once, before training",
-    "stale-write-back": "stale cache, written back, no corrector",
-    DEFAULT: "**corrected, the default**",
+    WRITTEN: "stale cache, written back, no corrector (the default at high coverage)",
+    CORRECTED: "**corrected** (the default at low coverage)",
     "exhaustive": "exhaustive: re-embedded at every step",
 }
 """Of the table that the project's README shows: columns and rows."""
@@ -115,7 +117,7 @@ def above_exhaustive(name: str, runs: Runs) -> list[float]:
 
 def comparisons(regimes: dict[str, Runs]) -> str:
     """MRR@10 of one less that of another, in every regime that has both; nothing where none has."""
-    named = {DEFAULT: "default"}
+    named = {CORRECTED: "corrected"}
     pairs = [f"{named.get(one, one)} − {named.get(other, other)}" for one, other in COMPARED]
     lines = [f"| | {' | '.join(pairs)} |", "|---|" + "---|" * len(pairs)]
     for name, runs in regimes.items():
@@ -135,6 +137,12 @@ def coverage(run: dict) -> float:
     """Encodings with gradient, per target of the corpus."""
     others = run["targets_encoded_for_cache"] + run.get("targets_verified", 0)
     return (run["targets_encoded"] - others) / run["targets"]
+
+
+def by_default(runs: Runs) -> str:
+    """What ``corrector="auto"`` takes in a regime, where there is no teacher."""
+    encoded = mean(runs.get(CORRECTED, next(iter(runs.values()))), coverage)
+    return CORRECTED if encoded < LOW_COVERAGE else WRITTEN
 
 
 def reencoded(run: dict) -> float:
@@ -238,7 +246,7 @@ def short_table(runs: Runs) -> str:
         quality = [
             mean_sd([100 * run["after"][metric] for run in group]) for metric in ("recall@20", "answer_recall@20")
         ]
-        shown = f"**{name}** (default)" if name == DEFAULT else name
+        shown = f"{name} (default)" if name == by_default(runs) else name
         cells = [mean_sd([mrr(run) for run in group]), to_exhaustive(name, runs), *quality]
         lines.append(f"| {shown} | {len(group)} | {' | '.join(cells)} | {mean(group, reencoded):,.0f} |")
     return "\n".join(lines)

@@ -104,6 +104,7 @@ def trained(kind: str, corpus: Corpus, folder: Path, seed: int) -> Pair:
     cache = EmbeddingCache.build(model, corpus, folder / f"serving-{kind}-{len(corpus)}-{seed}", batch_size=256)
     args = CorrectorTrainingArguments(
         str(folder / f"run-{kind}"),
+        corrector="mlp",
         cache_path=str(cache.path),
         seed=seed,
         warmup_steps=0.1,

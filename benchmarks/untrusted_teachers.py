@@ -94,6 +94,7 @@ def arguments(outputs: Path, seed: int, **others: Any) -> CorrectorTrainingArgum
         "output_dir": str(outputs / "untrusted-teachers"),
         "per_device_train_batch_size": 64,
         "num_negatives": 8,
+        "corrector": "mlp",
         "corrector_settings": '{"hidden": 128}',
         "own_pairs_share": 0.0,
         "learning_rate": 1e-3,

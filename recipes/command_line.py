@@ -222,10 +222,12 @@ def parse_arguments(
     if recipe.dataset.startswith((".", "/")) and not Path(recipe.dataset).exists():
         parser.error(f"--dataset {recipe.dataset}: there is no such folder or file")
     if training.output_dir in (None, "trainer_output"):  # transformers' own default
-        parts = [recipe.strategy.replace(":", "-"), training.corrector if strategy.name == "corrected" else None]
+        parts = [recipe.strategy.replace(":", "-")]
+        if strategy.name == "corrected" and training.corrector != parser.get_default("corrector"):
+            parts.append(training.corrector)
         if training.write_back != parser.get_default("write_back"):
             parts.append("write-back" if training.write_back else "no-write-back")
-        training.output_dir = str(Path("outputs") / name / "-".join(part for part in parts if part))
+        training.output_dir = str(Path("outputs") / name / "-".join(parts))
     return recipe, training
 
 

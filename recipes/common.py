@@ -52,7 +52,7 @@ from st_corrector.data.encoding import DocumentEncoder
 from st_corrector.data.tokens import TokenizedCorpus
 from st_corrector.storage.files import whole
 from st_corrector.storage.fingerprint import digest_json
-from st_corrector.training.own_pairs import training_pairs
+from st_corrector.training.plan import training_pairs
 
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 STRATEGIES = (

@@ -32,7 +32,7 @@ from st_corrector.data.routing import QUERY
 from st_corrector.data.text import normalized
 from st_corrector.losses.similarity import Similarity
 from st_corrector.training.columns import prompts_by_column
-from st_corrector.training.own_pairs import share_for
+from st_corrector.training.plan import share_for
 
 MINED_BY = ("max_score", "absolute_margin", "relative_margin", "range_min")
 """What the arguments and ``mine_hard_negatives`` both know of false negatives, beside ``range_max``."""

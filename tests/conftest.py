@@ -210,6 +210,16 @@ def corpus() -> Corpus:
     return corpus
 
 
+@pytest.fixture
+def titled():
+    """200 targets in articles of four, of which 60 are asked for in training and 40 in development."""
+    queries, texts = make_texts()
+    corpus = Corpus.from_texts(texts, titles=[f"word{2 * (n // 4)} word{2 * (n // 4) + 4}" for n in range(200)])
+    for split, rows in (("train", range(0, 180, 3)), ("dev", range(1, 120, 3))):
+        corpus.add_split(split, {f"q{n}": queries[n] for n in rows}, {f"q{n}": [str(n)] for n in rows})
+    return corpus
+
+
 @pytest.fixture(scope="module")
 def beir(tmp_path_factory):
     """A BEIR folder of 240 short texts: 160 training and 60 dev queries with an answer each."""

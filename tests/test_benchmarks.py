@@ -198,6 +198,16 @@ def test_packages_that_say_the_same_are_in_one_group(monkeypatch):
     assert corpora.alike(texts[:1] + texts[6:]) == [0, 1, 2, 3], "nothing shared is rare"
 
 
+def test_the_page_of_results_says_what_the_trainer_takes_by_itself(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    report = importlib.import_module("report")
+    for regime, default in (("nq-low-coverage", "mlp-pull-back"), ("nq-high-coverage", "stale-write-back")):
+        table = report.short_table(report.load(report.RESULTS / regime))
+        (row,) = (line for line in table.splitlines() if "(default)" in line)
+        assert row.startswith(f"| {default} (default) |")
+        assert row in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
 def test_the_interval_of_a_difference_is_that_of_students_t(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     evidence = importlib.import_module("evidence")
@@ -615,6 +625,7 @@ def test_every_strategy_of_every_preset_is_a_command_that_the_recipe_understands
             assert training.seed == each.seed and given.results is None and given.caches == "out/caches"
             assert training.output_dir == f"out/{each.regime}/{each.strategy}-seed{each.seed}"
             if given.strategy == "corrected":
+                assert training.corrector != "auto", "a study names what it compares"
                 training.correction().make_corrector(8, unit=True)
             understood += 1
     assert understood > 400

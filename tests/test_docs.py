@@ -199,7 +199,13 @@ class Runner:
         faiss.write_index(index, "old.faiss")
         np.save("old.npy", cache[range(len(corpus))].numpy())
         args = CorrectorTrainingArguments(
-            "outputs/nq", max_steps=2, num_negatives=2, per_device_train_batch_size=8, save_strategy="no", use_cpu=True
+            "outputs/nq",
+            max_steps=2,
+            num_negatives=2,
+            corrector="mlp",
+            per_device_train_batch_size=8,
+            save_strategy="no",
+            use_cpu=True,
         )
         trainer = CorrectorTrainer(model, args, corpus=corpus)
         trainer.train()

@@ -20,6 +20,7 @@ _EARLIER = {  # names of settings before 0.2
     "divergence": "corrector_divergence",
     "split": "train_split",
 }
+AUTO, _WITHOUT_A_PLAN = "auto", "mlp"
 WarmupNegatives = Literal["stale", "in-batch"]
 
 
@@ -29,7 +30,9 @@ class CorrectionSettings:
 
     Args:
         corrector: ``"mlp"`` (the paper's kind), ``"ridge"``, ``"identity"`` (no correction), another name of
-            :data:`~st_corrector.correctors.CORRECTORS`, or a :class:`Corrector`.
+            :data:`~st_corrector.correctors.CORRECTORS`, or a :class:`Corrector`. ``"auto"`` is ``"mlp"``, unless
+            :class:`CorrectorTrainer` sees by the plan of its run that none is better: without a teacher, where the run
+            encodes a quarter as many targets as there are, or more.
         corrector_settings: the settings of a corrector that is given by name, as a JSON object, e.g.
             ``'{"hidden": 128}'``.
         corrector_warmup_steps: for this many steps of the run the corrector learns, but does not choose yet. A refresh
@@ -50,7 +53,13 @@ class CorrectionSettings:
         InputError: a setting is out of range.
     """
 
-    corrector: str | Corrector = field(default="mlp", metadata={"help": f"One of {', '.join(CORRECTORS)}."})
+    corrector: str | Corrector = field(
+        default=AUTO,
+        metadata={
+            "help": f"One of {', '.join(CORRECTORS)}; or auto: mlp with a teacher, or where the run encodes fewer "
+            "targets than a quarter of the corpus, else identity."
+        },
+    )
     corrector_settings: str = field(
         default="{}", metadata={"help": "The corrector's settings as a JSON object, e.g. '{\"hidden\": 128}'."}
     )
@@ -76,11 +85,12 @@ class CorrectionSettings:
     shortlist: Shortlist | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.corrector, str) and self.corrector not in CORRECTORS:
-            raise InputError(f"corrector {self.corrector!r} is not one of {', '.join(CORRECTORS)}.")
+        if isinstance(self.corrector, str) and self.corrector not in (AUTO, *CORRECTORS):
+            raise InputError(f"corrector {self.corrector!r} is not one of {', '.join((AUTO, *CORRECTORS))}.")
         if isinstance(self.corrector, Corrector) and read_settings(self.corrector_settings):
             raise InputError(f"corrector_settings are for a corrector given by name; {self.corrector!r} has its own.")
-        read_settings(self.corrector_settings)
+        if read_settings(self.corrector_settings) and self.corrector == AUTO:
+            raise InputError("corrector_settings are for a corrector given by name: pass corrector='mlp', or another.")
         if self.corrector_warmup_steps < 0:
             raise InputError(f"corrector_warmup_steps must not be negative, got {self.corrector_warmup_steps}.")
         if self.background_targets < 0:
@@ -111,7 +121,7 @@ class CorrectionSettings:
             if isinstance(self.corrector, Corrector)
             else {"normalize": unit, **read_settings(self.corrector_settings)}
         )
-        corrector = make_corrector(self.corrector, dim, **named)
+        corrector = make_corrector(_WITHOUT_A_PLAN if self.corrector == AUTO else self.corrector, dim, **named)
         if corrector.normalize and not unit:
             raise InputError(
                 f"{corrector!r} returns unit vectors, but the encoder's embeddings are not and are compared by dot "

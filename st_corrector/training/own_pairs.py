@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch.utils.data import BatchSampler
 
-from ..data.corpus import Corpus
-from ..data.own_questions import Question
 from ..data.query_keys import is_own
-from ..errors import CorpusError, InputError
-from ..teachers import Teacher
-from .arguments import CorrectorTrainingArguments
+from ..errors import InputError
 
-logger = logging.getLogger(__name__)
 SHARE = 0.36
 """Of every batch, where own pairs help and nothing else is asked for."""
-_KNOWN = 0.5  # of the own questions must be known to a teacher
 
 
 def own_positions(dataset: Dataset) -> np.ndarray:
@@ -49,61 +41,6 @@ def count_for(share: float, batch_size: int) -> int:
             "one of them and one of the split's: choose another share, or take larger batches."
         )
     return count
-
-
-def training_pairs(corpus: Corpus, args: CorrectorTrainingArguments | None, teacher: Teacher | None = None) -> Dataset:
-    """The pairs of the split that is trained on, and as many own pairs as the run will draw, or as there are.
-
-    Where ``args.own_pairs_share`` is not set, see :func:`share_for`.
-    """
-    split = (args and args.train_split) or "train"
-    pairs = corpus.pairs(split)
-    if args is None or not (share := share_for(corpus, args, teacher)):
-        return pairs
-    if args.own_pairs_share is None:
-        logger.info(
-            "%d %% of every batch are the corpus's own pairs, as the run goes through the questions of %r more than "
-            "once: own_pairs_share=0 leaves them out.",
-            round(100 * share),
-            split,
-        )
-    own = count_for(share, args.train_batch_size)
-    steps_of_epoch = math.ceil(len(pairs) / ((args.train_batch_size - own) * args.world_size))
-    steps = args.max_steps * args.gradient_accumulation_steps
-    if args.max_steps <= 0:
-        steps = math.ceil(args.num_train_epochs * steps_of_epoch)
-    count = steps * own * args.world_size
-    question = cast(Question | None, args.own_question)
-    return concatenate_datasets([pairs, corpus.own_pairs(count, question, split, seed=args.seed)])
-
-
-def share_for(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Teacher | None = None) -> float:
-    """The share of own pairs that ``args`` ask for. Where they say nothing: :data:`SHARE` if the run goes through the
-    split's pairs more than once, there are at least as many own pairs as pairs of the split, and a teacher, if there is
-    one, knows their questions; else 0.
-    """
-    if args.own_pairs_share is not None:
-        return args.own_pairs_share
-    return SHARE if _are_worth_it(corpus, args, teacher) else 0.0
-
-
-def _are_worth_it(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Teacher | None) -> bool:
-    """Whether own pairs help, as far as has been measured (``benchmarks/results/labels``)."""
-    split, question = args.train_split or "train", cast(Question | None, args.own_question)
-    pairs = corpus.pairs(split)
-    batch = args.train_batch_size * args.world_size
-    epochs = args.num_train_epochs
-    if args.max_steps > 0:
-        epochs = args.max_steps * args.gradient_accumulation_steps * batch / len(pairs)
-    if epochs <= 1 or not 0 < round(SHARE * args.train_batch_size) < args.train_batch_size:
-        return False
-    try:
-        own = corpus.own_pairs(len(pairs), question, split, seed=args.seed)
-    except CorpusError:  # no target has a question
-        return False
-    if len(own) < len(pairs):
-        return False
-    return teacher is None or bool(teacher.knows(torch.tensor(own["label"][:])[:, 1]).float().mean() > _KNOWN)
 
 
 class OwnPairsBatchSampler(DefaultBatchSampler):

@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
@@ -47,7 +48,8 @@ from .callbacks import FidelityCallback, RefreshCallback
 from .checkpoint import FOLDER, fault_of, load_losses, save_losses, seal, unseal
 from .columns import prompts_by_column, require_columns
 from .guard import Guard, NonFinitePolicy
-from .own_pairs import SHARE, OwnPairsBatchSampler, own_positions, training_pairs
+from .own_pairs import SHARE, OwnPairsBatchSampler, own_positions
+from .plan import corrector_for, training_pairs
 from .recorder import Recorder
 from .several_data_sets import JoinedBatches, SplitBatches
 
@@ -67,7 +69,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
     - before the first step it prints what choosing negatives will take in memory, and refuses what does not fit;
     - what the model puts before queries and documents (``model.prompts``) is put before the columns of the data sets
       that a corrected loss learns from, unless the arguments have ``prompts``;
-    - with ``corpus`` it makes the loss, the cache and the data set itself, as its arguments say.
+    - with ``corpus`` it makes the loss, the cache and the data set itself, as its arguments say, and where they leave
+      own pairs and the corrector open, as the plan of the run says: :mod:`st_corrector.training.plan`.
 
     The plain trainer trains the same.
 
@@ -229,10 +232,14 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         args = self.args
         if self.corpus is None:
             raise InputError("Pass a loss, or corpus=…, over which CorrectorTrainer makes one.")
-        cache = self._cache(model, self.corpus) if args.num_negatives else None
+        cache, correction = None, args.correction()
+        if args.num_negatives:
+            cache = self._cache(model, self.corpus)
+            planned = corrector_for(args, self.train_dataset, len(self.corpus), self.teacher is not None)
+            correction = replace(correction, corrector=planned)
         settings: dict[str, Any] = {
             "negatives": args.negatives(self.checks),
-            "correction": args.correction(),
+            "correction": correction,
             "distillation": args.distillation(self.teacher),
         }
         if args.mini_batch_size is None:

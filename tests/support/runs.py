@@ -13,6 +13,7 @@ def arguments(folder, **settings):
         disable_tqdm=True,
         **{
             "report_to": "none",
+            "corrector": "mlp",
             "per_device_train_batch_size": 16,
             "learning_rate": 0.05,
             "max_steps": 6,

@@ -42,7 +42,7 @@ from st_corrector import (
 )
 from st_corrector.cache.folder import CacheFolder
 from st_corrector.runtime.distributed import Processes
-from st_corrector.training.own_pairs import training_pairs
+from st_corrector.training.plan import training_pairs
 
 CASES: dict[str, dict] = {
     "mlp": {"corrector_settings": {"hidden": 16}},
@@ -142,7 +142,7 @@ def build(folder: Path, case: str, args: argparse.Namespace) -> CorrectorTrainer
     transformer = case in TRANSFORMERS
     training = CorrectorTrainingArguments(
         output_dir=str(folder / "out"),
-        **{"num_negatives": 5, "dataloader_drop_last": True, **CASES[case]},
+        **{"num_negatives": 5, "corrector": "mlp", "dataloader_drop_last": True, **CASES[case]},
         cache_path=str(folder / "cache"),
         per_device_train_batch_size=args.batch_size // int(os.environ.get("WORLD_SIZE", 1)),
         max_steps=args.steps,

@@ -19,23 +19,12 @@ from st_corrector import (
     CorrectedMultipleNegativesLoss,
     CorrectorTrainer,
     EmbeddingCache,
-    EmbeddingTeacher,
     InputError,
 )
 from st_corrector.data.own_questions import first_sentence
 from st_corrector.data.query_keys import is_own
 from st_corrector.negatives.filters import known_positives
-from st_corrector.training.own_pairs import OwnPairsBatchSampler, own_positions, share_for, training_pairs
-
-
-@pytest.fixture
-def titled():
-    """200 targets in articles of four, of which 60 are asked for in training and 40 in development."""
-    queries, texts = make_texts()
-    corpus = Corpus.from_texts(texts, titles=[f"word{2 * (n // 4)} word{2 * (n // 4) + 4}" for n in range(200)])
-    for split, rows in (("train", range(0, 180, 3)), ("dev", range(1, 120, 3))):
-        corpus.add_split(split, {f"q{n}": queries[n] for n in rows}, {f"q{n}": [str(n)] for n in rows})
-    return corpus
+from st_corrector.training.own_pairs import OwnPairsBatchSampler, own_positions
 
 
 def keys_in(pairs):
@@ -248,37 +237,6 @@ def test_a_share_without_room_and_data_without_a_split_are_refused(titled):
         OwnPairsBatchSampler(titled.own_pairs(), 8, False, share=0.5)
     with pytest.raises(InputError, match="a share of a batch, below 1, got 1"):
         arguments("x", own_pairs_share=1.0)
-
-
-def test_by_default_own_pairs_come_where_questions_come_again(titled, tmp_path):
-    pairs = len(titled.pairs("train"))
-    batch = {"per_device_train_batch_size": 16}
-
-    def share(corpus=titled, teacher=None, **settings):
-        args = arguments(tmp_path, **batch, **settings)
-        given, data = args.own_pairs_share, training_pairs(corpus, args, teacher)
-        share = share_for(corpus, args, teacher)
-        assert bool(len(own_positions(data))) == bool(share)
-        assert args.own_pairs_share is given, "the arguments serve for other runs"
-        return share
-
-    assert 60 <= pairs < 100
-    assert share(max_steps=pairs // 16) == 0 and share(max_steps=2 + pairs // 16) == 0.36
-    assert share(max_steps=-1, num_train_epochs=1) == 0 and share(max_steps=-1, num_train_epochs=2) == 0.36
-    assert share(max_steps=50, own_pairs_share=0.0) == 0 and share(max_steps=2, own_pairs_share=0.25) == 0.25
-    # Where targets have no questions of their own, or hardly any is left, there are none.
-    plain = Corpus.from_texts([f"word{n} word{n + 1}" for n in range(90)])
-    plain.add_split("train", {str(n): f"word{n}" for n in range(40)}, {str(n): [str(n)] for n in range(40)})
-    assert share(plain, max_steps=50) == 0
-    few = Corpus.from_texts(["a", "b", "c", "d"], titles=["A 1", "B 1", "C 1", "D 1"])
-    few.add_split("train", {str(n): f"q{n}" for n in range(3)}, {str(n): [str(n)] for n in range(3)})
-    assert share(few, max_steps=50) == 0
-    # A teacher that does not know them could not label a third of every batch.
-    teachers = (
-        EmbeddingTeacher.build(make_static_model(3), titled, tmp_path / "teacher", data, progress=False)
-        for data in (titled.pairs("train"), [titled.pairs("train"), titled.own_pairs()])
-    )
-    assert [share(max_steps=50, teacher=teacher) for teacher in teachers] == [0, 0.36]
 
 
 def test_a_share_that_has_no_effect_is_told(titled, tmp_path, caplog):
