@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from presets import AS_LONG, PAIRED, SPENT, WAYS, WEIGHTS
+from presets import AS_LONG, OTHER_WAYS, PAIRED, SPENT, WAYS, WEIGHTS
 from report import Runs, load
 from scipy import stats
 
@@ -22,11 +22,11 @@ ENCODERS = {
 # All passages, of which a run encodes few, are those of one corpus.
 REGIMES = {encoder: {corpus: f"{corpus}-{encoder}" for corpus in CORPORA} for encoder in ENCODERS}
 REGIMES["2-layers-all"] = {"nq": "minilm-2-layers-all-passages"}
-DEFAULT, WRITTEN = "mlp-pull-back", "stale-write-back"
+CORRECTED, WRITTEN = "mlp-pull-back", "stale-write-back"
 FEWER = "-2-negatives-2-layers"
 ADDED = {"": "corrected", "-own-pairs": "+ own pairs", "-teacher": "+ teacher", "-own-pairs-teacher": "+ both"}
 TITLES = {
-    DEFAULT: "**corrected**",
+    CORRECTED: "**corrected**",
     WRITTEN: "written back, no corrector",
     "corrected-mlp": "the paper's setting",
     "stale": "stale cache",
@@ -43,27 +43,16 @@ TITLES = {
     "refresh-50": "re-embedded every 50 steps",
     "gist": "in-batch, larger batches, guided (GIST)",
 }
-RIVALS = ("in-batch-larger", "in-batch-larger-static", "mined-margin", "mined-once", "mined-again", "refresh-50")
-RIVALS += ("refresh-10",)
-LONGER = tuple(f"{name}-as-long" for name in AS_LONG)
-TAUGHT = ("mined-by-teacher", f"mined-by-teacher{FEWER}", "mined-by-teacher-scores", "gist")
-HEARD = {
-    "": (*RIVALS, f"mined-margin{FEWER}", *LONGER),
-    "-own-pairs": tuple(f"{name}-own-pairs" for name in PAIRED if name not in TAUGHT),
-    "-teacher": TAUGHT,
-    "-own-pairs-teacher": tuple(f"{name}-own-pairs" for name in PAIRED if name in TAUGHT),
-}
-"""What is compared with corrected negatives, by what both hear besides."""
 TITLES |= {f"{name}-own-pairs": f"{TITLES[name]}, own pairs" for name in PAIRED}
 TITLES |= {
     f"{name}-{count}-negatives-{encoder}": f"{TITLES[name].strip('*')}, {questions} questions × {count}"
-    for name in (*WAYS, "mined-by-teacher")
+    for name in (*WAYS, *OTHER_WAYS)
     for encoder, spent in SPENT.items()
     for count, questions in spent.items()
 }
 TITLES |= {
     f"{name}{spent}{suffix}": f"{TITLES[f'{name}{spent}'].strip('*')} {added}"
-    for name in (DEFAULT, WRITTEN)
+    for name in (CORRECTED, WRITTEN)
     for spent in ("", *(f"-{count}-negatives-{encoder}" for encoder, counts in SPENT.items() for count in counts))
     for suffix, added in ADDED.items()
     if suffix
@@ -72,8 +61,51 @@ TITLES |= {f"{name}-as-long": f"{TITLES[name]}, {steps} steps" for name, steps i
 TITLES |= {
     f"{name}-weight-{weight}": f"{title}, weight {weight}"
     for name, title in TITLES.items()
-    if name.startswith(DEFAULT) and name.endswith("-teacher")
+    if name.startswith(CORRECTED) and name.endswith("-teacher")
     for weight in WEIGHTS
+}
+
+LONGER = tuple(f"{name}-as-long" for name in AS_LONG)
+_ALL = ("in-batch-larger-static", "mined-margin", "mined-once", "mined-again", "refresh-10")
+_PAIRED = tuple(f"{name}-own-pairs" for name in PAIRED)
+
+
+class Default(NamedTuple):
+    """What the trainer takes by itself, and what is compared with it."""
+
+    strategy: str
+    instead: tuple[str, ...]
+
+
+DEFAULTS = {
+    # Without a teacher, and with one. The static encoder's runs go through the questions more than once.
+    "2-layers": (
+        Default(
+            f"{WRITTEN}{FEWER}",
+            (
+                *(f"{CORRECTED}{FEWER}", "in-batch-larger", f"mined-margin{FEWER}", f"mined-again{FEWER}"),
+                *(f"refresh-50{FEWER}", f"corrected-mlp{FEWER}"),
+            ),
+        ),
+        Default(
+            f"{CORRECTED}{FEWER}-teacher",
+            (
+                *(f"{WRITTEN}{FEWER}-teacher", f"mined-by-teacher{FEWER}", f"mined-by-teacher-scores{FEWER}", "gist"),
+                *(f"{WRITTEN}{FEWER}", "in-batch-larger"),
+            ),
+        ),
+    ),
+    "2-layers-all": (Default(CORRECTED, (WRITTEN,)),),
+    "static": (
+        Default(f"{WRITTEN}-own-pairs", (f"{CORRECTED}-own-pairs", *_PAIRED, WRITTEN, CORRECTED, *_ALL)),
+        Default(
+            f"{CORRECTED}-own-pairs-teacher",
+            (
+                *(f"{CORRECTED}-teacher", f"{WRITTEN}-teacher", "mined-by-teacher", "mined-by-teacher-scores"),
+                *("mined-by-teacher-own-pairs", f"{WRITTEN}-own-pairs", "in-batch-larger-static-own-pairs"),
+            ),
+        ),
+    ),
 }
 
 Corpora = dict[str, Runs]

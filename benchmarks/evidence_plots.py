@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from evidence import (
     CORPORA,
-    DEFAULT,
+    CORRECTED,
     ENCODERS,
     FEWER,
     METRICS,
@@ -78,7 +78,7 @@ def _panel(axis: plt.Axes, runs: Runs, points: dict[str, float]) -> None:
     order = sorted(points, key=lambda strategy: statistics.mean(values[strategy]))
     for strategy in order:
         deviation = statistics.stdev(values[strategy]) if len(values[strategy]) > 1 else 0.0
-        is_ours = strategy.startswith(DEFAULT)
+        is_ours = strategy.startswith(CORRECTED)
         axis.errorbar(
             *(points[strategy], statistics.mean(values[strategy]), deviation),
             **{"fmt": "o" if is_ours else "s", "color": colour(strategy), "ms": 7 if is_ours else 5, "lw": 1},
@@ -98,7 +98,7 @@ def _panel(axis: plt.Axes, runs: Runs, points: dict[str, float]) -> None:
             TITLES[strategy].replace("*", "").replace("`", ""),
             **{"xy": (points[strategy], statistics.mean(values[strategy])), "xycoords": "data"},
             **{"xytext": (0.56, lowest), "textcoords": "axes fraction", "fontsize": 7, "va": "center"},
-            **{"color": colour(strategy), "weight": "bold" if strategy == DEFAULT else "normal"},
+            **{"color": colour(strategy), "weight": "bold" if strategy == CORRECTED else "normal"},
             arrowprops={"arrowstyle": "-", "color": colour(strategy), "lw": 0.5, "alpha": 0.5},
         )
 
@@ -110,10 +110,10 @@ def _gain(folder: Path, found: dict[str, Corpora]) -> str:
     for encoder, corpora in found.items():
         for corpus, runs in corpora.items():
             for suffix in ("", FEWER):
-                found_here = difference(f"{DEFAULT}{suffix}", f"{WRITTEN}{suffix}", runs, METRICS["MRR@10"])
+                found_here = difference(f"{CORRECTED}{suffix}", f"{WRITTEN}{suffix}", runs, METRICS["MRR@10"])
                 if found_here is None or not (bounds := interval([found_here])):
                     continue
-                middle, at = found_here.mean, mean(runs[f"{DEFAULT}{suffix}"], coverage)
+                middle, at = found_here.mean, mean(runs[f"{CORRECTED}{suffix}"], coverage)
                 look = {"color": "C1" if encoder == "static" else "C0", "capsize": 3}
                 look |= {"fmt": "s" if encoder == "static" else "o", "mfc": "white" if suffix else None}
                 axis.errorbar(at, middle, [[middle - bounds[0]], [bounds[1] - middle]], **look)

@@ -24,14 +24,13 @@ from pathlib import Path
 from evidence import (
     ADDED,
     CORPORA,
-    DEFAULT,
+    CORRECTED,
+    DEFAULTS,
     ENCODERS,
     FEWER,
-    HEARD,
     LONGER,
     METRICS,
     REGIMES,
-    RIVALS,
     TITLES,
     WRITTEN,
     Corpora,
@@ -114,7 +113,7 @@ def by_encoder(found: dict[str, Corpora], part: Callable[[Corpora], str]) -> lis
 
 def compared(found: dict[str, Corpora]) -> list[str]:
     """The tables, one or more for each question."""
-    ways = {"": PLAIN, FEWER: HALF, "-teacher": f"{PLAIN}, a teacher", f"{FEWER}-teacher": f"{HALF}, a teacher"}
+    hears = [(spent, suffix) for suffix in ADDED for spent in (("", PLAIN), (FEWER, HALF))]
     return [
         "## Does the corrector beat plain write-back?",
         "What corrected negatives have over embeddings that are written back without a corrector:",
@@ -124,98 +123,90 @@ def compared(found: dict[str, Corpora]) -> list[str]:
                 corpora,
                 "",
                 [
-                    (f"{metric}: {how}", less(f"{DEFAULT}{suffix}", f"{WRITTEN}{suffix}", metric)[1])
+                    (
+                        f"{metric}: {', '.join(filter(None, [how, ADDED[suffix][2:] if suffix else '']))}",
+                        less(f"{CORRECTED}{spent}{suffix}", f"{WRITTEN}{spent}{suffix}", metric)[1],
+                    )
                     for metric in METRICS
-                    for suffix, how in ways.items()
+                    for (spent, how), suffix in hears
                 ],
             ),
         ),
-        "## Are corrected negatives below what one would pick instead?",
-        "What corrected negatives have over each:",
-        *by_encoder(found, lambda corpora: against(corpora, DEFAULT, [WRITTEN, *RIVALS])),
-        f"As many texts a step, spent on {HALF} negatives each instead of 32 with 4:",
-        *by_encoder(
-            found,
-            lambda corpora: against(
-                corpora, f"{DEFAULT}{FEWER}", [DEFAULT, f"{WRITTEN}{FEWER}", f"mined-margin{FEWER}", *RIVALS]
-            ),
+        "## Is the default below what one would pick instead?",
+        "What the trainer takes by itself has over others. Without a teacher:",
+        *by_default(found, 0),
+        "With a teacher:",
+        *by_default(found, 1),
+        "## What do own pairs and a teacher add?",
+        *(
+            part
+            for ours in (CORRECTED, WRITTEN, f"{CORRECTED}{FEWER}", f"{WRITTEN}{FEWER}")
+            for part in by_encoder(found, lambda corpora, ours=ours: added(corpora, ours))
         ),
-        "What embeddings that are written back without a corrector have over each:",
-        *by_encoder(
-            found, lambda corpora: against(corpora, f"{WRITTEN}{FEWER}", [WRITTEN, f"mined-margin{FEWER}", *RIVALS])
+        "## On what are texts spent best?",
+        f"What {HALF} negatives have over 32 with 4, as many texts a step:",
+        *(
+            part
+            for name in (CORRECTED, WRITTEN)
+            for part in by_encoder(found, lambda corpora, name=name: against(corpora, f"{name}{FEWER}", [name]))
         ),
         "## In as much time",
-        "What corrected negatives have over these, which make as many steps as there is time for while the default "
-        "makes its cache and its own steps (measured on code search):",
-        *by_encoder(found, lambda corpora: against(corpora, DEFAULT, LONGER)),
-        *by_encoder(found, lambda corpora: against(corpora, f"{DEFAULT}{FEWER}", LONGER)),
-        "## What do own pairs and a teacher add?",
-        *by_encoder(found, lambda corpora: added(corpora, DEFAULT)),
-        *by_encoder(found, lambda corpora: added(corpora, f"{DEFAULT}{FEWER}")),
-        *alike(found),
+        "What corrected and written back negatives have over these, which make as many steps as there is time for "
+        "while corrected ones make their cache and their own steps (measured on code search):",
+        *(
+            part
+            for ours in (CORRECTED, f"{CORRECTED}{FEWER}", f"{WRITTEN}{FEWER}")
+            for part in by_encoder(found, lambda corpora, ours=ours: against(corpora, ours, LONGER))
+        ),
         "## Where it fails",
         *failures(found),
     ]
 
 
-def added(found: Corpora, ours: str) -> str:
-    """What own pairs, a teacher and both add to corrected negatives."""
-    return "\n\n".join(
-        table(
-            found,
-            "",
-            [
-                of(ours, metric),
-                *((name, less(f"{ours}{suffix}", ours, metric)[1]) for suffix, name in ADDED.items() if suffix),
-            ],
-        )
-        for metric in METRICS
-        if any(f"{ours}{suffix}" in runs for runs in found.values() for suffix in ADDED if suffix)
-    )
-
-
-def alike(found: dict[str, Corpora]) -> list[str]:
-    """What corrected negatives have over others that hear the same besides: own pairs, a teacher, both."""
+def by_default(found: dict[str, Corpora], taught: int) -> list[str]:
+    """What the default has over others, for each encoder."""
     parts = []
-    for suffix, name in ADDED.items():
-        for spent in ("", FEWER) if suffix else ():
-            rivals = [f"{WRITTEN}{spent}{suffix}", *HEARD[suffix]]
-            ours = f"{DEFAULT}{spent}{suffix}"
-            made = by_encoder(found, lambda corpora, ours=ours, rivals=rivals: against(corpora, ours, rivals))
-            if made:
-                parts += [f"What {TITLES[ours]} has over others with the same {name.removeprefix('+ ')}:", *made]
+    for encoder, corpora in found.items():
+        for default in DEFAULTS[encoder][taught : taught + 1]:
+            if made := against(corpora, *default):
+                parts += [f"**{ENCODERS[encoder]}**", made]
     return parts
 
 
+def added(found: Corpora, ours: str) -> str:
+    """What own pairs, a teacher and both add to a strategy."""
+    kinds = {name: f"{ours}{suffix}" for suffix, name in ADDED.items() if suffix}
+    found = {corpus: runs for corpus, runs in found.items() if runs.keys() & kinds.values()}
+    tables = (
+        table(found, "", [of(ours, metric), *((name, less(each, ours, metric)[1]) for name, each in kinds.items())])
+        for metric in METRICS
+    )
+    return "\n\n".join(filter(None, tables)) if any(ours in runs for runs in found.values()) else ""
+
+
 def failures(found: dict[str, Corpora]) -> list[str]:
-    """Every comparison of three seeds or more in which corrected negatives are below something that hears the same, or
-    may be.
-    """
+    """Every comparison of three seeds or more in which the default is below something else, or may be."""
     below, perhaps, count = [], 0, 0
-    compared = [
-        (f"{DEFAULT}{spent}{suffix}", other, encoder, corpus, name)
-        for encoder, corpora in found.items()
-        for corpus in corpora
-        for spent in ("", FEWER)
-        for suffix, rivals in HEARD.items()
-        for other in (f"{WRITTEN}{spent}{suffix}", *rivals)
-        for name in METRICS
-    ]
-    for ours, other, encoder, corpus, name in compared:
-        runs = found[encoder][corpus]
-        apart_by = difference(ours, other, runs, METRICS[name])
-        if apart_by is None or apart_by.seeds < SEEDS:
-            continue
-        count += 1
-        low, high = interval([apart_by]) or (-math.inf, math.inf)
-        perhaps += low < -LITTLE and high >= 0
-        if high < 0:
-            said = f"{TITLES[ours].strip('*')} {apart(ours, other, [runs], METRICS[name])} against {TITLES[other]}"
-            below.append(f"- {ENCODERS[encoder]}, {CORPORA[corpus]}, {name}: {said}.")
+    for encoder, corpora in found.items():
+        for corpus, runs in corpora.items():
+            for default in DEFAULTS[encoder]:
+                for other in default.instead:
+                    for name, metric in METRICS.items():
+                        apart_by = difference(default.strategy, other, runs, metric)
+                        if apart_by is None or apart_by.seeds < SEEDS:
+                            continue
+                        count += 1
+                        low, high = interval([apart_by]) or (-math.inf, math.inf)
+                        perhaps += low < -LITTLE and high >= 0
+                        if high < 0:
+                            ours, theirs = (TITLES[each].replace("*", "") for each in (default.strategy, other))
+                            said = f"{ours} {apart(default.strategy, other, [runs], metric)} against {theirs}"
+                            below.append(f"- {ENCODERS[encoder]}, {CORPORA[corpus]}, {name}: {said}.")
     return [
-        f"Of {count} comparisons on one corpus with {SEEDS} seeds or more, these have a 95 % interval below 0 (one in "
-        f"forty would by chance); {perhaps} more may be more than {LITTLE} points below, as far as so few seeds tell.",
-        "\n".join(below) or "Nowhere in these runs.",
+        f"Of {count} comparisons of the default on one corpus with {SEEDS} seeds or more, these have a 95 % interval "
+        f"below 0 (one in forty would by chance); {perhaps} more may be more than {LITTLE} points below, as far as so "
+        "few seeds tell.",
+        "\n".join(below) or "None.",
     ]
 
 

@@ -284,13 +284,14 @@ TUNED = {
 }
 WEIGHTS = (1, 4)
 WAYS = ("mlp-pull-back", "mlp-margin", "mlp-window-32", "stale-write-back", "mined-margin")
+OTHER_WAYS = ("mined-by-teacher", "mined-by-teacher-scores", "mined-again", "refresh-50", "corrected-mlp")
 # As many texts a step, spent on more questions with fewer negatives each.
 SPENT = {"2-layers": {2: 48, 1: 64}, "static": {3: 115, 1: 192}}
 for encoder, names in TUNED.items():
     STRATEGIES |= {
         f"{name}-{count}-negatives-{encoder}": STRATEGIES[name]
         + options(num_negatives=count, per_device_train_batch_size=questions)
-        for name in (*WAYS, "mined-by-teacher")
+        for name in (*WAYS, *OTHER_WAYS)
         for count, questions in SPENT[encoder].items()
     }
     STRATEGIES |= {
@@ -338,23 +339,23 @@ STRATEGIES |= {f"{name}-as-long": STRATEGIES[name] + options(max_steps=steps) fo
 # With each seed, on each corpus; then those that tell less, with one.
 _TWICE = "-2-negatives-2-layers"
 DECIDES = (
-    *(f"mlp-pull-back{_TWICE}", "in-batch-larger", f"stale-write-back{_TWICE}", "mlp-pull-back"),
-    *(f"mined-margin{_TWICE}", f"mlp-pull-back{_TWICE}-teacher", f"stale-write-back{_TWICE}-teacher"),
-    *(f"mined-by-teacher{_TWICE}", "stale-write-back"),
+    *(f"mlp-pull-back{_TWICE}", "in-batch-larger", f"stale-write-back{_TWICE}", f"mined-margin{_TWICE}"),
+    *(f"mlp-pull-back{_TWICE}-teacher", f"stale-write-back{_TWICE}-teacher", f"mined-by-teacher{_TWICE}"),
 )
 ONCE = (
-    *(f"mlp-pull-back{_TWICE}-own-pairs", f"mlp-pull-back{_TWICE}-own-pairs-teacher", "mlp-pull-back-teacher"),
-    *("mined-margin", "mined-again", "mined-by-teacher-scores", "gist", "refresh-50", "in-batch-larger-as-long"),
-    *("stale", "corrected-mlp"),
+    *(f"stale-write-back{_TWICE}-own-pairs", f"mlp-pull-back{_TWICE}-own-pairs", f"mined-again{_TWICE}"),
+    *(f"refresh-50{_TWICE}", "gist", f"mined-by-teacher-scores{_TWICE}", "in-batch-larger-as-long"),
+    *(f"corrected-mlp{_TWICE}", f"mlp-pull-back{_TWICE}-own-pairs-teacher"),
 )
 DECIDES_STATIC = (
-    *("mlp-pull-back", "in-batch-larger-static", "stale-write-back", "mined-margin", "mlp-pull-back-own-pairs"),
-    *("mlp-pull-back-teacher", "mlp-pull-back-own-pairs-teacher", "stale-write-back-teacher", "mined-by-teacher"),
-    *(f"{name}-as-long" for name in ("stale-write-back", "in-batch-larger-static")),
+    *("mlp-pull-back", "in-batch-larger-static", "stale-write-back", "mined-margin", "stale-write-back-own-pairs"),
+    *("in-batch-larger-static-own-pairs", "mlp-pull-back-teacher", "stale-write-back-teacher", "mined-by-teacher"),
+    "mlp-pull-back-own-pairs-teacher",
 )
 ONCE_STATIC = (
-    *("mined-once", "mined-again", "mined-by-teacher-scores", "refresh-10", "stale-write-back-own-pairs"),
-    *(f"{name}-own-pairs" for name in PAIRED),
+    *("mlp-pull-back-own-pairs", "mined-once", "mined-again", "mined-by-teacher-scores", "refresh-10"),
+    *(f"{name}-own-pairs" for name in PAIRED if name != "in-batch-larger-static"),
+    *(f"{name}-as-long" for name in ("stale-write-back", "in-batch-larger-static")),
 )
 
 
@@ -422,6 +423,7 @@ PRESETS = {
         ),
         Block("code-2-layers-choice", (f"mlp-pull-back{_TWICE}", *_taught("2-layers")), (1,)),
         *(Block(f"{name}-2-layers", DECIDES, (0, 1, 2)) for name in ("code", "packages", "nq")),
+        Block("code-2-layers", ("mlp-pull-back", "stale-write-back", "mined-margin"), (0, 1, 2)),
         *(Block(f"{name}-static", DECIDES_STATIC, (0, 1, 2)) for name in CORPORA),
         *(Block(f"{name}-2-layers", ONCE, (0,)) for name in CORPORA),
         *(Block(f"{name}-static", ONCE_STATIC, (0,)) for name in CORPORA),
