@@ -408,6 +408,8 @@ PRESETS = {
             )
             for epochs in (1, 10, 0.25, 0.5, 2, 4)
         ),
+        # What the trainer takes by itself, in runs of more than one epoch.
+        *(Block(f"labels-epochs-{epochs}", ("stale-write-back-own-pairs",), (0,)) for epochs in (1, 2, 4, 10)),
         *(
             Block(regime, tuple(each for name in LABELLED for each in (name, *_labelled(name))), (3, 4))
             for regime in ("labels-high-coverage", "labels-low-coverage")
