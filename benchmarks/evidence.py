@@ -67,7 +67,7 @@ TITLES |= {
 
 LONGER = tuple(f"{name}-as-long" for name in AS_LONG)
 _ALL = ("in-batch-larger-static", "mined-margin", "mined-once", "mined-again", "refresh-10")
-_PAIRED = tuple(f"{name}-own-pairs" for name in PAIRED)
+_PAIRED = tuple(f"{name}-own-pairs" for name in PAIRED if name != "mined-by-teacher")
 
 
 class Default(NamedTuple):

@@ -141,8 +141,10 @@ def coverage(run: dict) -> float:
 
 def by_default(runs: Runs) -> str:
     """What ``corrector="auto"`` takes in a regime, where there is no teacher."""
-    encoded = mean(runs.get(CORRECTED, next(iter(runs.values()))), coverage)
-    return CORRECTED if encoded < LOW_COVERAGE else WRITTEN
+    chosen = next(run for group in runs.values() for run in group if run["strategy"] in ("corrected", "stale"))
+    given = chosen["args"]
+    encoded = chosen["steps"] * given["per_device_train_batch_size"] * (1 + given["num_negatives"])
+    return CORRECTED if encoded / chosen["targets"] < LOW_COVERAGE else WRITTEN
 
 
 def reencoded(run: dict) -> float:

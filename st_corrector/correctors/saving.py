@@ -67,7 +67,10 @@ def load(
         if not config.is_file() or not state.is_file():
             inner = [str(path.parent.parent) for path in folder.glob(f"*/{FOLDER}/{CONFIG}")]
             meant = f" Did you mean {inner[0]}?" if inner else ""
-            raise InputError(f"{name} holds no corrector (no {FOLDER}/{CONFIG} and {FOLDER}/{STATE}).{meant}")
+            raise InputError(
+                f"{name} holds no corrector (no {FOLDER}/{CONFIG} and {FOLDER}/{STATE}).{meant} A run saves one beside "
+                "its model if it had one: with corrector='mlp', or where 'auto' took it."
+            )
         return read(config, state, kind, kinds)
     try:
         config, state = (Path(hf_hub_download(str(name), f"{FOLDER}/{file}", **options)) for file in (CONFIG, STATE))

@@ -248,7 +248,8 @@ class CorrectedCorpus:
         if self.processes.size > 1 and self.steps % _COMPARED_EVERY == 0:
             learnt_so_far = checksum(corrector.state_dict()).to(rows.device)
             self.processes.require_same(learnt_so_far, f"The corrector after {self.steps} steps")
-        self._watch(measured["drift"], measured["corrected_error"])
+        if not isinstance(corrector, IdentityCorrector):
+            self._watch(measured["drift"], measured["corrected_error"])
         return learnt
 
     def _watch(self, drift: Tensor, error: Tensor) -> None:
@@ -370,7 +371,8 @@ class CorrectedCorpus:
         if different := differences(there, here):
             raise InputError(
                 "The checkpoint's corrector has learnt from something else:\n  " + "\n  ".join(different) + "\n"
-                "Continue with the corrector, corpus and cache that the run began with."
+                "Continue with the corrector, corpus and cache that the run began with. corrector='auto' goes by the "
+                "plan of a run: name the one that it took then."
             )
         if refreshed:
             self.refresh()

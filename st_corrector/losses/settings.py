@@ -30,9 +30,9 @@ class CorrectionSettings:
 
     Args:
         corrector: ``"mlp"`` (the paper's kind), ``"ridge"``, ``"identity"`` (no correction), another name of
-            :data:`~st_corrector.correctors.CORRECTORS`, or a :class:`Corrector`. ``"auto"`` is ``"mlp"``, unless
-            :class:`CorrectorTrainer` sees by the plan of its run that none is better: without a teacher, where the run
-            encodes a quarter as many targets as there are, or more.
+            :data:`~st_corrector.correctors.CORRECTORS`, or a :class:`Corrector`. ``"auto"`` is ``"mlp"`` in a loss that
+            you make; where :class:`CorrectorTrainer` makes it, the plan of the run decides
+            (:func:`st_corrector.training.plan.corrector_for`).
         corrector_settings: the settings of a corrector that is given by name, as a JSON object, e.g.
             ``'{"hidden": 128}'``.
         corrector_warmup_steps: for this many steps of the run the corrector learns, but does not choose yet. A refresh
@@ -56,8 +56,8 @@ class CorrectionSettings:
     corrector: str | Corrector = field(
         default=AUTO,
         metadata={
-            "help": f"One of {', '.join(CORRECTORS)}; or auto: mlp with a teacher, or where the run encodes fewer "
-            "targets than a quarter of the corpus, else identity."
+            "help": f"One of {', '.join(CORRECTORS)}; or auto: mlp with a teacher, without write_back, or where the "
+            "run encodes fewer targets than a quarter of the corpus; else identity."
         },
     )
     corrector_settings: str = field(

@@ -106,6 +106,12 @@ class Miner:
                 "loss.corrected is of another model or corpus than is mined with: pass the model and the corpus that "
                 "the loss was made with."
             )
+        if corrected.search.steps and isinstance(corrected.corrector, IdentityCorrector) and not corrected.is_fixed:
+            raise InputError(
+                "The run had no corrector: of targets that it has not encoded there are stale embeddings alone, which "
+                "the trained model cannot be asked for. Pass a cache that this model has built, "
+                "EmbeddingCache.build(model, corpus, path)."
+            )
 
     def _require_fits(self, cache: EmbeddingCache, corrector: Corrector | None) -> None:
         if cache.corpus_size != len(self.corpus):

@@ -91,19 +91,20 @@ DRIFT = Kind(
     "Drift and correction",
     {
         "drift": "cache",
-        "corrected_error": "corrected",
-        "corrected_error_unseen": "corrected, unseen",
+        "corrected_error": "corrected or written back",
+        "corrected_error_unseen": "unseen",
     },
     "1 − cos to fresh",
-    "How far the step's targets, as the cache has them and corrected, lay from what the encoder said of them then, "
-    "before the corrector learnt from them: the gap is what correcting is worth. Unseen: never encoded before.",
+    "How far the step's targets, as the cache has them and as negatives are chosen by them, lay from what the encoder "
+    "said of them then, before anything was learnt from them: the gap is what correcting, or writing back, is worth. "
+    "Unseen: never encoded before.",
 )
 FIDELITY = Kind(
     "Fidelity",
-    {"fidelity_stale": "cache", "fidelity": "corrected"},
+    {"fidelity_stale": "cache", "fidelity": "corrected or written back"},
     "of the fresh top k",
-    "On a fixed probe: of what fresh embeddings would select, the share that the cache as built and the corrected one "
-    "select.",
+    "On a fixed probe: of what fresh embeddings would select, the share that the cache as built selects, and the share "
+    "that is selected.",
     "share",
 )
 REMOVED = Kind("Removed by rules", {}, "candidates per step", "Candidates that rules on false negatives took out.")
@@ -136,8 +137,8 @@ _OF_A_LOSS = (
         "Age",
         {"age": "age of the vectors"},
         "steps",
-        "Steps since the vectors were computed by which negatives were chosen, on average: what the corrector has to "
-        "bridge.",
+        "Steps since the vectors were computed by which negatives were chosen, on average: what a corrector has "
+        "to bridge.",
     ),
     Kind(
         "Recall of the shortlist",

@@ -187,7 +187,7 @@ class _Described:
             encoded=f"{counts.get('targets_encoded', 0):,} targets, positives and negatives",
             extra=f"{extra:,} targets{share}",
             exhaustive=f"{exhaustive:,} targets ({record.steps:,} steps × {targets:,})",
-            staleness=_staleness(record, f"{name}/" if name else ""),
+            staleness=_staleness(record, loss, f"{name}/" if name else ""),
         )
 
 
@@ -201,6 +201,8 @@ def _cache(loss: LossRecord, targets: int) -> str | None:
 def _corrector(loss: LossRecord) -> str:
     if loss.cache is None or not loss.settings.get("num_negatives"):
         return "none: negatives are the other queries' positives"
+    if not loss.is_corrected and not loss.diverged:
+        return "none"
     given_up = ", given up during the run because it made things worse" if loss.diverged else ""
     return f"`{_cell(loss.settings.get('corrector'))}`{given_up}"
 
@@ -233,7 +235,7 @@ def _refresh(loss: LossRecord, record: RunRecord) -> str:
     return policy + (f"; {background} random targets encoded at each step" if background else "")
 
 
-def _staleness(record: RunRecord, prefix: str) -> _Table | None:
+def _staleness(record: RunRecord, loss: LossRecord, prefix: str) -> _Table | None:
     """A few steps of the log, including the first and the last."""
     entries = [entry for entry in record.series if f"{prefix}drift" in entry]
     columns = {key: title for key, title in _STALENESS.items() if any(f"{prefix}{key}" in each for each in entries)}
@@ -245,7 +247,8 @@ def _staleness(record: RunRecord, prefix: str) -> _Table | None:
         _Row(str(entries[n].get("step", "")), [_number(entries[n].get(f"{prefix}{key}")) for key in columns])
         for n in shown
     ]
-    return _Table(list(columns.values()), rows)
+    kept = "corrected" if loss.is_corrected else "written back"
+    return _Table([title.replace("corrected", kept) for title in columns.values()], rows)
 
 
 def _evaluations(record: RunRecord) -> _Table | None:

@@ -98,6 +98,11 @@ class LossRecord:
     examples: list[Example] = field(default_factory=list)
 
     @property
+    def is_corrected(self) -> bool:
+        """Whether there is a corrector; else embeddings were written back at most."""
+        return not str(self.settings.get("corrector")).startswith("IdentityCorrector")
+
+    @property
     def labels(self) -> str | None:
         """Whose labels there were beside the hard ones, how far they were trusted in the end, and why; None without a
         teacher.

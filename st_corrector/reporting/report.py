@@ -134,7 +134,8 @@ def _loss_facts(loss: LossRecord) -> Facts:
         chosen = [("Negatives", "the other queries' positives")]
     else:
         chosen = [
-            ("Corrector", _plain(settings.get("corrector")).partition("(")[0]),  # its settings are further below
+            # Its settings are further below.
+            ("Corrector", _plain(settings.get("corrector")).partition("(")[0] if loss.is_corrected else "none"),
             ("Negatives", taken),
             ("Diverged", "yes: the corrector was given up" if loss.diverged else "no"),
         ]
@@ -180,16 +181,17 @@ def _sentences(record: RunRecord, name: str, loss: LossRecord) -> list[str]:
             "chosen without it."
         )
     drift, error = at_the_end("drift"), at_the_end("corrected_error")
+    kept, keeping = ("corrected", "correction") if loss.is_corrected else ("written back", "writing back")
     if drift is not None and error is not None:
         told.append(
             f"In the last tenth of the log the cache had drifted by {drift:.3f} (1 − cos to fresh embeddings), and "
-            + (f"correction left {error:.3f} of it." if error <= drift else f"what was corrected was {error:.3f} off.")
+            + (f"{keeping} left {error:.3f} of it." if error <= drift else f"what was {kept} was {error:.3f} off.")
         )
     if probed := values_of(record, f"{prefix}fidelity"):
         step, fidelity = probed[-1]
         stale = dict(values_of(record, f"{prefix}fidelity_stale")).get(step)
         told.append(
-            f"Of what fresh embeddings would select, the corrected cache selected {_percent(fidelity)}"
+            f"Of what fresh embeddings would select, the {kept} cache selected {_percent(fidelity)}"
             + (f" and the cache as built {_percent(stale)}" if stale is not None else "")
             + f", as last measured (logged at step {step:,.0f})."
         )

@@ -52,6 +52,18 @@ def _of_columns(data: Any, query: str, document: str) -> dict[str, str]:
     return {name: document if place else query for place, name in enumerate(names)}
 
 
+def negatives_named(data: Any) -> int:
+    """How many negatives each pair of a data set brings itself, in columns of texts or as rows in its labels."""
+    columns = list(data.column_names or ())
+    label = next((name for name in DEFAULT_LABEL_COLUMNS if name in columns), None)
+    texts = sum(name not in _NO_TEXTS for name in columns)
+    rows = 0
+    if label is not None and isinstance(data, Dataset) and len(data):
+        first = data[0][label]
+        rows = len(first) if isinstance(first, list) else 0
+    return max(texts - 2, 0) + max(rows - 2, 0)
+
+
 def require_columns(data: Any) -> None:
     """Refuse columns here at which the data collator would fail, with a message of its own that names none."""
     features = dict(getattr(data, "features", None) or {})

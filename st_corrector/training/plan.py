@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from sentence_transformers.sentence_transformer.training_args import MultiDatasetBatchSamplers
 
 from ..data.corpus import Corpus
 from ..data.own_questions import Question
@@ -17,6 +18,7 @@ from ..errors import CorpusError
 from ..losses.settings import AUTO
 from ..teachers import Teacher
 from .arguments import CorrectorTrainingArguments
+from .columns import negatives_named
 from .own_pairs import SHARE, count_for, own_positions
 
 logger = logging.getLogger(__name__)
@@ -25,39 +27,79 @@ LOW_COVERAGE = 0.25
 _KNOWN = 0.5  # of the own questions must be known to a teacher
 
 
-def batches(args: CorrectorTrainingArguments, pairs: int, own: int = 0) -> int:
+# ---------------------------------------------------------------------- how much is trained
+
+
+def batches(args: CorrectorTrainingArguments, data: Any) -> int:
     """How many batches each process takes in a run.
 
     Args:
-        pairs: of the split, each of which comes once an epoch; not looked at with ``max_steps``.
-        own: pairs of each batch that are own ones, and do not count.
+        args: of the run.
+        data: what it trains on, a data set or several by name; of a stream the arguments say how many steps it has.
     """
-    if args.max_steps > 0:
-        return int(args.max_steps * args.gradient_accumulation_steps)
-    of_epoch: int = math.ceil(pairs / ((args.train_batch_size - own) * args.world_size))
-    return math.ceil(float(args.num_train_epochs) * of_epoch)
+    parts = list(data.values()) if isinstance(data, dict) else [data]
+    if not all(hasattr(each, "__len__") for each in parts):
+        return _batches(args, None)
+    of_epoch = [_of_epoch(args, each) for each in parts]
+    if args.multi_dataset_batch_sampler == MultiDatasetBatchSamplers.ROUND_ROBIN:
+        return _batches(args, min(of_epoch) * len(of_epoch))
+    return _batches(args, sum(of_epoch))
+
+
+def _of_epoch(args: CorrectorTrainingArguments, data: Dataset) -> int:
+    share = SHARE if args.own_pairs_share is None else args.own_pairs_share
+    own = len(own_positions(data)) if share and isinstance(data, Dataset) else 0
+    room: int = args.train_batch_size - (count_for(share, args.train_batch_size) if own else 0)
+    return math.ceil((len(data) - own) / (room * int(args.world_size)))
+
+
+def _batches(args: CorrectorTrainingArguments, of_epoch: int | None) -> int:
+    """The same, where an epoch has ``of_epoch`` batches for each process; None if that is not known."""
+    accumulated = int(args.gradient_accumulation_steps)
+    if of_epoch is None:
+        return int(args.max_steps) * accumulated
+    # The last step of an epoch is made of what is left.
+    steps_of_epoch = max(math.ceil(of_epoch / accumulated), 1)
+    steps = int(args.max_steps) if args.max_steps > 0 else math.ceil(float(args.num_train_epochs) * steps_of_epoch)
+    epochs, others = divmod(steps, steps_of_epoch)
+    return epochs * of_epoch + min(others * accumulated, of_epoch)
+
+
+def coverage(args: CorrectorTrainingArguments, data: Any, corpus: Corpus) -> float:
+    """How often a run encodes each target for the loss, at most, as questions share negatives.
+
+    Args:
+        args: of the run.
+        data: what it trains on, a data set or several by name.
+        corpus: the targets; those that have been withdrawn do not count.
+    """
+    parts = data.values() if isinstance(data, dict) else [data]
+    of_question = 1 + args.num_negatives + max(map(negatives_named, parts))
+    asked = batches(args, data) * args.train_batch_size * int(args.world_size)
+    return asked * of_question / (len(corpus) - len(corpus.withdrawn))
 
 
 # ---------------------------------------------------------------------- the corrector
 
 
-def corrector_for(args: CorrectorTrainingArguments, data: Any, targets: int, is_taught: bool) -> str:
+def corrector_for(args: CorrectorTrainingArguments, data: Any, corpus: Corpus, is_taught: bool) -> str:
     """The corrector that ``args`` ask for. Where they leave it open: ``"mlp"`` if a teacher labels the candidates, or
-    the run encodes each target less than :data:`LOW_COVERAGE` times; else ``"identity"``.
+    nothing is written back, or the run encodes each target less than :data:`LOW_COVERAGE` times; else ``"identity"``.
 
-    With hard labels the hardest targets by fresh score teach less than the hardest among those that a run has encoded
-    before, which is what plain write-back chooses, as soon as these are many. With a teacher, fresher is better.
+    With hard labels the hardest targets by fresh score teach a transformer less than the hardest among those that the
+    run has encoded before, which is what plain write-back chooses, as soon as these are many. With a teacher no
+    encoder learns less from a corrector, and a static one more.
 
     Args:
         args: of the run.
         data: see :func:`coverage`.
-        targets: see :func:`coverage`.
-        is_taught: whether there is a teacher.
+        corpus: see :func:`coverage`.
+        is_taught: whether a teacher labels the candidates.
     """
     if args.corrector != AUTO:
         return args.corrector
-    planned = coverage(args, data, targets)
-    chosen = "mlp" if is_taught or planned < LOW_COVERAGE else "identity"
+    planned = coverage(args, data, corpus)
+    chosen = "mlp" if is_taught or not args.write_back or planned < LOW_COVERAGE else "identity"
     logger.info(
         "corrector='auto' is %r here: the run will encode each target %.2g times, and has %s teacher.",
         chosen,
@@ -65,26 +107,6 @@ def corrector_for(args: CorrectorTrainingArguments, data: Any, targets: int, is_
         "a" if is_taught else "no",
     )
     return chosen
-
-
-def coverage(args: CorrectorTrainingArguments, data: Any, targets: int) -> float:
-    """How often a run encodes each target for the loss, at most, as questions share negatives.
-
-    Args:
-        args: of the run.
-        data: what it trains on, a data set or several by name.
-        targets: in the corpus.
-    """
-    pairs = own = of_batch = 0
-    if args.max_steps <= 0:  # never so with a stream
-        for each in data.values() if isinstance(data, dict) else [data]:
-            pairs += len(each)
-            own += len(own_positions(each))
-    share = args.own_pairs_share if args.own_pairs_share is not None else SHARE
-    if own and share:
-        pairs, of_batch = pairs - own, count_for(share, args.train_batch_size)
-    asked = batches(args, pairs, of_batch) * args.train_batch_size * int(args.world_size)
-    return asked * (1 + args.num_negatives) / targets
 
 
 # ---------------------------------------------------------------------- own pairs
@@ -107,7 +129,8 @@ def training_pairs(corpus: Corpus, args: CorrectorTrainingArguments | None, teac
             split,
         )
     own = count_for(share, args.train_batch_size)
-    count = batches(args, len(pairs), own) * own * args.world_size
+    of_epoch = math.ceil(len(pairs) / ((args.train_batch_size - own) * args.world_size))
+    count = _batches(args, of_epoch) * own * args.world_size
     question = cast(Question | None, args.own_question)
     return concatenate_datasets([pairs, corpus.own_pairs(count, question, split, seed=args.seed)])
 
@@ -128,7 +151,7 @@ def _are_worth_it(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Tea
     pairs = corpus.pairs(split)
     epochs = args.num_train_epochs
     if args.max_steps > 0:
-        epochs = batches(args, len(pairs)) * args.train_batch_size * args.world_size / len(pairs)
+        epochs = _batches(args, None) * args.train_batch_size * args.world_size / len(pairs)
     if epochs <= 1 or not 0 < round(SHARE * args.train_batch_size) < args.train_batch_size:
         return False
     try:

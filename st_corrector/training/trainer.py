@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import signal
@@ -49,7 +48,7 @@ from .checkpoint import FOLDER, fault_of, load_losses, save_losses, seal, unseal
 from .columns import prompts_by_column, require_columns
 from .guard import Guard, NonFinitePolicy
 from .own_pairs import SHARE, OwnPairsBatchSampler, own_positions
-from .plan import corrector_for, training_pairs
+from .plan import batches, corrector_for, training_pairs
 from .recorder import Recorder
 from .several_data_sets import JoinedBatches, SplitBatches
 
@@ -235,7 +234,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         cache, correction = None, args.correction()
         if args.num_negatives:
             cache = self._cache(model, self.corpus)
-            planned = corrector_for(args, self.train_dataset, len(self.corpus), self.teacher is not None)
+            is_taught = self.teacher is not None and args.teacher_weight != 0
+            planned = corrector_for(args, self.train_dataset, self.corpus, is_taught)
             correction = replace(correction, corrector=planned)
         settings: dict[str, Any] = {
             "negatives": args.negatives(self.checks),
@@ -339,15 +339,9 @@ class CorrectorTrainer(SentenceTransformerTrainer):
 
     def _plan_memory(self) -> None:
         """Print what choosing negatives will take, and refuse what does not fit."""
-        batch_size = self.args.train_batch_size
-        if self.args.max_steps > 0:
-            batches = self.args.max_steps * self.args.gradient_accumulation_steps
-        else:
-            data = self.train_dataset
-            pairs = sum(map(len, data.values())) if isinstance(data, dict) else len(data)  # type: ignore[arg-type]
-            batches = math.ceil(pairs / (batch_size * self.args.world_size) * self.args.num_train_epochs)
+        batch_size, planned = self.args.train_batch_size, batches(self.args, self.train_dataset)
         for name, loss in self._corrected_losses().items():
-            if needs := loss.memory(batch_size, batches):
+            if needs := loss.memory(batch_size, planned):
                 require_memory(needs, self.args.device)
                 if self.is_world_process_zero():
                     print(_prefix(name) + describe_memory(needs, self.args.device))
