@@ -157,7 +157,7 @@ STRATEGIES = {
     "exhaustive": options(strategy="exhaustive", write_back=False),
     "corrected-mlp": corrected("mlp", hidden=512, write_back=False),  # the paper's setting
     "corrected-ridge": corrected("ridge", write_back=False),
-    "mlp-pull-back": corrected("mlp", hidden=128),  # the default
+    "mlp-pull-back": corrected("mlp", hidden=128),  # what is meant by corrected
     "ridge-pull-back": corrected("ridge"),
     "ridge-pull-back-query-side": corrected("ridge", normalize=False),
     # the other correctors
@@ -168,7 +168,7 @@ STRATEGIES = {
     "mlp-depth-2-pull-back": corrected("mlp", hidden=128, depth=2),
     "mlp-mse-pull-back": corrected("mlp", hidden=128, loss="mse"),
     "mlp-unnormalised-pull-back": corrected("mlp", hidden=128, normalize=False),
-    # ways to select, with the default corrector
+    # ways to select, with that corrector
     "mlp-gumbel": corrected("mlp", hidden=128, sampler="gumbel"),
     "mlp-window-32": corrected("mlp", hidden=128, sampler="uniform", range_max=32),
     "mlp-own-negatives": corrected("mlp", hidden=128, share_negatives=False),
@@ -332,7 +332,7 @@ def _taught(encoder: str) -> tuple[str, ...]:
     return tuple(f"mlp-pull-back-{max(SPENT[encoder])}-negatives-{encoder}-teacher{weight}" for weight in weights)
 
 
-# Steps for which these take about as long as the default does with its cache, on code search: with a static encoder,
+# Steps for which these take about as long as corrected negatives do with their cache, on code search: with a static encoder,
 # for which correcting and choosing take longer than encoding, and with two layers.
 AS_LONG = {"stale-write-back": 350, "in-batch-larger-static": 400, "in-batch-larger": 190}
 STRATEGIES |= {f"{name}-as-long": STRATEGIES[name] + options(max_steps=steps) for name, steps in AS_LONG.items()}
@@ -349,11 +349,11 @@ ONCE = (
 )
 DECIDES_STATIC = (
     *("mlp-pull-back", "in-batch-larger-static", "stale-write-back", "mined-margin", "stale-write-back-own-pairs"),
-    *("in-batch-larger-static-own-pairs", "mlp-pull-back-teacher", "stale-write-back-teacher", "mined-by-teacher"),
-    "mlp-pull-back-own-pairs-teacher",
+    *("mlp-pull-back-own-pairs", "in-batch-larger-static-own-pairs", "mlp-pull-back-teacher"),
+    *("stale-write-back-teacher", "mined-by-teacher", "mlp-pull-back-own-pairs-teacher"),
 )
 ONCE_STATIC = (
-    *("mlp-pull-back-own-pairs", "mined-once", "mined-again", "mined-by-teacher-scores", "refresh-10"),
+    *("mined-once", "mined-again", "mined-by-teacher-scores", "refresh-10"),
     *(f"{name}-own-pairs" for name in PAIRED if name != "in-batch-larger-static"),
     *(f"{name}-as-long" for name in ("stale-write-back", "in-batch-larger-static")),
 )
@@ -389,7 +389,7 @@ PRESETS = {
         Block("minilm-2-layers-lora", ("in-batch", "stale", "stale-write-back", "mlp-pull-back"), (0,)),
         Block("minilm-cpu", TRANSFORMER, (0,)),
     ],
-    # The most telling first, seed by seed: what own pairs and a teacher give beside the default and exhaustive.
+    # The most telling first, seed by seed: what own pairs and a teacher give beside corrected negatives and exhaustive.
     "labels": [
         Block("labels-choice", ("mlp-pull-back", *(f"mlp-pull-back-{name}" for name in CHOICES)), (0, 1)),
         Block("labels-high-coverage", ("mlp-pull-back", *_labelled("mlp-pull-back"), "exhaustive"), (0, 1, 2)),
