@@ -35,10 +35,11 @@ CURVE = {
     "in-batch": "in-batch",
     "stale-write-back": "stale, written back",
     "exhaustive": "exhaustive",
+    "stale-write-back-own-pairs": "written back, own pairs",
     "mlp-pull-back": "**corrected**",
-    "mlp-pull-back-own-pairs": "own pairs",
-    "mlp-pull-back-teacher": "teacher",
-    "mlp-pull-back-own-pairs-teacher": "both",
+    "mlp-pull-back-own-pairs": "corrected, own pairs",
+    "mlp-pull-back-teacher": "corrected, teacher",
+    "mlp-pull-back-own-pairs-teacher": "corrected, both",
 }
 
 

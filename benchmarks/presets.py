@@ -332,8 +332,8 @@ def _taught(encoder: str) -> tuple[str, ...]:
     return tuple(f"mlp-pull-back-{max(SPENT[encoder])}-negatives-{encoder}-teacher{weight}" for weight in weights)
 
 
-# Steps for which these take about as long as corrected negatives do with their cache, on code search: with a static encoder,
-# for which correcting and choosing take longer than encoding, and with two layers.
+# Steps for which these take about as long as corrected negatives do with their cache, on code search: with a static
+# encoder, for which correcting and choosing take longer than encoding, and with two layers.
 AS_LONG = {"stale-write-back": 350, "in-batch-larger-static": 400, "in-batch-larger": 190}
 STRATEGIES |= {f"{name}-as-long": STRATEGIES[name] + options(max_steps=steps) for name, steps in AS_LONG.items()}
 # With each seed, on each corpus; then those that tell less, with one.
