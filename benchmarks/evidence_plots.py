@@ -26,6 +26,7 @@ from report import Runs, coverage, mean, mrr, save
 
 # By what is done, wherever it is done: the first beginning of a strategy's name counts.
 COLOURS = {"mlp": "C0", "stale": "C1", "in-batch": "C2", "gist": "C2", "mined": "C3", "refresh": "C7"}
+HEARS = {"": ("C0", "hard labels"), "-own-pairs": ("C2", "own pairs"), "-teacher": ("C3", "a teacher")}
 ENOUGH = 4  # strategies without which a panel says little
 
 
@@ -95,7 +96,7 @@ def _panel(axis: plt.Axes, runs: Runs, points: dict[str, float]) -> None:
         at = (statistics.mean(values[strategy]) - bottom) / (top - bottom)
         lowest = max(at, lowest + gap)
         axis.annotate(
-            TITLES[strategy].replace("*", "").replace("`", ""),
+            TITLES[strategy].replace("*", "").replace("`", "").replace(" questions × ", " × "),
             **{"xy": (points[strategy], statistics.mean(values[strategy])), "xycoords": "data"},
             **{"xytext": (0.56, lowest), "textcoords": "axes fraction", "fontsize": 7, "va": "center"},
             **{"color": colour(strategy), "weight": "bold" if strategy == CORRECTED else "normal"},
@@ -105,30 +106,36 @@ def _panel(axis: plt.Axes, runs: Runs, points: dict[str, float]) -> None:
 
 def _gain(folder: Path, found: dict[str, Corpora]) -> str:
     """What correcting adds to writing back, with its interval, by how often a run encodes each target."""
-    figure, axis = plt.subplots(figsize=(7.5, 4.2))
-    is_empty = True
+    figure, axis = plt.subplots(figsize=(8.5, 4.6))
+    shown = {}
     for encoder, corpora in found.items():
         for corpus, runs in corpora.items():
-            for suffix in ("", FEWER):
-                found_here = difference(f"{CORRECTED}{suffix}", f"{WRITTEN}{suffix}", runs, METRICS["MRR@10"])
-                if found_here is None or not (bounds := interval([found_here])):
-                    continue
-                middle, at = found_here.mean, mean(runs[f"{CORRECTED}{suffix}"], coverage)
-                look = {"color": "C1" if encoder == "static" else "C0", "capsize": 3}
-                look |= {"fmt": "s" if encoder == "static" else "o", "mfc": "white" if suffix else None}
-                axis.errorbar(at, middle, [[middle - bounds[0]], [bounds[1] - middle]], **look)
-                name = f"{CORPORA[corpus]}, {'static' if encoder == 'static' else 'two layers'}"
-                axis.annotate(
-                    name + (", 48 × 2" if suffix else ""),
-                    **{"xy": (at, middle), "xytext": (5, 3), "textcoords": "offset points", "fontsize": 7},
-                )
-                is_empty = False
-    if is_empty:
+            for suffix, (colour_of, hears) in HEARS.items():
+                for spent in ("", FEWER):
+                    ours = f"{CORRECTED}{spent}{suffix}"
+                    found_here = difference(ours, f"{WRITTEN}{spent}{suffix}", runs, METRICS["MRR@10"])
+                    if found_here is None or not (bounds := interval([found_here])):
+                        continue
+                    middle, at = found_here.mean, mean(runs[ours], coverage)
+                    kind = "static" if encoder == "static" else "two layers"
+                    drawn = axis.errorbar(
+                        *(at, middle, [[middle - bounds[0]], [bounds[1] - middle]]),
+                        **{"color": colour_of, "capsize": 3, "fmt": "s" if kind == "static" else "o"},
+                    )
+                    shown.setdefault(f"{kind}, {hears}", drawn)
+                    axis.annotate(
+                        CORPORA[corpus] + ("" if spent or kind == "static" else ", 32 × 4"),
+                        **{"xy": (at, middle), "xytext": (5, 3), "textcoords": "offset points", "fontsize": 7},
+                    )
+    if not shown:
         plt.close(figure)
         return ""
     axis.axhline(0, color="grey")
     axis.grid(alpha=0.3)
     axis.set(xscale="log", xlabel="encodings a target, with gradient", ylabel="MRR@10, corrected less written back")
     axis.set_title("What correcting adds to writing back (95 % intervals)", fontsize=10)
+    axis.legend(shown.values(), shown, fontsize=7)
+    axis.set_xticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+    axis.minorticks_off()
     axis.margins(x=0.3)
     return save(figure, folder, "gain-by-coverage")
