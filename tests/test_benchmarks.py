@@ -629,9 +629,11 @@ def test_every_strategy_of_every_preset_is_a_command_that_the_recipe_understands
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     strategies, recipe = importlib.import_module("strategies"), importlib.import_module("command_line")
-    understood = 0
+    understood = set()
     for preset in strategies.PRESETS:
         for each in strategies.runs(preset):
+            if each[:2] in understood:
+                continue  # with another seed
             script, *options = strategies.command("data", each, ROOT / "out")
             monkeypatch.setattr(sys, "argv", [script, *options, "--use_cpu", "true"])
             given, training = recipe.parse_arguments("train_nq", "", "data")
@@ -640,8 +642,8 @@ def test_every_strategy_of_every_preset_is_a_command_that_the_recipe_understands
             if given.strategy == "corrected":
                 assert training.corrector != "auto", "a study names what it compares"
                 training.correction().make_corrector(8, unit=True)
-            understood += 1
-    assert understood > 400
+            understood.add(each[:2])
+    assert len(understood) > 400
 
 
 def test_no_probe_falls_right_after_every_refresh(monkeypatch):
