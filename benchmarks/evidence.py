@@ -50,6 +50,7 @@ TITLES |= {
     for encoder, spent in SPENT.items()
     for count, questions in spent.items()
 }
+TITLES["mined-by-teacher-scores-8-negatives-2-layers"] = f"{TITLES['mined-by-teacher-scores']}, 16 questions × 8"
 TITLES |= {
     f"{name}{spent}{suffix}": f"{TITLES[f'{name}{spent}'].strip('*')} {added}"
     for name in (CORRECTED, WRITTEN)

@@ -313,6 +313,13 @@ for encoder, names in TUNED.items():
         STRATEGIES |= {f"{name}-rate-{rate}": STRATEGIES[name] + options(learning_rate=rate) for rate in RATES[encoder]}
 
 
+# A teacher's scores are learnt of a question's own tuple alone, so that it may want more of them.
+STRATEGIES["mined-by-teacher-scores-8-negatives-2-layers"] = STRATEGIES["mined-by-teacher-scores"] + options(
+    num_negatives=8, per_device_train_batch_size=16
+)
+SCORES = tuple(f"mined-by-teacher-scores{spent}" for spent in ("-2-negatives-2-layers", "", "-8-negatives-2-layers"))
+
+
 def _choices(encoder: str) -> tuple[str, ...]:
     """Everything that is compared before anything is reported."""
     rates = (f"{name}-rate-{rate}" for name in TUNED[encoder] for rate in RATES[encoder])
@@ -424,6 +431,7 @@ PRESETS = {
             for name in ("packages", "nq")
         ),
         Block("code-2-layers-choice", (f"mlp-pull-back{_TWICE}", *_taught("2-layers")), (1,)),
+        Block("code-2-layers-choice", SCORES, (0,)),
         *(Block(f"{name}-2-layers", DECIDES, (0, 1, 2)) for name in ("code", "packages", "nq")),
         Block("code-2-layers", ("mlp-pull-back", "stale-write-back", "mined-margin"), (0, 1, 2)),
         *(Block(f"{name}-static", DECIDES_STATIC, (0, 1, 2)) for name in CORPORA),
