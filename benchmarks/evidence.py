@@ -91,7 +91,7 @@ DEFAULTS = {
         Default(
             f"{CORRECTED}{FEWER}-teacher",
             (
-                *(f"{WRITTEN}{FEWER}-teacher", f"mined-by-teacher{FEWER}", f"mined-by-teacher-scores{FEWER}", "gist"),
+                *(f"{WRITTEN}{FEWER}-teacher", f"mined-by-teacher{FEWER}", "mined-by-teacher-scores", "gist"),
                 *(f"{WRITTEN}{FEWER}", "in-batch-larger"),
             ),
         ),

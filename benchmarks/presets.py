@@ -351,7 +351,7 @@ DECIDES = (
 )
 ONCE = (
     *(f"stale-write-back{_TWICE}-own-pairs", f"mlp-pull-back{_TWICE}-own-pairs", f"mined-again{_TWICE}"),
-    *(f"refresh-50{_TWICE}", "gist", f"mined-by-teacher-scores{_TWICE}", "in-batch-larger-as-long"),
+    *(f"refresh-50{_TWICE}", "gist", "mined-by-teacher-scores", "in-batch-larger-as-long"),
     *(f"corrected-mlp{_TWICE}", f"mlp-pull-back{_TWICE}-own-pairs-teacher"),
 )
 DECIDES_STATIC = (
