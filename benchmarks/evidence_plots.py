@@ -11,8 +11,10 @@ import matplotlib.pyplot as plt
 from evidence import (
     CORPORA,
     CORRECTED,
+    DEFAULTS,
     ENCODERS,
     FEWER,
+    LONGER,
     METRICS,
     TITLES,
     WRITTEN,
@@ -22,10 +24,15 @@ from evidence import (
     texts,
     usual_seconds,
 )
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from report import Runs, coverage, mean, mrr, save
+
+from st_corrector.training.plan import LOW_COVERAGE
 
 # By what is done, wherever it is done: the first beginning of a strategy's name counts.
 COLOURS = {"mlp": "C0", "stale": "C1", "in-batch": "C2", "gist": "C2", "mined": "C3", "refresh": "C7"}
+MARKERS = {"nq": "o", "code": "^", "packages": "s"}
 HEARS = {"": ("C0", "hard labels"), "-own-pairs": ("C2", "own pairs"), "-teacher": ("C3", "a teacher")}
 ENOUGH = 4  # strategies without which a panel says little
 
@@ -52,7 +59,7 @@ def _quality(
         (encoder, corpus): points
         for encoder, corpora in found.items()
         for corpus, runs in corpora.items()
-        if len(points := {each: at for each, group in runs.items() if not math.isnan(at := cost(group))}) >= ENOUGH
+        if len(points := _shown(encoder, runs, cost)) >= ENOUGH
     }
     if not shown:
         return ""
@@ -73,6 +80,12 @@ def _quality(
     return save(figure, folder, name)
 
 
+def _shown(encoder: str, runs: Runs, cost: Callable[[list[dict]], float]) -> dict[str, float]:
+    """What is compared with the default, and what it takes."""
+    names = {each for default in DEFAULTS[encoder] for each in (default.strategy, *default.instead)} | {*LONGER}
+    return {name: at for name in runs if name in names and not math.isnan(at := cost(runs[name]))}
+
+
 def _panel(axis: plt.Axes, runs: Runs, points: dict[str, float]) -> None:
     """Each strategy as a point with its name beside it; names that would lie upon one another are moved apart."""
     values = {strategy: [mrr(run) for run in runs[strategy]] for strategy in points}
@@ -90,15 +103,20 @@ def _panel(axis: plt.Axes, runs: Runs, points: dict[str, float]) -> None:
     low, high = min(points.values()), max(points.values())
     width = max(high / low, 1.3) ** 2.2
     axis.set_xlim(low / width**0.05, low * width**0.95)
+    _plain_ticks(axis)
     bottom, top = axis.get_ylim()
-    gap, lowest = 0.052, -math.inf
+    gap, lowest, places = 0.052, -math.inf, {}
     for strategy in order:
         at = (statistics.mean(values[strategy]) - bottom) / (top - bottom)
-        lowest = max(at, lowest + gap)
+        places[strategy] = lowest = max(at, lowest + gap)
+    highest = 0.97 + gap
+    for strategy in reversed(order):
+        places[strategy] = highest = min(places[strategy], highest - gap)
+    for strategy in order:
         axis.annotate(
             TITLES[strategy].replace("*", "").replace("`", "").replace(" questions × ", " × "),
             **{"xy": (points[strategy], statistics.mean(values[strategy])), "xycoords": "data"},
-            **{"xytext": (0.56, lowest), "textcoords": "axes fraction", "fontsize": 7, "va": "center"},
+            **{"xytext": (0.54, places[strategy]), "textcoords": "axes fraction", "fontsize": 7, "va": "center"},
             **{"color": colour(strategy), "weight": "bold" if strategy == CORRECTED else "normal"},
             arrowprops={"arrowstyle": "-", "color": colour(strategy), "lw": 0.5, "alpha": 0.5},
         )
@@ -107,35 +125,51 @@ def _panel(axis: plt.Axes, runs: Runs, points: dict[str, float]) -> None:
 def _gain(folder: Path, found: dict[str, Corpora]) -> str:
     """What correcting adds to writing back, with its interval, by how often a run encodes each target."""
     figure, axis = plt.subplots(figsize=(8.5, 4.6))
-    shown = {}
+    is_empty = True
     for encoder, corpora in found.items():
         for corpus, runs in corpora.items():
-            for suffix, (colour_of, hears) in HEARS.items():
-                for spent in ("", FEWER):
-                    ours = f"{CORRECTED}{spent}{suffix}"
-                    found_here = difference(ours, f"{WRITTEN}{spent}{suffix}", runs, METRICS["MRR@10"])
-                    if found_here is None or not (bounds := interval([found_here])):
-                        continue
-                    middle, at = found_here.mean, mean(runs[ours], coverage)
-                    kind = "static" if encoder == "static" else "two layers"
-                    drawn = axis.errorbar(
-                        *(at, middle, [[middle - bounds[0]], [bounds[1] - middle]]),
-                        **{"color": colour_of, "capsize": 3, "fmt": "s" if kind == "static" else "o"},
-                    )
-                    shown.setdefault(f"{kind}, {hears}", drawn)
-                    axis.annotate(
-                        CORPORA[corpus] + ("" if spent or kind == "static" else ", 32 × 4"),
-                        **{"xy": (at, middle), "xytext": (5, 3), "textcoords": "offset points", "fontsize": 7},
-                    )
-    if not shown:
+            for place, (suffix, (colour_of, _)) in enumerate(HEARS.items()):
+                spent = FEWER if f"{CORRECTED}{FEWER}{suffix}" in runs else ""
+                ours = f"{CORRECTED}{spent}{suffix}"
+                found_here = difference(ours, f"{WRITTEN}{spent}{suffix}", runs, METRICS["MRR@10"])
+                if found_here is None or not (bounds := interval([found_here])):
+                    continue
+                middle, at = found_here.mean, mean(runs[ours], coverage)
+                # Beside one another, where they would lie upon one another.
+                at *= 1.035 ** (3 * place + [*CORPORA].index(corpus) - 4)
+                axis.errorbar(
+                    *(at, middle, [[middle - bounds[0]], [bounds[1] - middle]]),
+                    **{"color": colour_of, "fmt": MARKERS[corpus], "ms": 7, "lw": 1, "capsize": 2},
+                    mfc="white" if encoder == "static" else colour_of,
+                )
+                is_empty = False
+    if is_empty:
         plt.close(figure)
         return ""
     axis.axhline(0, color="grey")
+    axis.axvline(LOW_COVERAGE, color="grey", ls=":")
     axis.grid(alpha=0.3)
-    axis.set(xscale="log", xlabel="encodings a target, with gradient", ylabel="MRR@10, corrected less written back")
+    axis.set(
+        xscale="log",
+        xlabel="encodings a target, with gradient (points are moved apart)",
+        ylabel="MRR@10, corrected less written back",
+    )
     axis.set_title("What correcting adds to writing back (95 % intervals)", fontsize=10)
-    axis.legend(shown.values(), shown, fontsize=7)
-    axis.set_xticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
-    axis.minorticks_off()
-    axis.margins(x=0.3)
+    said = [
+        *(Line2D([], [], color=colour, label=hears) for colour, hears in HEARS.values()),
+        *(Line2D([], [], color="grey", ls="", marker=MARKERS[name], label=title) for name, title in CORPORA.items()),
+        Line2D([], [], color="grey", ls="", marker="D", label="two layers"),
+        Line2D([], [], color="grey", ls="", marker="D", mfc="white", label="static encoder"),
+        Line2D([], [], color="grey", ls=":", label="auto: a corrector to the left, or with a teacher"),
+    ]
+    axis.legend(handles=said, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.margins(x=0.15)
+    _plain_ticks(axis)
     return save(figure, folder, "gain-by-coverage")
+
+
+def _plain_ticks(axis: plt.Axes) -> None:
+    """1, 2, 5, 10 … on a logarithmic axis, as numbers."""
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_locator(NullLocator())
