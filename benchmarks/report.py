@@ -70,8 +70,8 @@ SUMMARY = {"low coverage": "nq-low-coverage", "high coverage": "nq-high-coverage
 SUMMARY_ROWS = {
     "in-batch": "in-batch negatives",
     "mined-once": "mined once, before training",
-    WRITTEN: "stale cache, written back, no corrector (the default at high coverage)",
-    CORRECTED: "**corrected** (the default at low coverage)",
+    WRITTEN: "stale cache, written back, no corrector",
+    CORRECTED: "**corrected**",
     "exhaustive": "exhaustive: re-embedded at every step",
 }
 """Of the table that the project's README shows: columns and rows."""
@@ -248,7 +248,7 @@ def short_table(runs: Runs) -> str:
         quality = [
             mean_sd([100 * run["after"][metric] for run in group]) for metric in ("recall@20", "answer_recall@20")
         ]
-        shown = f"{name} (default)" if name == by_default(runs) else name
+        shown = f"{name} (`auto`)" if name == by_default(runs) else name
         cells = [mean_sd([mrr(run) for run in group]), to_exhaustive(name, runs), *quality]
         lines.append(f"| {shown} | {len(group)} | {' | '.join(cells)} | {mean(group, reencoded):,.0f} |")
     return "\n".join(lines)

@@ -203,8 +203,8 @@ def test_the_page_of_results_says_what_the_trainer_takes_by_itself(monkeypatch):
     report = importlib.import_module("report")
     for regime, default in (("nq-low-coverage", "mlp-pull-back"), ("nq-high-coverage", "stale-write-back")):
         table = report.short_table(report.load(report.RESULTS / regime))
-        (row,) = (line for line in table.splitlines() if "(default)" in line)
-        assert row.startswith(f"| {default} (default) |")
+        (row,) = (line for line in table.splitlines() if "(`auto`)" in line)
+        assert row.startswith(f"| {default} (`auto`) |")
         assert row in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
