@@ -60,8 +60,8 @@ CORRECTED, WRITTEN = "mlp-pull-back", "stale-write-back"
 # Whose difference decides something: what correcting and writing back gains, over what else; what correcting alone
 # gains over writing back alone; what verifying adds.
 COMPARED = (
-    *((CORRECTED, other) for other in ("in-batch", "mined-once", "stale", "stale-write-back", "exhaustive")),
-    ("corrected-mlp", "stale-write-back"),
+    *((CORRECTED, other) for other in ("in-batch", "mined-once", "stale", WRITTEN, "exhaustive")),
+    ("corrected-mlp", WRITTEN),
     *((f"mlp-verify-{candidates}", CORRECTED) for candidates in (8, 32)),
 )
 COLOURS = dict(zip(SHOWN, plt.get_cmap("tab20").colors, strict=False))
@@ -243,12 +243,13 @@ def short_table(runs: Runs) -> str:
         "| strategy | seeds | MRR@10 | to exhaustive | R@20 | answer R@20 | re-encoded for the cache |",
         "|---|---|---|---|---|---|---|",
     ]
+    auto = by_default(runs)
     for name in (name for name in SHOWN if name in runs):
         group = runs[name]
         quality = [
             mean_sd([100 * run["after"][metric] for run in group]) for metric in ("recall@20", "answer_recall@20")
         ]
-        shown = f"{name} (`auto`)" if name == by_default(runs) else name
+        shown = f"{name} (`auto`)" if name == auto else name
         cells = [mean_sd([mrr(run) for run in group]), to_exhaustive(name, runs), *quality]
         lines.append(f"| {shown} | {len(group)} | {' | '.join(cells)} | {mean(group, reencoded):,.0f} |")
     return "\n".join(lines)
