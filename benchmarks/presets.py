@@ -319,6 +319,12 @@ STRATEGIES["mined-by-teacher-scores-8-negatives-2-layers"] = STRATEGIES["mined-b
 )
 SCORES = tuple(f"mined-by-teacher-scores{spent}" for spent in ("-2-negatives-2-layers", "", "-8-negatives-2-layers"))
 
+# With own pairs a step's questions are not the same few again and again: whether more of them beat more negatives each.
+PAIRED_SPENT = (
+    *(f"stale-write-back{spent}-own-pairs" for spent in ("", "-3-negatives-static", "-1-negatives-static")),
+    "in-batch-larger-static-own-pairs",
+)
+
 
 def _choices(encoder: str) -> tuple[str, ...]:
     """Everything that is compared before anything is reported."""
@@ -432,6 +438,7 @@ PRESETS = {
         ),
         Block("code-2-layers-choice", (f"mlp-pull-back{_TWICE}", *_taught("2-layers")), (1,)),
         Block("code-2-layers-choice", SCORES, (0,)),
+        Block("code-static-choice", PAIRED_SPENT, (0,)),
         *(Block(f"{name}-2-layers", DECIDES, (0, 1, 2)) for name in ("code", "packages", "nq")),
         Block("code-2-layers", ("mlp-pull-back", "stale-write-back", "mined-margin"), (0, 1, 2)),
         *(Block(f"{name}-static", DECIDES_STATIC, (0, 1, 2)) for name in CORPORA),
