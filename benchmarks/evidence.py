@@ -109,6 +109,15 @@ DEFAULTS = {
     ),
 }
 
+SUMMARY = {
+    "in-batch-larger": "in-batch negatives",
+    f"mined-margin{FEWER}": "mined once, with a margin",
+    f"{WRITTEN}{FEWER}": "written back, no corrector: **what the trainer takes**",
+    f"{CORRECTED}{FEWER}": "corrected",
+    f"{CORRECTED}{FEWER}-teacher": "corrected, with a teacher: **what the trainer takes with one**",
+}
+"""The rows of two layers that the project's README shows, with as many targets encoded in each."""
+
 Corpora = dict[str, Runs]
 """The runs of one encoder, by corpus."""
 

@@ -31,6 +31,7 @@ from evidence import (
     LONGER,
     METRICS,
     REGIMES,
+    SUMMARY,
     TITLES,
     WRITTEN,
     Corpora,
@@ -41,13 +42,14 @@ from evidence import (
     usual_seconds,
 )
 from evidence_plots import plots
-from report import Runs, coverage, load, machine, mean, mean_sd, mrr
+from report import Runs, coverage, load, machine, mean, mean_sd, mrr, put_into
 from strategies import RESULTS, ROOT
 from strategies import runs as runs_of
 
 sys.path.insert(0, str(ROOT / "recipes"))
 from common import commit
 
+BY = Path(__file__).name
 OPENED = "opened.json"
 SEEDS = 3  # with two an interval says little
 LITTLE = 0.5  # points below something else that would not matter
@@ -238,13 +240,13 @@ def open_test(folder: Path) -> None:
     path.write_text(json.dumps(opened, indent=1) + "\n", encoding="utf-8")
 
 
-def of_test(folder: Path, found: dict[str, Corpora]) -> list[str]:
-    """What test questions say, where they have been opened."""
+def tested(folder: Path, found: dict[str, Corpora]) -> dict[str, Corpora]:
+    """The runs by test questions, where they have been opened."""
     path = folder / "sealed" / OPENED
     if not path.exists():
-        return []
+        return {}
     told = json.loads(path.read_text(encoding="utf-8"))
-    tested: dict[str, Corpora] = {}
+    opened: dict[str, Corpora] = {}
     for encoder, corpora in found.items():
         for corpus, runs in corpora.items():
             for strategy, group in runs.items():
@@ -254,14 +256,44 @@ def of_test(folder: Path, found: dict[str, Corpora]) -> list[str]:
                         figures = json.loads((path.parent / name).read_text(encoding="utf-8"))
                         ranks = {"ranks": {"after": figures["ranks"]}} if "ranks" in figures else {}
                         others = {key: value for key, value in run.items() if key != "ranks"}
-                        kept = tested.setdefault(encoder, {}).setdefault(corpus, {})
+                        kept = opened.setdefault(encoder, {}).setdefault(corpus, {})
                         kept.setdefault(strategy, []).append({**others, "after": figures["test"], **ranks})
+    return opened
+
+
+def of_test(folder: Path, tests: dict[str, Corpora]) -> list[str]:
+    """What test questions say, where they have been opened."""
+    if not tests:
+        return []
+    told = json.loads((folder / "sealed" / OPENED).read_text(encoding="utf-8"))
     return [
         "# Test questions",
         f"Opened on {told['opened']}, when the defaults had been decided: the tables above once more, which are of dev "
         "questions. Natural Questions has no third part.",
-        *compared(tested),
+        *compared(tests),
     ]
+
+
+def summary(found: dict[str, Corpora], tests: dict[str, Corpora]) -> str:
+    """MRR@10 of the rows that the project's README shows, by test questions where there are some; and what each takes
+    in time, in-batch negatives being 1.
+    """
+    runs = {corpus: tests.get("2-layers", {}).get(corpus, dev) for corpus, dev in found["2-layers"].items()}
+    titles = [CORPORA[corpus] for corpus in runs]
+    rows = [f"| | {' | '.join(titles)} | time, in-batch = 1 |", "|---" * (len(titles) + 2) + "|"]
+    for name, words in SUMMARY.items():
+        cells = [mean_sd([mrr(run) for run in each[name]]) if name in each else "" for each in runs.values()]
+        rows.append(f"| {words} | {' | '.join(cells)} | {_times(found['2-layers'], name)} |")
+    return "\n".join(rows)
+
+
+def _times(found: Corpora, name: str) -> str:
+    """How much longer than the first row of the summary a strategy takes, from the least to the most over corpora."""
+    first = next(iter(SUMMARY))
+    both = [runs for runs in found.values() if name in runs and first in runs]
+    times = [usual_seconds(runs[name]) / usual_seconds(runs[first]) for runs in both]
+    times = sorted(each for each in times if not math.isnan(each))
+    return " to ".join(dict.fromkeys(f"{each:.1f}" for each in (times[0], times[-1]))) if times else ""
 
 
 def page(folder: Path) -> str:
@@ -292,7 +324,7 @@ def page(folder: Path) -> str:
             for corpus, runs in corpora.items()
             for part in (f"### {ENCODERS[encoder]}: {CORPORA[corpus]}", all_rows(runs))
         ),
-        *of_test(folder, found),
+        *of_test(folder, tested(folder, found)),
     ]
     everything = {
         f"{encoder} {corpus} {name}": group
@@ -329,6 +361,10 @@ def main() -> None:
     if args.open_test:
         open_test(folder)
     (folder / "README.md").write_text(page(folder), encoding="utf-8")
+    if folder.resolve() == RESULTS / "evidence":
+        found, path = read(folder), ROOT / "README.md"
+        text = put_into(path.read_text(encoding="utf-8"), "evidence", summary(found, tested(folder, found)), BY)
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

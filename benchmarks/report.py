@@ -66,16 +66,6 @@ COMPARED = (
 )
 COLOURS = dict(zip(SHOWN, plt.get_cmap("tab20").colors, strict=False))
 
-SUMMARY = {"low coverage": "nq-low-coverage", "high coverage": "nq-high-coverage"}
-SUMMARY_ROWS = {
-    "in-batch": "in-batch negatives",
-    "mined-once": "mined once, before training",
-    WRITTEN: "stale cache, written back, no corrector",
-    CORRECTED: "**corrected**",
-    "exhaustive": "exhaustive: re-embedded at every step",
-}
-"""Of the table that the project's README shows: columns and rows."""
-
 Runs = dict[str, list[dict]]
 
 
@@ -222,18 +212,6 @@ def table(runs: Runs) -> str:
         ]
         cells += [peak_memory(group)] if "GB" in columns else []
         lines.append(f"| {name} | {len(group)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def summary(regimes: dict[str, Runs]) -> str:
-    """MRR@10 of the rows that the project's README shows."""
-    shown = {title: regimes[name] for title, name in SUMMARY.items() if name in regimes}
-    lines = [f"| | {' | '.join(shown)} | targets re-encoded for the cache |", "|---|" + "---|" * (len(shown) + 1)]
-    for name, words in SUMMARY_ROWS.items():
-        cells = [mean_sd([mrr(run) for run in runs[name]]) if name in runs else "" for runs in shown.values()]
-        encoded = " and ".join(f"{mean(runs[name], reencoded):,.0f}" for runs in shown.values() if name in runs)
-        cells.append("0" if set(encoded) <= set("0 and") else encoded)
-        lines.append(f"| {words} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -406,9 +384,9 @@ def drift_table(regimes: dict[str, Runs]) -> str:
 # ---------------------------------------------------------------------- report
 
 
-def put_into(readme: str, name: str, text: str) -> str:
-    """``readme`` with ``text`` between the marks for ``name``, if it has them."""
-    begin, end = f"<!-- {name}-table: written by benchmarks/report.py -->", f"<!-- end of {name}-table -->"
+def put_into(readme: str, name: str, text: str, by: str = "report.py") -> str:
+    """``readme`` with ``text`` between the marks for ``name``, if it has them; ``by`` is what writes it."""
+    begin, end = f"<!-- {name}-table: written by benchmarks/{by} -->", f"<!-- end of {name}-table -->"
     before, found, rest = readme.partition(begin)
     return f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}" if found else readme
 
@@ -504,11 +482,11 @@ def main() -> None:
     (folder / "README.md").write_text(report(folder, regimes), encoding="utf-8")
     if folder == RESULTS:
         tables = {name: short_table(runs) for name, runs in regimes.items() if "exhaustive" in runs}
-        for page in (ROOT / "README.md", ROOT / "docs" / "results.md"):
-            text = page.read_text(encoding="utf-8")
-            for name, table in {"summary": summary(regimes), **tables}.items():
-                text = put_into(text, name, table)
-            page.write_text(text, encoding="utf-8")
+        page = ROOT / "docs" / "results.md"
+        text = page.read_text(encoding="utf-8")
+        for name, table in tables.items():
+            text = put_into(text, name, table)
+        page.write_text(text, encoding="utf-8")
     count = sum(len(group) for runs in regimes.values() for group in runs.values())
     print(f"{count} runs in {folder / 'README.md'}")
 

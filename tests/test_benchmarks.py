@@ -272,10 +272,13 @@ def test_test_questions_stay_sealed_until_they_are_opened_once(monkeypatch, tmp_
             study._end(run_of, 0, 3.0)
             kept, sealed = (json.loads(path(tmp_path).read_text()) for path in (run_of.results, run_of.sealed))
             assert "test" not in kept and kept["ranks"] == {"after": "1,-,4 7"} and sealed["ranks"] == "3,1,-"
+    found, written = report.read(tmp_path), "| written back, no corrector: **what the trainer takes** |"
+    assert f"{written} 40.5 ± 0.7 |" in report.summary(found, report.tested(tmp_path, found))
     page = report.page(tmp_path)
     assert "40.5 ± 0.7" in page and "+10.0" in page and "Test questions" not in page and "43.0" not in page
     report.open_test(tmp_path)
     opened = report.page(tmp_path)
+    assert f"{written} 43.0 ± 0.0 |" in report.summary(found, report.tested(tmp_path, found))
     assert "\n# Test questions\n" in opened and "43.0 ± 0.0" in opened and "-2.0" in opened and "40.5 ± 0.7" in opened
     for path in (run_of.results(tmp_path), run_of.sealed(tmp_path)):
         later = json.loads(path.read_text()) | {"seed": 2}
