@@ -163,11 +163,9 @@ class CorpusRetrievalEvaluator(SentenceEvaluator):
         return self._ranking(best)
 
     def _search(self, queries: Tensor, embeddings: EmbeddingCache, compare: Callable[[Tensor], Tensor]) -> RunningTopK:
-        if (len(embeddings), embeddings.dim) != (len(self.corpus), queries.shape[1]):
-            raise InputError(
-                f"{embeddings!r} does not fit: the corpus has {len(self.corpus):,} targets, the model's queries "
-                f"{queries.shape[1]} dimensions."
-            )
+        self.corpus.require_rows(repr(embeddings), len(embeddings), embeddings.fingerprint.get("corpus"))
+        if embeddings.dim != queries.shape[1]:
+            raise InputError(f"{embeddings!r} does not fit: the model's queries have {queries.shape[1]} dimensions.")
         best = RunningTopK(len(queries), self._retrieved, queries.device)
         for row, chunk in embeddings.chunks(max(1, min(self.chunk_size, _SCORES_AT_ONCE // len(queries)))):
             best.update(self._scores(compare(chunk.float().to(queries.device)), queries, row), row)

@@ -124,7 +124,8 @@ class CacheVectors(Vectors):
         super().check(how)
         frames = how.correctors[0].frames
         known, expected = self.fingerprint, frames.stale if frames else {}
-        if known and expected and (different := differences(known, expected)):
+        # It maps embeddings of any texts, such as those by which the corpus has grown since.
+        if known and expected and (different := differences({**known, "corpus": None}, {**expected, "corpus": None})):
             raise InputError(
                 f"The corrector maps from other embeddings than those of {self.path}:\n  " + "\n  ".join(different)
             )
@@ -138,6 +139,8 @@ class CacheVectors(Vectors):
     def write(self, path: Path, how: IndexMap, blocks: Iterable[Tensor]) -> None:
         frames = how.correctors[-1].frames
         fresh = dict(frames.fresh) if frames else {}
+        if "corpus" in self.fingerprint:
+            fresh["corpus"] = self.fingerprint["corpus"]
         # They only approximate the new model's embeddings.
         fresh["carried_over_by"] = how.digest
         dtype = str(self.cache.dtype).removeprefix("torch.")

@@ -112,8 +112,7 @@ def certify(
         InputError: there are fewer than 20 queries, the index does not fit, or there is no way to search it.
     """
     vectors = index if isinstance(index, Vectors) else TensorVectors(index)
-    if vectors.count != len(corpus):
-        raise InputError(f"The index has {vectors.count:,} rows, the corpus {len(corpus):,} targets.")
+    vectors.require_corpus(corpus)
     require(len(queries), k, len(corpus) - len(corpus.withdrawn))
     asked = encode_queries(new, queries, batch_size)
     ways = {}

@@ -143,6 +143,9 @@ class FaissVectors(Vectors):
 
     def check(self, how: IndexMap) -> None:
         super().check(how)
+        metric = self._index.metric_type
+        metrics = {self._faiss.METRIC_INNER_PRODUCT: "dot", self._faiss.METRIC_L2: "l2"}
+        self.require_metric(how, metrics.get(metric, f"FAISS's metric {metric}"))
         if how.new_dim != self.dim and self._factory is None:
             raise InputError(
                 f"The new embeddings have {how.new_dim} dimensions instead of {self.dim}: say how the new index "

@@ -64,10 +64,8 @@ def fit_corrector(
     """
     if sample < LEAST_PAIRS:
         raise InputError(f"sample must be at least {LEAST_PAIRS}, got {sample}.")
-    if isinstance(old, EmbeddingCache) and old.corpus_size != len(corpus):
-        raise InputError(
-            f"The cache has {old.corpus_size:,} rows, the corpus {len(corpus):,} targets: it is of another corpus."
-        )
+    if isinstance(old, EmbeddingCache):
+        corpus.require_rows("The cache", old.corpus_size, old.fingerprint.get("corpus"))
     rows = drawn(len(corpus), sample, seed)
     encoder = DocumentEncoder(new, corpus, progress=progress)
     fresh = encoder.encode(new, rows, batch_size=batch_size).cpu()

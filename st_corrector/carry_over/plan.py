@@ -145,8 +145,7 @@ def serve_plan(
         InputError: there are too few queries, the index does not fit, or an argument is out of its range.
     """
     vectors = index if isinstance(index, Vectors) else TensorVectors(index)
-    if vectors.count != len(corpus):
-        raise InputError(f"The index has {vectors.count:,} rows, the corpus {len(corpus):,} targets.")
+    vectors.require_corpus(corpus)
     if not 0 < wanted <= 1 or not 0 < confidence < 1:
         raise InputError(f"wanted and confidence are shares, got {wanted} and {confidence}.")
     queries = list(dict.fromkeys(queries))  # one that teaches may not judge

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..cache.arrays import Embeddings, as_tensor
 from ..correctors import Corrector
+from ..data.corpus import Corpus
 from ..errors import InputError
 from ..storage.files import make_folder
 from .mapping import ROWS_AT_ONCE, IndexMap, Rows
@@ -48,6 +49,31 @@ class Vectors(ABC):
     def fingerprint(self) -> dict[str, Any]:
         """What they depend on, by component; empty if unknown."""
         return {}
+
+    def require_corpus(self, corpus: Corpus) -> None:
+        """Refuse unless row ``i`` is target ``i``, as far as that is known.
+
+        Raises:
+            InputError: they are of another corpus.
+        """
+        corpus.require_rows(str(self.path), self.count, self.fingerprint.get("corpus"))
+
+    def require_metric(self, how: IndexMap, metric: str, where: str = "") -> None:
+        """Refuse what ranks otherwise than the model does. On vectors of unit length cosine, inner product and
+        Euclidean distance rank alike; others are ranked by the inner product alone.
+
+        Args:
+            metric: what it ranks by: ``"dot"``, ``"cosine"``, ``"l2"``, or anything else by its own name.
+            where: what is ranked so, in the error; by default the embeddings' path.
+
+        Raises:
+            InputError: it ranks otherwise.
+        """
+        if metric not in (("dot", "cosine", "l2") if how.unit else ("dot",)):
+            raise InputError(
+                f"{where or self.path} compares by {metric}, and the model by {'cosine' if how.unit else 'dot product'}"
+                f": its ranking would be another one. Make it again to compare by {'cosine or ' * how.unit}dot product."
+            )
 
     def require_rows(self) -> None:  # noqa: B027
         """Refuse if it is unknown which target each row belongs to.

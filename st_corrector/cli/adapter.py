@@ -68,10 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     vectors = open_vectors(args.index, args.tensor, ids=corpus.ids(range(len(corpus))))
     vectors.require_rows()
     model = open_model(args)
-    if vectors.count != len(corpus):
-        raise InputError(
-            f"{args.index} has {vectors.count:,} rows, the corpus {len(corpus):,} targets: --max_targets cuts it."
-        )
+    vectors.require_corpus(corpus)
     queries = read_queries(args, corpus)
     judging = min(args.judged, len(queries) // 2)
     if judging < LEAST_JUDGING or len(queries) - judging < LEAST_QUERIES:

@@ -117,10 +117,7 @@ def _run(args: argparse.Namespace) -> int:
         return _said(args, vectors.count, how, None)
     vectors.require_rows()
     model = open_model(args)
-    if vectors.count != len(corpus):
-        raise InputError(
-            f"{args.index} has {vectors.count:,} rows, the corpus {len(corpus):,} targets: --max_targets cuts it."
-        )
+    vectors.require_corpus(corpus)
     queries = read_queries(args, corpus)
     judging = min(args.judged, len(queries) // 2 if args.reencode else len(queries))
     require(judging, args.k, len(corpus) - len(corpus.withdrawn))

@@ -13,7 +13,7 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from sentence_transformers import SentenceTransformer
 
-from ..errors import CorpusError
+from ..errors import CorpusError, InputError
 from ..storage.arrow import batched_tables, default_cache_dir, read_or_write_arrow
 from ..storage.fingerprint import digest, digest_json
 from .beir import RetrievalData, open_folder
@@ -513,6 +513,27 @@ class Corpus:
     def fingerprint_of(self, rows: int) -> str:
         """The fingerprint of a corpus of the first ``rows`` targets, which this one may have grown from."""
         return self.digests.fingerprint_of(rows)
+
+    def require_rows(self, what: str, rows: int, fingerprint: str | None = None) -> None:
+        """Refuse embeddings that are not of these targets in their order.
+
+        Args:
+            what: they are called so in the error.
+            rows: how many there are.
+            fingerprint: of the corpus that they were made of, if that is known.
+
+        Raises:
+            InputError: they are of another corpus.
+        """
+        if rows != len(self):
+            raise InputError(
+                f"{what} has {rows:,} rows, the corpus {len(self):,} targets: they must be the same, in the same order."
+            )
+        if fingerprint is not None and fingerprint != self.fingerprint:
+            raise InputError(
+                f"{what} is of a corpus of as many, but other texts, or of the same in another order: pass the corpus "
+                "that it was made of, or make it again of this one."
+            )
 
     def text_digests(self, rows: np.ndarray) -> np.ndarray:
         """64 bits of the hash of the joined text of each of ``rows``, int64, by which a text is known in any corpus."""

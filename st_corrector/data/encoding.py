@@ -165,8 +165,8 @@ class DocumentEncoder:
         return not any(parameter.requires_grad for parameter in parameters)
 
     def fingerprint(self, model: SentenceTransformer, weights: bool = True) -> dict[str, Any]:
-        """Exactly what this model's embeddings of this corpus depend on, by component: neither the query side nor the
-        precision in which the weights were loaded is included.
+        """Exactly what this model's embeddings of this corpus depend on, by component: the query side is not
+        included; weights in another precision are other weights.
 
         Args:
             weights: include the digest of all weights, which reads every one of them.

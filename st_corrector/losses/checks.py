@@ -39,11 +39,8 @@ def check_settings(corpus: Corpus, cache: EmbeddingCache | None, settings: Negat
             f"cache must be an EmbeddingCache, got a {type(cache).__name__}: EmbeddingCache.load(path) opens a folder, "
             "EmbeddingCache.from_tensor(embeddings) wraps vectors."
         )
-    if cache is not None and cache.corpus_size != len(corpus):
-        raise InputError(
-            f"The cache has {cache.corpus_size} rows, the corpus {len(corpus)} targets: they must be the same, in the "
-            "same order. Build the cache of this corpus with EmbeddingCache.build."
-        )
+    if cache is not None:
+        corpus.require_rows("The cache", cache.corpus_size)
     split = settings.train_split
     if other := [check for check in settings.false_negatives.checks if check.split not in (None, split)]:
         raise InputError(

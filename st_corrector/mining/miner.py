@@ -101,6 +101,12 @@ class Miner:
     def _require_training(self, corrected: CorrectedCorpus, corrector: Corrector | None) -> None:
         if corrector is not None:
             raise InputError("loss.corrected has its own corrector: leave corrector out.")
+        if corrected.processes.size > 1:
+            raise InputError(
+                f"loss.corrected is spread over {corrected.processes.size} processes, and negatives are mined by one: "
+                "mine after the run, in one process, with the trained model, the run's cache and its corrector, "
+                "Corrector.from_pretrained(folder); or of a run without one with a cache of the trained model."
+            )
         if not corrected.is_of(self.model, self.corpus):
             raise InputError(
                 "loss.corrected is of another model or corpus than is mined with: pass the model and the corpus that "
@@ -114,11 +120,7 @@ class Miner:
             )
 
     def _require_fits(self, cache: EmbeddingCache, corrector: Corrector | None) -> None:
-        if cache.corpus_size != len(self.corpus):
-            raise InputError(
-                f"The cache has {cache.corpus_size} rows, the corpus {len(self.corpus)} targets: they must be the "
-                "same, in the same order."
-            )
+        self.corpus.require_rows("The cache", cache.corpus_size)
         expected = self.encoder.fingerprint(self.model, weights=corrector is None)
         found = {name: value for name, value in cache.fingerprint.items() if name in expected}
         if found and (different := differences(found, expected)):
@@ -133,7 +135,8 @@ class Miner:
             ("to another model", corrector.frames.fresh, self.encoder.fingerprint(self.model)),
         )
         for what, maps, given in sides:
-            if maps and given and (different := differences(maps, given)):
+            # It maps embeddings of any texts, such as those by which the corpus has grown since.
+            if maps and given and (different := differences({**maps, "corpus": None}, {**given, "corpus": None})):
                 raise InputError(f"The corrector maps {what}:\n  " + "\n  ".join(different))
 
     @torch.no_grad()

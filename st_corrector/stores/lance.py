@@ -147,10 +147,7 @@ class LanceVectors(Store[Any]):
                 raise InputError(
                     f"{self.address} has an index of the kind {kind}, which is not known here: drop it first."
                 )
-            if not how.unit and metric != "dot":
-                raise InputError(
-                    f"{self.address} has an index ({kind}) by {metric}, and the model compares by dot product."
-                )
+            self.require_metric(how, metric, f"The index ({kind}) of {self.address}")
 
     def _indices(self) -> list[tuple[str, str]]:
         """Kind and metric of the indices on the column."""

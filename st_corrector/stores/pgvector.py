@@ -25,7 +25,7 @@ except ImportError as error:
 
 _TYPE = "vector"  # halfvec, which pgvector has from 0.7 on, is not supported
 # Indices that compare otherwise rank otherwise than the model, unless all embeddings are of unit length.
-_FOR_DOT = "vector_ip_ops"
+_METRICS = {"vector_ip_ops": "dot", "vector_cosine_ops": "cosine", "vector_l2_ops": "l2"}
 _NEW, _OF, _BEFORE = "_upgraded", "_upgraded_of", "_before"
 _TOLD = "st_corrector: carried over by "
 
@@ -173,15 +173,10 @@ class PgVectors(Store[_Place]):
             InputError: the dimension differs, or an index of the column does not compare as the model does.
         """
         super().check(how)
-        for _, definition, classes in self._indices(self.table):
+        for name, definition, classes in self._indices(self.table):
             self._index_like(definition, "", _Place(self.table, self.column, ""))
-            if how.unit:
-                continue  # of unit length, by all metrics alike
-            if wrong := [each for each in classes if each != _FOR_DOT]:
-                raise InputError(
-                    f"{self.address} has an index by {wrong[0]}, and the model compares by dot product: make it with "
-                    f"{_FOR_DOT}. It is: {definition}"
-                )
+            for each in classes:
+                self.require_metric(how, _METRICS.get(each, each), f"The index {name} of {self.address}")
 
     def _indices(self, table: str) -> list[tuple[str, str, list[str]]]:
         """Name, definition and operator classes of the indices on a table's column of vectors."""

@@ -29,6 +29,7 @@ KEY = "QDRANT_API_KEY"
 _OF = "_st_corrector_made_of"
 _MADE = "_upgraded_"
 _MARKED = models.Filter(must_not=[models.IsEmptyCondition(is_empty=models.PayloadField(key=_OF))])
+_METRICS = {models.Distance.DOT: "dot", models.Distance.COSINE: "cosine", models.Distance.EUCLID: "l2"}
 _AT_ONCE = 1_024  # points of a request
 _CLOSE = 1e-5  # what Qdrant rounds where it brings vectors to unit length
 
@@ -145,8 +146,8 @@ class QdrantVectors(Store[_Place]):
         super().check(how)
         if self._params.multivector_config is not None:
             raise InputError(f"{self.address} holds several vectors for a point, of which no corrector knows.")
-        if not how.unit and self._params.distance != models.Distance.DOT:
-            raise InputError(f"{self.address} compares by {self._params.distance.value}, and the model by dot product.")
+        distance = self._params.distance
+        self.require_metric(how, _METRICS.get(distance, distance.value), self.address)
 
     # ------------------------------------------------------------------ upgrading
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.corpus import Corpus
 from ..errors import InputError
 from ..storage.fingerprint import digest_json
 
@@ -58,6 +59,14 @@ class Teacher(ABC):
     def corpus_size(self) -> int:
         """Targets of the corpus that it has been made for."""
 
+    def require_corpus(self, corpus: Corpus) -> None:
+        """Refuse a corpus that it was not made for, as far as that is known.
+
+        Raises:
+            InputError: it was made for another one.
+        """
+        corpus.require_rows("The teacher", self.corpus_size)
+
     def describe(self) -> dict[str, Any]:
         """What it is, for records and cards."""
         return {"teacher": repr(self)}
@@ -91,6 +100,10 @@ class AverageTeacher(Teacher):
     @property
     def corpus_size(self) -> int:
         return self.teachers[0].corpus_size
+
+    def require_corpus(self, corpus: Corpus) -> None:
+        for teacher in self.teachers:
+            teacher.require_corpus(corpus)
 
     @property
     def identity(self) -> str:

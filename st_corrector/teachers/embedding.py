@@ -138,6 +138,9 @@ class EmbeddingTeacher(Teacher):
     def corpus_size(self) -> int:
         return len(self.targets)
 
+    def require_corpus(self, corpus: Corpus) -> None:
+        corpus.require_rows("The teacher", self.corpus_size, self.targets.fingerprint.get("corpus"))
+
     def _places(self, queries: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Of each key whether it is known, and its place among the queries."""
         wanted = queries.cpu().numpy()

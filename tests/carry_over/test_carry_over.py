@@ -107,7 +107,7 @@ def test_searching_served_embeddings_gives_what_encoding_gives(large):
     assert torch.equal(evaluator.retrieve(model, served), evaluator.retrieve(model))
     stale = evaluator.score(evaluator.retrieve(model, EmbeddingCache.from_tensor(all_of(make_static_model(), large))))
     assert stale["ndcg@10"] < evaluator(model)["ndcg@10"]
-    with pytest.raises(InputError, match="does not fit"):
+    with pytest.raises(InputError, match="7 rows, the corpus"):
         evaluator.retrieve(model, EmbeddingCache.from_tensor(torch.randn(7, 24)))
 
 

@@ -243,7 +243,7 @@ def test_certify_and_plan_for_models_and_a_corpus(large):
         ({"queries": ["word1"] * 19}, "At least 20 queries must judge"),
         ({"k": 0}, "k must be from 1"),
         ({"confidence": 95}, "confidence is a share"),
-        ({"index": torch.zeros(9, 24)}, "The index has 9 rows, the corpus"),
+        ({"index": torch.zeros(9, 24)}, "memory> has 9 rows, the corpus"),
         ({"index": np.zeros((2000, 12), dtype=np.float32)}, "12 dimensions, the model's queries 24: pass a corrector"),
         ({"corrector": RidgeCorrector(12)}, "the corrector maps from 12"),
         ({"index": torch.zeros(2000, 24, dtype=torch.int64)}, "floating-point"),
@@ -290,7 +290,7 @@ QUERIES = [f"word{n} word{n + 1}" for n in range(300)]
         ({"judged": -5}, "At least 20 queries must judge"),
         ({"wanted": 0.0}, "are shares"),
         ({"confidence": 1.0}, "are shares"),
-        ({"index": torch.zeros(3, 24)}, "The index has 3 rows"),
+        ({"index": torch.zeros(3, 24)}, "memory> has 3 rows"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(large, change, message):

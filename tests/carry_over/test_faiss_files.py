@@ -45,9 +45,9 @@ def vectors_of(count: int = COUNT, dim: int = 16) -> np.ndarray:
     return np.random.default_rng(1).standard_normal((count, dim)).astype(np.float32)
 
 
-def unchanged(dim: int = 16) -> Corrector:
+def unchanged(dim: int = 16, unit: bool = False) -> Corrector:
     """Maps every vector to itself."""
-    identity = AffineMap(dim, new_dim=dim, normalize=False)
+    identity = AffineMap(dim, new_dim=dim, normalize=unit)
     identity.weight = torch.eye(dim)
     return identity
 
@@ -169,10 +169,10 @@ def kinds(index) -> list[str]:
 
 
 def spread(axes: slice) -> torch.Tensor:
-    """Vectors that vary along some of 24 axes, and hardly along the others."""
+    """Vectors of unit length that vary along some of 24 axes, and hardly along the others."""
     width = torch.full((24,), 0.05)
     width[axes] = 1.0
-    return torch.randn(1000, 24, generator=torch.Generator().manual_seed(0)) * width
+    return F.normalize(torch.randn(1000, 24, generator=torch.Generator().manual_seed(0)) * width, dim=-1)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def spread(axes: slice) -> torch.Tensor:
 def test_what_an_index_has_learnt_it_learns_anew(tmp_path, factory):
     """The new vectors lie where the old ones did not: what was learnt of these would lose them."""
     old = spread(slice(0, 12))
-    swap = AffineMap(24, new_dim=24, normalize=False)
+    swap = AffineMap(24, new_dim=24)
     swap.weight = torch.eye(24).roll(12, dims=1)
     index = faiss.index_factory(24, factory)
     index.train(old.numpy())
@@ -220,8 +220,22 @@ def test_other_kinds_are_refused_before_anything_is_mapped(tmp_path, factory):
         with pytest.raises(InputError, match="and build it again"):
             open_vectors(file, factory="Flat")
     else:
-        open_vectors(file, factory="Flat").upgrade(unchanged(24), tmp_path / "new.faiss", progress=False)
+        open_vectors(file, factory="Flat").upgrade(unchanged(24, unit=True), tmp_path / "new.faiss", progress=False)
         assert faiss.read_index(str(tmp_path / "new.faiss")).ntotal == 1000
+
+
+@pytest.mark.parametrize("metric", ["METRIC_INNER_PRODUCT", "METRIC_L2", "METRIC_L1", "METRIC_Canberra"])
+@pytest.mark.parametrize("unit", [True, False])
+def test_an_index_that_ranks_otherwise_than_the_model_is_refused(tmp_path, metric, unit):
+    file = on_disk(faiss_index("Flat", spread(slice(0, 12)).numpy(), metric=metric), tmp_path / "old.faiss")
+    upgrade, alike = open_vectors(file).upgrade, ("METRIC_INNER_PRODUCT", "METRIC_L2")[: 1 + unit]
+    if metric in alike:
+        upgrade(unchanged(24, unit), tmp_path / "new.faiss", progress=False)
+        assert faiss.read_index(str(tmp_path / "new.faiss")).metric_type == getattr(faiss, metric)
+    else:
+        with pytest.raises(InputError, match=f"and the model by {'cosine' if unit else 'dot product'}: its ranking"):
+            upgrade(unchanged(24, unit), tmp_path / "new.faiss", progress=False)
+        assert not (tmp_path / "new.faiss").exists()
 
 
 def test_binary_indices_are_no_embeddings(tmp_path):

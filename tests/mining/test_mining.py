@@ -40,6 +40,7 @@ from st_corrector import EmbeddingTeacher as Teacher
 from st_corrector.cli import main
 from st_corrector.mining import mine as module
 from st_corrector.mining.miner import Miner
+from st_corrector.runtime.distributed import Processes
 
 
 @pytest.fixture
@@ -286,7 +287,7 @@ def test_mining_draws_without_touching_the_generators_of_a_training(mined):
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_a_model_that_is_cut_and_a_corrector_of_something_else(static_model, corpus, mined, tmp_path):
+def test_a_model_that_is_cut_and_a_corrector_of_something_else(static_model, corpus, mined, tmp_path, monkeypatch):
     static_model.truncate_dim = 8
     assert mined(output_format="ids").to_list(), "in full width, as in training"
     static_model.truncate_dim = None
@@ -300,6 +301,9 @@ def test_a_model_that_is_cut_and_a_corrector_of_something_else(static_model, cor
         mine_negatives(trainer.model, corpus, rebuilt, tmp_path / "wrong", corrector=corrector, progress=False)
     with pytest.raises(InputError, match="The corrector maps to another model:\n  weights"):
         mine_negatives(static_model, corpus, loss.corrected.cache, tmp_path / "wrong", corrector=corrector)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="is spread over 2 processes, and negatives"):
+        patch.setattr(loss.corrected, "processes", Processes(0, 2))
+        mine_negatives(trainer.model, corpus, loss.corrected, tmp_path / "spread")
     turned = Corpus.from_texts(corpus.texts(range(len(corpus)))[::-1])
     turned.add_split("train", {"a": "word1"}, {"a": ["0"]})
     for model, targets in ((static_model, corpus), (trainer.model, turned)):

@@ -311,7 +311,7 @@ def test_what_cannot_be_opened_or_does_not_fit(tmp_path):
     opened, before = LanceVectors(f"lancedb:{tmp_path}#docs"), rows(tmp_path)
     with pytest.raises(InputError, match="the corrector maps from 24"):
         opened.upgrade(RidgeCorrector(24), progress=False)
-    with pytest.raises(InputError, match="by l2, and the model compares by dot product"):
+    with pytest.raises(InputError, match="compares by l2, and the model by dot product"):
         opened.upgrade(turned(normalize=False), progress=False)
     names = ("docs", "new:title", "docs_upgraded")
     for output in ("lancedb:/elsewhere#docs_new", *(f"lancedb:{tmp_path}#{name}" for name in names)):

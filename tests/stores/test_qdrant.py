@@ -260,7 +260,7 @@ def test_what_cannot_be_opened_or_does_not_fit(client, tmp_path):
     source, before = opened(client, tmp_path), points(client)
     with pytest.raises(InputError, match="the corrector maps from 24"):
         source.upgrade(RidgeCorrector(24), f"{source.address}_new", progress=False)
-    with pytest.raises(InputError, match="compares by Cosine, and the model by dot product"):
+    with pytest.raises(InputError, match="compares by cosine, and the model by dot product"):
         source.upgrade(turned(normalize=False), f"{source.address}_new", progress=False)
     with pytest.raises(InputError, match="let an alias serve"):
         source.upgrade(turned(), None, progress=False)
