@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..data.corpus import Corpus
 from ..data.qrels import Qrels
-from ..data.query_keys import is_own
+from ..data.query_keys import UNKNOWN, is_own
 from ..negatives.filters import is_in, known_positives, pad_rows, repeats_earlier
 from ..negatives.selector import Selection
 from ..negatives.settings import HardnessMode, NegativeSettings
@@ -95,8 +97,17 @@ class Candidates(NamedTuple):
 
 
 def known_rows(corpus: Corpus, qrels: Qrels | None, rows: Tensor, keys: Tensor) -> Tensor:
-    """What no query may get, by their positives ``(B,)`` and their keys ``(B,)``: ``(B, m)``, padded with −1."""
-    return pad_rows(known_positives(corpus, qrels, rows.tolist(), keys.tolist())).to(rows.device)
+    """What no query may get, by their positives ``(B,)`` and their keys ``(B,)``: ``(B, m)``, padded with −1. Of a
+    query that is in several pairs of the batch it is what is known of all of them, whatever the judgements say.
+    """
+    known, pairs_of = known_positives(corpus, qrels, rows.tolist(), keys.tolist()), defaultdict[int, list[int]](list)
+    for pair, key in enumerate(keys.tolist()):
+        pairs_of[key].append(pair)
+    for key, pairs in pairs_of.items():
+        if len(pairs) > 1 and key != UNKNOWN:
+            together = np.unique(np.concatenate([known[pair] for pair in pairs]))
+            known = [together if keys_of == key else each for each, keys_of in zip(known, keys.tolist(), strict=True)]
+    return pad_rows(known).to(rows.device)
 
 
 def in_batch_candidates(rows: Tensor | None, known: Tensor | None, count: int, device: torch.device) -> Candidates:

@@ -42,7 +42,7 @@ def known_positives(
     Raises:
         CorpusError: a key is that of an own question that the corpus does not know.
     """
-    judged = [np.array([row]) for row in labels] if qrels is None else qrels.co_positives(labels)
+    judged = [np.array([row]) for row in labels] if qrels is None else qrels.co_positives(labels, keys)
     for n, (row, key) in enumerate(zip(labels, keys, strict=True)):
         if is_own(key):
             asked = np.empty(0, dtype=np.int64) if qrels is None else qrels.rows_asked_by(key)

@@ -29,9 +29,9 @@ class NegativeSettings:
         in_batch_negatives: whether the positives of the other queries are negatives too.
         scale: inverse temperature β: the similarities are multiplied by it in the softmax, and by it ``"gumbel"``
             samples. By default 20 for cosine similarity and unit vectors, and 1 for the dot product of others.
-        train_split: the corpus split that is trained on: its judgements say what else is relevant to a query. A query
-            is known by its positive's row: where one target answers several queries of the split, nothing that is
-            relevant to any of them is a negative for them. With ``None``, or a corpus without splits, the labels are
+        train_split: the corpus split that is trained on: its judgements say what else is relevant to a query. Where
+            one target answers several queries of the split, nothing that is relevant to any of them is a negative for
+            them. With ``None``, or a corpus without splits, the labels are
             all that is known, and other positives of a query may become its negatives.
         hardness_mode: which negatives count the more the harder they are, as
             :class:`~sentence_transformers.sentence_transformer.losses.MultipleNegativesRankingLoss` has it:
