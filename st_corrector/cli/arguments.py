@@ -103,7 +103,7 @@ def read_queries(args: argparse.Namespace, corpus: Corpus | None) -> list[str]:
             raise InputError("Which queries? Pass --queries, or --corpus for those of its --split.")
         return list(dict.fromkeys(corpus.qrels(args.split).queries["text"]))
     try:
-        lines = args.queries.read_text(encoding="utf-8").splitlines()
+        lines = args.queries.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{args.queries} is not UTF-8 text ({error}).") from error
     # A log repeats them: one that teaches may not judge.

@@ -229,5 +229,9 @@ def write_by_content(tables: Iterable[pa.Table], folder: Path) -> Dataset:
     partial = folder / f"targets-{os.getpid()}-{id(state)}.arrow"
     write_arrow(partial, TARGETS, hashed())
     path = folder / f"targets-{state.hexdigest()}.arrow"
-    os.replace(partial, path)
+    if path.is_file() and path.stat().st_size == partial.stat().st_size:
+        # Others may have mapped it, and what was derived from it, such as digests, is known by its time.
+        partial.unlink()
+    else:
+        os.replace(partial, path)
     return Dataset.from_file(str(path))

@@ -23,7 +23,7 @@ from ..storage.fingerprint import digest_json
 from .columns import BATCH
 from .duplicates import TextDigests
 from .query_keys import UNKNOWN, own_keys, query_keys
-from .text import join_title, normalized
+from .text import join_title, normalized, words
 
 Question = Literal["title", "first_sentence"] | Sequence[str | None] | Callable[[dict[str, Any]], str | None]
 """What a target's own question is: its title, the first sentence of its text, one string (or None) for each target, or
@@ -31,15 +31,25 @@ a function of ``{"id", "title", "text"}`` that returns a string or None.
 """
 _SCHEMA = pa.schema([("key", pa.int64())])
 _SENTENCE_ENDS = regex.compile(r"(?<=\p{Sentence_Terminal}[\p{Pf}\p{Pe}\"']*)(?:\s+|(?<=[。！？]))|\n+")
+# "U.S.", "e.g.", an initial, a title before a name.
+_ABBREVIATION = regex.compile(
+    r"(?:\b\p{L}|\b(?:Dr|Mr|Mrs|Ms|Prof|St|Gen|Col|Lt|Sgt|Sen|Rep|Rev|Hon|Jr|Sr|vs|cf|ca|Fig|No|Vol|approx))\.$"
+)
+_FEWEST = 2  # words: one asks for nothing
 _NAMED = ("title", "first_sentence")
 
 
 def first_sentence(text: str) -> str | None:
     """The first sentence of ``text``, up to a full stop (of any script) or the end of a line; None where there is no
-    other.
+    other. No sentence ends at an abbreviation, such as ``Dr.`` or ``U.S.``, or behind its first word, except with its
+    line.
     """
-    head, *rest = _SENTENCE_ENDS.split(text.strip(), maxsplit=1)
-    return head.strip() if rest and rest[0].strip() and head.strip() else None
+    text = text.strip()
+    for end in _SENTENCE_ENDS.finditer(text):
+        head = text[: end.start()]
+        if "\n" in end.group() or not (_ABBREVIATION.search(head) or len(words(head)) < _FEWEST):
+            return head.strip() if text[end.end() :] else None
+    return None
 
 
 class OwnQuestions:
@@ -65,7 +75,7 @@ class OwnQuestions:
         if not isinstance(question, str) and not callable(question) and len(question) != len(targets):
             raise CorpusError(f"{len(question)} questions for {len(targets)} targets: give one (or None) for each.")
         named = question if isinstance(question, str) else Hasher.hash(question)
-        self.identity = digest_json([digests.identity, named, _SENTENCE_ENDS.pattern])
+        self.identity = digest_json([digests.identity, named, _SENTENCE_ENDS.pattern, _ABBREVIATION.pattern, _FEWEST])
         """A digest of the targets and the question."""
         self._path = cache_dir / f"own-questions-{self.identity}.arrow"
         if not (self.keys != UNKNOWN).any():

@@ -103,16 +103,13 @@ class Distillation:
     ) -> None:
         assert settings.teacher is not None
         self.settings, self.teacher = settings, settings.teacher
-        if self.teacher.corpus_size != len(corpus):
-            raise InputError(
-                f"The teacher is of a corpus of {self.teacher.corpus_size} targets, this one has {len(corpus)}: its "
-                "rows must be those of this corpus, in the same order."
-            )
+        self.teacher.require_corpus(corpus)
         self.weight, self.scale = settings.teacher_weight or 0.0, settings.teacher_scale or 1.0
         self._looked = False
         self.trust: TeacherTrust | None = None
         """How far it is trusted, where that is not set."""
-        if settings.teacher_weight is None or settings.teacher_scale is None:
+        # Labels that never count need no scale.
+        if settings.teacher_weight is None or (settings.teacher_scale is None and settings.teacher_weight):
             if not has_corrected:
                 raise InputError(
                     "How far a teacher can be trusted is found out by the corrected corpus, and there is none: pass a "
@@ -123,7 +120,7 @@ class Distillation:
                     "How far a teacher can be trusted is found out by the texts of the training questions, which the "
                     "corpus does not have: corpus.add_split(…) adds them; or set teacher_weight and teacher_scale."
                 )
-            self.trust = TeacherTrust(self.teacher, corpus, qrels)
+            self.trust = TeacherTrust(self.teacher, corpus, qrels, settings.teacher_weight)
 
     def begin_step(self, corrected: CorrectedCorpus, encode_queries: Callable[[list[str]], Tensor]) -> None:
         """Find out what is not set, if its time has come."""
@@ -200,6 +197,8 @@ class Distillation:
         if self.trust is not None and self.trust.judgement is not None:
             described |= {f"{name}_mrr": value for name, value in self.trust.judgement.mrr.items()}
             described["encoded_to_compare"] = sum(found.encoded for _, found in self.trust.history)
+            named = {"weight": self.settings.teacher_weight, "scale": self.settings.teacher_scale}
+            described["found_out"] = [name for name, value in named.items() if value is None]
         return described
 
     def state(self) -> dict[str, Any]:

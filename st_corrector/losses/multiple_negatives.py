@@ -190,6 +190,10 @@ class CorrectedMultipleNegativesLoss(nn.Module):
         """Those that train together; more than one under ``accelerate launch``."""
         self.metrics = StepMetrics()
         """What the steps have measured since :meth:`pop_metrics` was last called."""
+        self.query_prompt: str | None = None
+        """What :meth:`encode_queries` puts before queries; by default what the model does. CorrectorTrainer sets it to
+        that of the column it trains on.
+        """
         self.targets_encoded = 0
         """Targets encoded for the task loss so far, positives and negatives."""
         self.targets_verified = 0
@@ -576,13 +580,14 @@ class CorrectedMultipleNegativesLoss(nn.Module):
     def encode_queries(self, texts: list[str], batch_size: int = 64) -> Tensor:
         """``f(x)`` of ``texts`` by the model as it is now, as the search sees it: ``(B, d)``; nothing is changed by it.
 
-        In full width, as in training; the model's ``truncate_dim`` is ignored.
+        In full width, as in training, behind :attr:`query_prompt`; the model's ``truncate_dim`` is ignored.
         """
         model = unwrap(self.model)
         with evaluating(model):
             return self.similarity.comparable(
                 model.encode_query(
                     texts,
+                    prompt=self.query_prompt,
                     batch_size=batch_size,
                     convert_to_tensor=True,
                     show_progress_bar=False,

@@ -139,13 +139,14 @@ class TeacherTrust:
         teacher: whose labels are weighed.
         corpus: the targets.
         qrels: of the split that is trained on.
+        weight: with which its labels count, where that has been set; then only their scale is found out.
 
     Raises:
         InputError: the teacher knows too few questions of the split to be judged by.
     """
 
-    def __init__(self, teacher: Teacher, corpus: Corpus, qrels: Qrels) -> None:
-        self.teacher = teacher
+    def __init__(self, teacher: Teacher, corpus: Corpus, qrels: Qrels, weight: float | None = None) -> None:
+        self.teacher, self._set = teacher, weight
         self.held_out = HeldOut.choose(corpus, qrels, teacher)
         self._questions = len(qrels)
         self.history: list[tuple[int, Judgement]] = []
@@ -167,6 +168,7 @@ class TeacherTrust:
                 found = found._replace(weight=min(found.weight, self.history[-1][1].weight))
             self.history.append((corrected.steps, found))
             log = logger.warning if found.teacher_mrr <= found.encoder_mrr else logger.info
+            weight = found.weight if self._set is None else self._set
             log(
                 "On %d of %d training questions%s the teacher's MRR@10 is %.3f, the encoder's after "
                 "%d steps %.3f: the teacher's labels count with weight %.2f%s.",
@@ -176,8 +178,8 @@ class TeacherTrust:
                 found.teacher_mrr,
                 corrected.steps,
                 found.encoder_mrr,
-                found.weight,
-                "" if found.weight else ", which is not at all",
+                weight,
+                ", as was set" if self._set is not None else "" if weight else ", which is not at all",
             )
         return self.history[-1][1]
 

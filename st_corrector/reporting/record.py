@@ -114,7 +114,9 @@ class LossRecord:
         theirs, ours = self.settings.get("teacher_mrr"), self.settings.get("encoder_mrr")
         if theirs is None or ours is None:
             return f"{said}, as they were set"
-        return f"{said}, found out on held-out training questions: MRR@10 {theirs:.3f}, the encoder's {ours:.3f}"
+        named = self.settings.get("found_out") or ["weight", "scale"]
+        what = "" if len(named) == 2 else f"of which the {named[0]} was "
+        return f"{said}, {what}found out on held-out training questions: MRR@10 {theirs:.3f}, the encoder's {ours:.3f}"
 
 
 @dataclass

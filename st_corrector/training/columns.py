@@ -6,10 +6,13 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Value
 from sentence_transformers.base.data_collator import DEFAULT_LABEL_COLUMNS
 
+from ..data.query_keys import UNKNOWN
 from ..errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -48,15 +51,19 @@ def prompts_by_column(query: str, document: str, train: Iterable[Any], others: I
 
 
 def _of_columns(data: Any, query: str, document: str) -> dict[str, str]:
-    names = [name for name in data.column_names or () if name not in _NO_TEXTS]
-    return {name: document if place else query for place, name in enumerate(names)}
+    return {name: document if place else query for place, name in enumerate(texts_in(data))}
+
+
+def texts_in(data: Any) -> list[str]:
+    """The columns of texts, that of the queries first."""
+    return [name for name in data.column_names or () if name not in _NO_TEXTS]
 
 
 def negatives_named(data: Any) -> int:
     """How many negatives each pair of a data set brings itself, in columns of texts or as rows in its labels."""
     columns = list(data.column_names or ())
     label = next((name for name in DEFAULT_LABEL_COLUMNS if name in columns), None)
-    texts = sum(name not in _NO_TEXTS for name in columns)
+    texts = len(texts_in(data))
     rows = 0
     if label is not None and isinstance(data, Dataset) and len(data):
         first = data[0][label]
@@ -83,7 +90,7 @@ def require_columns(data: Any) -> None:
                 f"dataset.add_column({name!r}, corpus.labels(ids, queries)), after removing what is there, makes them "
                 "of ids."
             )
-        elif isinstance(data, Dataset) and (nulls := data.data.column(name).null_count):
+        elif isinstance(data, Dataset) and (nulls := column_of(data, name).null_count):
             raise InputError(
                 f"The column {name!r} has {nulls} nulls, expected the corpus row of every positive: "
                 f"dataset.filter(lambda row: row[{name!r}] is not None) leaves these pairs out."
@@ -97,5 +104,25 @@ def _are_labels(name: str, feature: Any, data: Any) -> bool:
         return False
     if of_lists is None or not isinstance(data, Dataset):
         return True
-    lengths = pc.min_max(pc.list_value_length(data.data.column(name))).as_py()
+    lengths = pc.min_max(pc.list_value_length(column_of(data, name))).as_py()
     return not len(data) or (lengths["min"] == lengths["max"] and lengths["min"] >= 2)
+
+
+def column_of(data: Dataset, name: str) -> pa.ChunkedArray:
+    """A column as Arrow has it, of the rows that were selected alone."""
+    return data.select_columns(name).with_format("arrow")[:].column(0)
+
+
+def keys_in_labels(data: Dataset) -> np.ndarray:
+    """The queries' keys in the labels of a data set, int64, ``(n,)``; none, ``(0,)``, where labels are something else
+    or rows alone.
+    """
+    label = next((name for name in DEFAULT_LABEL_COLUMNS if name in data.column_names), None)
+    if (
+        label is None
+        or not hasattr(data.features[label], "feature")
+        or not _are_labels(label, data.features[label], data)
+    ):
+        return np.empty(0, dtype=np.int64)
+    found: np.ndarray = pc.list_element(column_of(data, label), 1).fill_null(UNKNOWN).to_numpy().astype(np.int64)
+    return found

@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler
 
 from ..data.query_keys import is_own
 from ..errors import InputError
+from .columns import keys_in_labels
 
 SHARE = 0.36
 """Of every batch, where own pairs help and nothing else is asked for."""
@@ -21,11 +22,7 @@ SHARE = 0.36
 
 def own_positions(dataset: Dataset) -> np.ndarray:
     """Where the own pairs (:meth:`.Corpus.own_pairs`) of a data set are, ascending."""
-    label = next((name for name in ("label", "labels") if name in dataset.column_names), None)
-    if label is None or not hasattr(dataset.features[label], "feature"):
-        return np.empty(0, dtype=np.int64)
-    keys = np.array(dataset[label][:], dtype=np.int64).reshape(len(dataset), -1)[:, 1]
-    return np.flatnonzero(is_own(torch.from_numpy(keys)).numpy())
+    return np.flatnonzero(is_own(torch.from_numpy(keys_in_labels(dataset))).numpy())
 
 
 def count_for(share: float, batch_size: int) -> int:

@@ -112,14 +112,14 @@ def corrector_for(args: CorrectorTrainingArguments, data: Any, corpus: Corpus, i
 # ---------------------------------------------------------------------- own pairs
 
 
-def training_pairs(corpus: Corpus, args: CorrectorTrainingArguments | None, teacher: Teacher | None = None) -> Dataset:
+def training_pairs(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Teacher | None = None) -> Dataset:
     """The pairs of the split that is trained on, and as many own pairs as the run will draw, or as there are.
 
     Where ``args.own_pairs_share`` is not set, see :func:`share_for`.
     """
-    split = (args and args.train_split) or "train"
+    split = args.train_split or "train"
     pairs = corpus.pairs(split)
-    if args is None or not (share := share_for(corpus, args, teacher)):
+    if not (share := share_for(corpus, args, teacher)):
         return pairs
     if args.own_pairs_share is None:
         logger.info(

@@ -45,7 +45,7 @@ from ..teachers import Teacher
 from .arguments import CorrectorTrainingArguments
 from .callbacks import FidelityCallback, RefreshCallback
 from .checkpoint import FOLDER, fault_of, load_losses, save_losses, seal, unseal
-from .columns import prompts_by_column, require_columns
+from .columns import prompts_by_column, require_columns, texts_in
 from .guard import Guard, NonFinitePolicy
 from .own_pairs import SHARE, OwnPairsBatchSampler, own_positions
 from .plan import batches, corrector_for, training_pairs
@@ -95,6 +95,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
 
     training_args_class = CorrectorTrainingArguments
     args: CorrectorTrainingArguments
+    _evaluates = False  # while loaders of data sets that nothing is learnt of are made
 
     def __init__(
         self,
@@ -109,7 +110,14 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         self.corpus, self.checks, self.teacher = corpus, tuple(checks), teacher
         self._loss_given = kwargs.get("loss")
         if corpus is not None and kwargs.get("train_dataset") is None:
-            kwargs["train_dataset"] = training_pairs(corpus, args, teacher)
+            if args is None:
+                args = CorrectorTrainingArguments(output_dir="tmp_trainer")  # as the plain trainer
+            elif not isinstance(args, CorrectorTrainingArguments):
+                raise InputError(
+                    f"args is a {type(args).__name__}, expected CorrectorTrainingArguments, which takes the same and "
+                    "says how negatives are chosen."
+                )
+            kwargs["train_dataset"] = training_pairs(corpus, args, teacher or _teacher_in(self._loss_given))
         if model is not None:
             model.model_card_data = CorrectorModelCardData.of(model.model_card_data)
         super().__init__(model, args, **kwargs)
@@ -170,6 +178,18 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         }
         return found if several else next(iter(found.values()))
 
+    def _query_prompt(self, name: str) -> str | None:
+        """What is put before the queries that a loss learns from, with several data sets those of the first; None where
+        a collator of the user's own decides.
+        """
+        prompts, data = getattr(self.data_collator, "prompts", None), self.train_dataset
+        if isinstance(data, dict):
+            of = name if name in data else next(iter(data))
+            data, prompts = data[of], prompts.get(of, prompts) if isinstance(prompts, dict) else prompts
+        if data is None or prompts is None or not (columns := texts_in(data)):
+            return None
+        return prompts if isinstance(prompts, str) else str(prompts.get(columns[0]) or "")
+
     def _begin_run(self, model: SentenceTransformer) -> None:
         """Make what belongs to one run: its record, and what measures or refreshes its losses."""
         for callback in self._of_run:
@@ -179,6 +199,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
             warn_of_rounded_weights(model)
             if self._puts_prompts:
                 self.data_collator.prompts = self._prompts(model)
+            for name, loss in losses.items():
+                loss.query_prompt = self._query_prompt(name)
         self.guard.begin(cast(NonFinitePolicy, self.args.non_finite))
         self.recorder = Recorder(model, losses, self.args.example_queries)
         """Keeps the record of the run."""
@@ -187,7 +209,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         self._of_run = [self.recorder] if losses else []
         if losses and isinstance(model.model_card_data, CorrectorModelCardData):
             model.model_card_data.tell_of(self.recorder.record)
-        for loss in losses.values() if self._loss_given is None else ():
+        for loss in losses.values():
             args, batch_size = self.args, self.args.cache_batch_size
             if args.refresh_every is not None:
                 self._of_run.append(RefreshCallback(loss, args.refresh_every, batch_size=batch_size))
@@ -257,8 +279,10 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         generator: torch.Generator | None = None,
         seed: int = 0,
     ) -> BatchSampler | None:
-        """The sampler that the arguments ask for; of a data set with own pairs, their share of every batch."""
+        """The sampler that the arguments ask for; of a training set with own pairs, their share of every batch."""
         make, share = super().get_batch_sampler, self.args.own_pairs_share
+        if self._evaluates:
+            return make(dataset, batch_size, drop_last, valid_label_columns, generator, seed)
         has_own = isinstance(dataset, Dataset) and len(own_positions(dataset)) > 0
         if share is None:
             share = SHARE if has_own else 0.0
@@ -347,29 +371,37 @@ class CorrectorTrainer(SentenceTransformerTrainer):
                     print(_prefix(name) + describe_memory(needs, self.args.device))
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        with self._without_dispatching():
+        with self._evaluating():
             return super().get_eval_dataloader(*args, **kwargs)
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        with self._without_dispatching():
+        with self._evaluating():
             return super().get_test_dataloader(*args, **kwargs)
 
     @contextmanager
-    def _without_dispatching(self) -> Iterator[None]:
-        """Have each process make its own batches of streamed data: see what the constructor says of dispatched ones."""
+    def _evaluating(self) -> Iterator[None]:
+        """Have each process make its own batches of streamed data (see what the constructor says of dispatched ones),
+        each pair once.
+        """
         config = self.accelerator.dataloader_config
-        dispatches, config.dispatch_batches = config.dispatch_batches, False
+        dispatches, config.dispatch_batches, self._evaluates = config.dispatch_batches, False, True
         try:
             yield
         finally:
-            config.dispatch_batches = dispatches
+            config.dispatch_batches, self._evaluates = dispatches, False
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, model: nn.Module, epoch: int, train_dataloader: Any, *args: Any, **kwargs: Any) -> None:
         # The plain trainer takes one step too many where it resumes what was finished already.
         if 0 < self.state.max_steps <= self.state.global_step:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return
+        # Where it resumes with several processes, it does not reach a sampler that lies deeper than it expects.
+        sampler = getattr(train_dataloader, "batch_sampler", None)
+        while sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+            sampler = getattr(sampler, "batch_sampler", None)
+        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         try:
@@ -460,6 +492,20 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         if self.args.should_save:
             seal(output_dir)
 
+    def _load_best_model(self) -> None:
+        # Of the best step are the weights and the corrector; what the run has cost and met is that of all its steps.
+        self.recorder.update(self.state)
+        losses = list(self._stateful_losses().values())
+        counted = [
+            (loss.targets_encoded, loss.targets_verified, loss.removed, loss.corrected.targets_reencoded)
+            for loss in losses
+        ]
+        super()._load_best_model()
+        for loss, (encoded, verified, removed, reencoded) in zip(losses, counted, strict=True):
+            loss.targets_encoded, loss.targets_verified, loss.removed = encoded, verified, removed
+            # Where the cache had been refreshed, it has been once more now.
+            loss.corrected.targets_reencoded = reencoded + loss.corrected.refreshed * len(loss.corrected)
+
     def _load_from_checkpoint(self, checkpoint_path: str, *args: Any) -> None:
         super()._load_from_checkpoint(checkpoint_path, *args)
         if self.args.save_only_model:
@@ -501,6 +547,13 @@ def _is_corrected(loss: Any) -> bool:
     return isinstance(loss, nn.Module) and any(
         isinstance(module, CorrectedMultipleNegativesLoss) for module in loss.modules()
     )
+
+
+def _teacher_in(losses: Any) -> Teacher | None:
+    """The teacher of a corrected loss that has been made."""
+    modules = (module for loss in _each(losses) if isinstance(loss, nn.Module) for module in loss.modules())
+    found = (each.distillation for each in modules if isinstance(each, CorrectedMultipleNegativesLoss))
+    return next((each.teacher for each in found if each is not None), None)
 
 
 def _prefix(name: str) -> str:

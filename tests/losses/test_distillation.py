@@ -275,7 +275,7 @@ def many():
 
 
 def trusting(corpus, teacher, folder, **settings):
-    args = arguments(folder, learning_rate=0.05, max_steps=45, save_steps=20, **settings)
+    args = arguments(folder, **{"learning_rate": 0.05, "max_steps": 45, "save_steps": 20, **settings})
     return CorrectorTrainer(make_static_model(), args, corpus=corpus, teacher=teacher)
 
 
@@ -299,6 +299,31 @@ def test_a_good_teacher_is_trusted_and_a_random_one_is_not(many, tmp_path, caplo
     messages = [record for record in caplog.records if ", which are held out, the teacher" in record.getMessage()]
     assert {record.levelno for record in messages} == {logging.INFO, logging.WARNING}
     assert "which is not at all" in next(m for m in messages if m.levelno == logging.WARNING).getMessage()
+
+
+@pytest.mark.parametrize("set_to", [{"teacher_weight": 1.5}, {"teacher_scale": 12.0}], ids=["weight", "scale"])
+def test_what_was_set_is_not_said_to_have_been_found_out(many, tmp_path, caplog, set_to):
+    caplog.set_level(logging.INFO, logger="st_corrector")
+    trainer = trusting(many, good_teacher(many, 1e4), tmp_path, max_steps=2, **set_to)
+    (loss,) = trainer._corrected_losses().values()
+    trainer.train()
+    said = next(text for each in caplog.records if "labels count with weight" in (text := each.getMessage()))
+    told, (named, value) = loss.distillation.describe(), *set_to.items()
+    assert told[named] == value and told["found_out"] == [{"teacher_weight": "scale", "teacher_scale": "weight"}[named]]
+    (record,) = trainer.recorder.record.losses.values()
+    if named == "teacher_weight":
+        assert said.endswith("count with weight 1.50, as was set.")
+        assert "weight 1.5 and scale" in record.labels and "of which the scale was found out" in record.labels
+    else:
+        assert said.endswith("count with weight 0.00, which is not at all.")
+        assert "of which the weight was found out" in record.labels
+
+
+def test_labels_that_never_count_are_not_judged(many, tmp_path):
+    trainer = trusting(many, good_teacher(many), tmp_path, max_steps=2, teacher_weight=0.0)
+    (loss,) = trainer._corrected_losses().values()
+    trainer.train()
+    assert loss.distillation.trust is None and loss.corrected.targets_reencoded == 0
 
 
 def test_a_teacher_counts_by_the_lead_that_is_sure():
@@ -571,7 +596,7 @@ def test_a_teacher_that_cannot_be_judged_is_refused(many, static_model, tmp_path
     with pytest.raises(InputError, match="teacher_scale must be positive"):
         DistillationSettings(teacher_scale=0.0)
     small = EmbeddingTeacher(torch.randn(5, 4), torch.randn(600, 4), many.qrels("train").keys)
-    with pytest.raises(InputError, match="of a corpus of 5 targets, this one has 600"):
+    with pytest.raises(InputError, match="The teacher has 5 rows, the corpus 600 targets"):
         CorrectedMultipleNegativesLoss(static_model, many, cache, teacher=small)
     with pytest.raises(InputError, match="found out by the corrected corpus"):
         CorrectedMultipleNegativesLoss(static_model, many, num_negatives=0, teacher=good_teacher(many))

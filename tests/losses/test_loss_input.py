@@ -209,6 +209,22 @@ def test_labels_that_are_no_rows_are_named(static_model, loss, corpus, tmp_path,
         trainer_with(static_model, loss, tmp_path, corpus, pairs, where)
 
 
+@pytest.mark.parametrize("where", ["train", "eval"])
+@pytest.mark.parametrize("values", [[None, *range(1, 200)], [[0, 5, 7], *([n, 5] for n in range(1, 200))]])
+def test_rows_with_wrong_labels_may_be_left_out_as_the_message_says(
+    static_model, loss, corpus, tmp_path, where, values
+):
+    pairs = corpus.pairs("train").remove_columns("label").add_column("label", values)
+    with pytest.raises(InputError, match="The column 'label'"):
+        trainer_with(static_model, loss, tmp_path, corpus, pairs, where)
+    right = pairs.filter(
+        lambda row: isinstance(row["label"], int) or (row["label"] is not None and len(row["label"]) == 2)
+    )
+    assert len(right) == 199
+    for data in (right, pairs.select([2, 3])):
+        trainer_with(static_model, loss, tmp_path, corpus, data, where)
+
+
 @pytest.mark.parametrize("name", ["label", "labels", "score"])
 def test_rows_by_any_of_the_names_that_a_trainer_knows_are_trained_on(static_model, loss, corpus, tmp_path, name):
     pairs = corpus.pairs("train").rename_column("label", name) if name != "label" else corpus.pairs("train")

@@ -149,6 +149,10 @@ def test_the_best_step_brings_its_corrector_back(corpus, tmp_path):
     assert all(torch.equal(value, states[1][name]) for name, value in state.items())
     assert any(not torch.equal(value, states[2][name]) for name, value in state.items())
     assert loss.corrected.search.steps == 4
+    # What the run has cost is what all of its steps have.
+    last = [entry for entry in trainer.state.log_history if "targets_encoded" in entry][-1]
+    (record,) = trainer.recorder.record.losses.values()
+    assert loss.targets_encoded == record.counts["targets_encoded"] == last["targets_encoded"] > 0
 
 
 def test_a_checkpoint_of_something_else_is_refused(corpus, tmp_path):

@@ -5,8 +5,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from conftest import make_static_model, make_texts
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
@@ -18,13 +20,16 @@ from st_corrector import (
     CorpusError,
     CorrectedMultipleNegativesLoss,
     CorrectorTrainer,
+    DistillationSettings,
     EmbeddingCache,
+    EmbeddingTeacher,
     InputError,
 )
 from st_corrector.data.own_questions import first_sentence
 from st_corrector.data.query_keys import is_own
 from st_corrector.negatives.filters import known_positives
 from st_corrector.training.own_pairs import OwnPairsBatchSampler, own_positions
+from st_corrector.training.several_data_sets import JoinedBatches, SplitBatches
 
 
 def keys_in(pairs):
@@ -73,6 +78,10 @@ def test_development_splits_have_no_part_in_the_draw(titled):
         ("جملة أولى؟ جملة ثانية.", "جملة أولى؟"),
         ("def f(x):\n    return x", "def f(x):"),
         ("Version 3.5 is out. Install it.", "Version 3.5 is out."),
+        ("Dr. Smith met Mrs. J. Doe there. She left.", "Dr. Smith met Mrs. J. Doe there."),
+        ("The U.S. Army, e.g. its band, is big. It is.", "The U.S. Army, e.g. its band, is big."),
+        ("Quick. It does this. And that.", "Quick. It does this."),
+        ("Overview\nIt does this.", "Overview"),
         ("No other sentence.", None),
         ("", None),
     ],
@@ -87,9 +96,9 @@ def test_questions_of_ones_own(titled):
     assert all(pair["anchor"] == titled[pair["label"][0]]["text"].split()[0] for pair in by_function)
     given = [f"question {n}" if n % 2 else None for n in range(200)]
     assert all(pair["anchor"] == f"question {pair['label'][0]}" for pair in titled.own_pairs(question=given))
-    plain = Corpus.from_texts(["One. Two.", "Three", "Four. Five."], titles=[None, "", None])
+    plain = Corpus.from_texts(["It is one. Two.", "Three", "It is four. Five."], titles=[None, "", None])
     plain.add_split("train", {"q": "what"}, {"q": ["1"]})
-    assert sorted(plain.own_pairs()["anchor"]) == ["Four.", "One."], "without titles the first sentence"
+    assert sorted(plain.own_pairs()["anchor"]) == ["It is four.", "It is one."], "without titles the first sentence"
     # A target that says nothing but its question teaches nothing.
     same = Corpus.from_texts(["Paris", "a river", "x"], titles=["paris", "Seine", None])
     same.add_split("train", {"q": "what"}, {"q": ["2"]})
@@ -285,6 +294,72 @@ def test_a_resumed_run_draws_what_the_whole_one_drew(titled, tmp_path):
     assert len(after) == 5 and all(torch.equal(one, other) for one, other in zip(seen[7:], after, strict=True))
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", ["own pairs", "several data sets", "no duplicates"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_resumed_epoch_takes_what_it_would_have_taken(titled, tmp_path, monkeypatch, processes, kind):
+    """The plain trainer skips what was trained on, and then does not reach samplers below accelerate's."""
+    base = NoDuplicatesBatchSampler if kind == "no duplicates" else None
+    _, sampler = sampler_of(titled, 0.25, base=base, batch_size=8)
+    if kind == "several data sets":
+        sampler = SplitBatches(JoinedBatches(sampler, processes), processes, 8)
+    elif kind == "no duplicates":
+        sampler = sampler._base
+    shard = BatchSamplerShard(sampler, num_processes=processes, process_index=0)
+    resumed = []
+
+    def run_epoch(self, model, epoch, loader, *others, **named):
+        loader = skip_first_batches(loader, 1)
+        loader.set_epoch(epoch)
+        resumed.append(list(loader.batch_sampler))
+
+    monkeypatch.setattr(SentenceTransformerTrainer, "_run_epoch", run_epoch)
+    trainer = CorrectorTrainer(make_static_model(), arguments(tmp_path), corpus=titled)
+    for epoch in (2, 1):
+        trainer._run_epoch(trainer.model, epoch, DataLoaderShard(range(1_000), batch_sampler=shard))
+        sampler.set_epoch(epoch)
+        assert resumed[-1] == list(shard)[1:] and len(resumed[-1]) > 2
+    assert resumed[0] != resumed[1]
+
+
+@pytest.mark.parametrize("columns", ["row", "floats", "lists of one", "ragged lists", "nothing"])
+def test_labels_of_other_losses_are_no_own_pairs(titled, columns):
+    labels = {
+        "row": [0, 1, 2],
+        "floats": [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]],
+        "lists of one": [[0], [1], [2]],
+        "ragged lists": [[0, 1], [1], [2, 3, 4]],
+    }
+    data = Dataset.from_dict({"anchor": ["a", "b", "c"], **({"label": labels[columns]} if columns in labels else {})})
+    assert own_positions(data).tolist() == []
+    pairs = concatenate_datasets([titled.pairs("train"), titled.own_pairs(10)])
+    assert own_positions(pairs.select([3, 61, 65])).tolist() == [1, 2], "of what was selected"
+
+
+def test_an_evaluation_looks_at_every_pair_once(titled, tmp_path):
+    own, args = titled.own_pairs(), arguments(tmp_path, own_pairs_share=0.25, per_device_eval_batch_size=8)
+    for data in (own, concatenate_datasets([titled.pairs("train"), own])):
+        trainer = CorrectorTrainer(make_static_model(), args, corpus=titled, eval_dataset=data)
+        looked_at = [place for batch in trainer.get_eval_dataloader().batch_sampler for place in batch]
+        assert sorted(looked_at) == list(range(len(data)))
+        trainer.evaluate()
+
+
+def test_a_teacher_of_a_loss_of_ones_own_is_asked_whether_it_knows_their_questions(titled, tmp_path):
+    model, settings = make_static_model(), {"max_steps": -1, "num_train_epochs": 4}
+    cache = EmbeddingCache.build(model, titled, tmp_path / "cache", progress=False)
+
+    def drawn(**knows):
+        teacher = EmbeddingTeacher(torch.randn(200, 4), torch.randn(len(knows["keys"]), 4), knows["keys"])
+        loss = CorrectedMultipleNegativesLoss(
+            model, titled, cache, teacher=teacher, distillation=DistillationSettings(None, "kl", 1.0, 10.0)
+        )
+        trainer = CorrectorTrainer(model, arguments(tmp_path / "out", **settings), corpus=titled, loss=loss)
+        return len(own_positions(trainer.train_dataset))
+
+    split, own = (np.array(pairs["label"][:])[:, 1] for pairs in (titled.pairs("train"), titled.own_pairs()))
+    assert drawn(keys=split) == 0 and drawn(keys=np.unique(np.concatenate([split, own]))) > 0
 
 
 def test_they_are_a_data_set_of_the_plain_trainer(titled, tmp_path):

@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 from conftest import make_static_model
-from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from support.runs import arguments
 
 from st_corrector import (
@@ -234,3 +235,25 @@ def test_embeddings_that_are_written_back_are_not_given_up_as_a_corrector_that_f
         fresh = corrected.cached(rows) if step % 2 else -corrected.cached(rows)
         corrected.learn(rows, fresh, fresh)
     assert not corrected.diverged and corrected.search.seen(rows).all()
+
+
+def test_arguments_of_the_plain_trainer_are_refused_and_none_are_the_default_ones(titled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="args is a SentenceTransformerTrainingArguments, expected CorrectorTraining"):
+        CorrectorTrainer(make_static_model(), SentenceTransformerTrainingArguments("out"), corpus=titled)
+    without = CorrectorTrainer(make_static_model(), corpus=titled)
+    default = CorrectorTrainer(make_static_model(), CorrectorTrainingArguments("tmp_trainer"), corpus=titled)
+    assert without.train_dataset.to_list() == default.train_dataset.to_list()
+    assert len(own_positions(default.train_dataset)) and without.args.output_dir == "tmp_trainer"
+
+
+def test_refreshes_and_probes_are_made_of_a_loss_of_ones_own_too(titled, tmp_path):
+    model = make_static_model()
+    cache = EmbeddingCache.build(model, titled, tmp_path / "cache", progress=False)
+    loss = MatryoshkaLoss(model, CorrectedMultipleNegativesLoss(model, titled, cache, num_negatives=2), [24, 12])
+    args = arguments(tmp_path / "out", refresh_every=2, probe_every=2, probe_targets=50, save_strategy="no")
+    trainer = CorrectorTrainer(model, args, corpus=titled, loss=loss)
+    trainer.train()
+    (corrected,) = trainer._corrected_losses().values()
+    assert corrected.corrected.refreshed and corrected.corrected.targets_reencoded == 2 * len(titled)
+    assert [each["step"] for each in trainer.fidelity.history] == [0, 2, 4]

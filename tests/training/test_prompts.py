@@ -47,6 +47,26 @@ def test_what_the_arguments_say_holds(corpus, tmp_path):
         trained(tmp_path / "none", corpus, prompts={})
 
 
+@pytest.mark.parametrize("own", [{}, PROMPTS], ids=["a model without prompts", "with"])
+@pytest.mark.parametrize("said", [None, {"anchor": "other : ", "positive": PROMPTS["document"]}])
+def test_queries_outside_of_batches_have_the_prompt_that_is_trained(tmp_path, own, said):
+    model, (queries, texts) = make_static_model(), make_texts(60)
+    model.prompts = dict(own)
+    corpus, ids = Corpus.from_texts(texts, prompt=PROMPTS["document"] if said else None), list(map(str, range(60)))
+    corpus.add_split("train", dict(zip(ids, queries, strict=True)), {id: [id] for id in ids})
+    trainer = CorrectorTrainer(model, arguments(tmp_path, prompts=said), corpus=corpus)
+    (loss,) = trainer._corrected_losses().values()
+    put = said["anchor"] if said else own.get("query", "")
+    text = corpus.qrels("train").queries["text"][3]
+    features = trainer.data_collator([trainer.train_dataset[n] for n in range(2)])
+    assert (
+        features["anchor_input_ids"].tolist()
+        == model.preprocess(trainer.train_dataset[:2]["anchor"], prompt=put)["input_ids"].tolist()
+    )
+    expected = model.encode([text], prompt=put, convert_to_tensor=True)
+    torch.testing.assert_close(loss.encode_queries([text]), torch.nn.functional.normalize(expected, dim=-1))
+
+
 @pytest.mark.parametrize("prompts", [{"query": "query : "}, {"passage": "passage : "}, {"document": ""}, {}])
 def test_models_with_one_prompt_or_none(corpus, tmp_path, prompts):
     model = make_static_model()
