@@ -61,11 +61,12 @@ def test_a_run_killed_at_any_step_goes_on_where_it_was(tmp_path):
 
 
 @pytest.mark.long
-def test_two_killed_processes_go_on_where_they_were(tmp_path):
-    case = RESUMED[0]
+@pytest.mark.parametrize("case", [RESUMED[0], "own pairs, taught", "several data sets"])
+def test_two_killed_processes_go_on_where_they_were(tmp_path, case):
+    """In the middle of the second epoch."""
     launch(tmp_path / "whole", 2, "--cases", json.dumps([case]))
     whole = results(tmp_path / "whole", 2)
-    for one, other in zip(whole, killed_and_resumed(tmp_path / "two", case, 12, 5, processes=2), strict=True):
+    for one, other in zip(whole, killed_and_resumed(tmp_path / "two", case, 17, 8, processes=2), strict=True):
         assert not difference(one, other)
 
 
