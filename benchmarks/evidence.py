@@ -18,10 +18,12 @@ ENCODERS = {
     "2-layers": "Two layers of MiniLM, 30,000 targets",
     "2-layers-all": "Two layers of MiniLM, all targets",
     "static": "Static encoder, all targets",
+    "static-high": "Static encoder, 30,000 targets, five encodings each",
 }
 # All passages, of which a run encodes few, are those of one corpus.
 REGIMES = {encoder: {corpus: f"{corpus}-{encoder}" for corpus in CORPORA} for encoder in ENCODERS}
 REGIMES["2-layers-all"] = {"nq": "minilm-2-layers-all-passages"}
+REGIMES["static-high"] = {"nq": "labels-high-coverage"}
 CORRECTED, WRITTEN = "mlp-pull-back", "stale-write-back"
 FEWER = "-2-negatives-2-layers"
 ADDED = {"": "corrected", "-own-pairs": "+ own pairs", "-teacher": "+ teacher", "-own-pairs-teacher": "+ both"}
@@ -97,6 +99,7 @@ DEFAULTS = {
         ),
     ),
     "2-layers-all": (Default(CORRECTED, (WRITTEN,)),),
+    "static-high": (Default(WRITTEN, (CORRECTED,)), Default(f"{WRITTEN}-teacher", (f"{CORRECTED}-teacher",))),
     "static": (
         Default(f"{WRITTEN}-own-pairs", (f"{CORRECTED}-own-pairs", *_PAIRED, WRITTEN, CORRECTED, *_ALL)),
         Default(

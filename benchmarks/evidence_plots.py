@@ -140,7 +140,7 @@ def _gain(folder: Path, found: dict[str, Corpora]) -> str:
                 axis.errorbar(
                     *(at, middle, [[middle - bounds[0]], [bounds[1] - middle]]),
                     **{"color": colour_of, "fmt": MARKERS[corpus], "ms": 7, "lw": 1, "capsize": 2},
-                    mfc="white" if encoder == "static" else colour_of,
+                    mfc="white" if encoder.startswith("static") else colour_of,
                 )
                 is_empty = False
     if is_empty:

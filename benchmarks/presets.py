@@ -442,6 +442,8 @@ PRESETS = {
         *(Block(f"{name}-2-layers", DECIDES, (0, 1, 2)) for name in ("code", "packages", "nq")),
         Block("code-2-layers", ("mlp-pull-back", "stale-write-back", "mined-margin"), (0, 1, 2)),
         *(Block(f"{name}-static", DECIDES_STATIC, (0, 1, 2)) for name in CORPORA),
+        # Where each target is encoded five times, by the present rule for a teacher's weight.
+        Block("labels-high-coverage", ("mlp-pull-back-teacher", "stale-write-back-teacher"), (0, 1, 2)),
         *(Block(f"{name}-2-layers", ONCE, (0,)) for name in CORPORA),
         *(Block(f"{name}-static", ONCE_STATIC, (0,)) for name in CORPORA),
     ],
