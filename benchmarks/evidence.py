@@ -99,7 +99,7 @@ DEFAULTS = {
         ),
     ),
     "2-layers-all": (Default(CORRECTED, (WRITTEN,)),),
-    "static-high": (Default(WRITTEN, (CORRECTED,)), Default(f"{WRITTEN}-teacher", (f"{CORRECTED}-teacher",))),
+    "static-high": (),  # the labels study has them
     "static": (
         Default(f"{WRITTEN}-own-pairs", (f"{CORRECTED}-own-pairs", *_PAIRED, WRITTEN, CORRECTED, *_ALL)),
         Default(
