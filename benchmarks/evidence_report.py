@@ -280,7 +280,7 @@ def summary(found: dict[str, Corpora], tests: dict[str, Corpora]) -> str:
     """
     runs = {corpus: tests.get("2-layers", {}).get(corpus, dev) for corpus, dev in found["2-layers"].items()}
     titles = [CORPORA[corpus] for corpus in runs]
-    rows = [f"| | {' | '.join(titles)} | time, in-batch = 1 |", "|---" * (len(titles) + 2) + "|"]
+    rows = [f"| | {' | '.join(titles)} | time, roughly |", "|---" * (len(titles) + 2) + "|"]
     for name, words in SUMMARY.items():
         cells = [mean_sd([mrr(run) for run in each[name]]) if name in each else "" for each in runs.values()]
         rows.append(f"| {words} | {' | '.join(cells)} | {_times(found['2-layers'], name)} |")
