@@ -31,8 +31,8 @@ class NegativeSettings:
             samples. By default 20 for cosine similarity and unit vectors, and 1 for the dot product of others.
         train_split: the corpus split that is trained on: its judgements say what else is relevant to a query. Where
             one target answers several queries of the split, nothing that is relevant to any of them is a negative for
-            them. With ``None``, or a corpus without splits, the labels are
-            all that is known, and other positives of a query may become its negatives.
+            them. With ``None``, or a corpus without splits, the labels are all that is known, and other positives of a
+            query may become its negatives.
         hardness_mode: which negatives count the more the harder they are, as
             :class:`~sentence_transformers.sentence_transformer.losses.MultipleNegativesRankingLoss` has it:
             ``"hard_negatives"``, those that a query has taken itself (`Schechter Vera et al. 2025
