@@ -527,8 +527,8 @@ class Corpus:
         """
         if rows != len(self):
             raise InputError(
-                f"{what} has {rows:,} rows, the corpus {len(self):,} targets: they must be the same, in the same order. "
-                "Pass the corpus that it was made of (max_targets takes the first ones), or make it again of this one."
+                f"{what} has {rows:,} rows, the corpus {len(self):,} targets, and row i must be target i: pass the "
+                "corpus that it was made of (max_targets takes the first ones), or make it again of this one."
             )
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise InputError(
