@@ -99,7 +99,11 @@ DEFAULTS = {
         ),
     ),
     "2-layers-all": (Default(CORRECTED, (WRITTEN,)),),
-    "static-high": (),  # the labels study has them
+    # The labels study has them; here are those by the present rule for a teacher's weight.
+    "static-high": (
+        Default(f"{WRITTEN}-own-pairs", (f"{CORRECTED}-own-pairs",)),
+        Default(f"{CORRECTED}-own-pairs-teacher", (f"{CORRECTED}-teacher", f"{WRITTEN}-teacher")),
+    ),
     "static": (
         Default(f"{WRITTEN}-own-pairs", (f"{CORRECTED}-own-pairs", *_PAIRED, WRITTEN, CORRECTED, *_ALL)),
         Default(
