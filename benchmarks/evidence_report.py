@@ -49,7 +49,6 @@ from strategies import runs as runs_of
 sys.path.insert(0, str(ROOT / "recipes"))
 from common import commit
 
-BY = Path(__file__).name
 OPENED = "opened.json"
 SEEDS = 3  # with two an interval says little
 LITTLE = 0.5  # points below something else that would not matter
@@ -363,7 +362,9 @@ def main() -> None:
     (folder / "README.md").write_text(page(folder), encoding="utf-8")
     if folder.resolve() == RESULTS / "evidence":
         found, path = read(folder), ROOT / "README.md"
-        text = put_into(path.read_text(encoding="utf-8"), "evidence", summary(found, tested(folder, found)), BY)
+        text = put_into(
+            path.read_text(encoding="utf-8"), "evidence", summary(found, tested(folder, found)), Path(__file__).name
+        )
         path.write_text(text, encoding="utf-8")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
@@ -132,7 +131,7 @@ class Qrels:
         same = [self._same_text[query] for query in queries.tolist() if query in self._same_text]
         return np.unique(np.concatenate([*same, queries]))
 
-    def co_positives(self, rows: Iterable[int], keys: Sequence[int] | None = None) -> list[np.ndarray]:
+    def co_positives(self, rows: Sequence[int], keys: Sequence[int]) -> list[np.ndarray]:
         """For the positive of each query of a training step: every target that shares a query with it (itself
         included), every target that is judged relevant to the query itself, and every target with the text of such a
         query, ascending.
@@ -145,8 +144,8 @@ class Qrels:
             keys: of the queries, which may have been judged without this positive; −1 for one that is not known.
         """
         result = []
-        for row, key in zip(rows, itertools.repeat(UNKNOWN) if keys is None else keys, strict=keys is not None):
-            asking = np.union1d(self.asking_for(row), self.with_same_text(self.queries_with(key))).tolist()
+        for row, key in zip(rows, keys, strict=True):
+            asking = self.with_same_text(np.concatenate([self.queries_of(row), self.queries_with(key)])).tolist()
             shared = [self.rows_of(query) for query in asking]
             own = [self._own_rows[query] for query in asking if query in self._own_rows]
             result.append(np.unique(np.concatenate([[row], *shared, *own])).astype(np.int64))

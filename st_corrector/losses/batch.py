@@ -106,7 +106,8 @@ def known_rows(corpus: Corpus, qrels: Qrels | None, rows: Tensor, keys: Tensor) 
     for key, pairs in pairs_of.items():
         if len(pairs) > 1 and key != UNKNOWN:
             together = np.unique(np.concatenate([known[pair] for pair in pairs]))
-            known = [together if keys_of == key else each for each, keys_of in zip(known, keys.tolist(), strict=True)]
+            for pair in pairs:
+                known[pair] = together
     return pad_rows(known).to(rows.device)
 
 

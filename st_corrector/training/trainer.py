@@ -184,7 +184,8 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         """
         prompts, data = getattr(self.data_collator, "prompts", None), self.train_dataset
         if isinstance(data, dict):
-            of = name if name in data else next(iter(data))
+            of = name.partition("#")[0]  # of several losses in one wrapper the others are numbered
+            of = of if of in data else next(iter(data))
             data, prompts = data[of], prompts.get(of, prompts) if isinstance(prompts, dict) else prompts
         if data is None or prompts is None or not (columns := texts_in(data)):
             return None
@@ -503,8 +504,7 @@ class CorrectorTrainer(SentenceTransformerTrainer):
         super()._load_best_model()
         for loss, (encoded, verified, removed, reencoded) in zip(losses, counted, strict=True):
             loss.targets_encoded, loss.targets_verified, loss.removed = encoded, verified, removed
-            # Where the cache had been refreshed, it has been once more now.
-            loss.corrected.targets_reencoded = reencoded + loss.corrected.refreshed * len(loss.corrected)
+            loss.corrected.targets_reencoded = reencoded
 
     def _load_from_checkpoint(self, checkpoint_path: str, *args: Any) -> None:
         super()._load_from_checkpoint(checkpoint_path, *args)

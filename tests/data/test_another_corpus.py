@@ -1,5 +1,6 @@
 """Embeddings of another corpus of the same size are refused wherever embeddings and a corpus meet."""
 
+import argparse
 import json
 
 import numpy as np
@@ -22,6 +23,7 @@ from st_corrector import (
 )
 from st_corrector.carry_over.fitting import fit_to_pairs
 from st_corrector.cli import main
+from st_corrector.cli.arguments import read_queries
 from st_corrector.stores.opening import open_vectors
 
 COUNT = 240
@@ -92,6 +94,37 @@ def test_embeddings_of_another_corpus_of_the_same_size_are_refused(there, way):
     way(folder, first)
     with pytest.raises(InputError, match=r"or (of )?the same in another order"):
         way(folder, other)
+
+
+def test_a_corrector_is_taken_for_a_corpus_that_has_grown_since(tmp_path):
+    _, texts = make_texts(COUNT)
+    base = Corpus.from_texts(texts[:200], cache_dir=tmp_path / "derived")
+    model, cache = make_static_model(), EmbeddingCache.build(make_static_model(), base, tmp_path / "cache")
+    corrector = fit_corrector(cache, moved(), base, sample=100, progress=False)
+    grown = base.extend(texts[200:])
+    EmbeddingCache.extend(model, grown, tmp_path / "cache", progress=False)
+    open_vectors(tmp_path / "cache").upgrade(corrector, tmp_path / "new", progress=False)
+    carried = EmbeddingCache.load(tmp_path / "new")
+    assert len(carried) == COUNT and carried.fingerprint["corpus"] == grown.fingerprint != base.fingerprint
+    with pytest.raises(InputError, match="maps from other embeddings"):
+        open_vectors(tmp_path / "new").upgrade(corrector, tmp_path / "newer", progress=False)
+
+
+def test_a_corpus_that_is_there_is_not_written_again(tmp_path):
+    _, texts = make_texts(COUNT)
+    kept = []
+    for _ in range(2):
+        corpus = Corpus.from_texts(texts, cache_dir=tmp_path)
+        assert corpus.fingerprint
+        kept.append({path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()})
+    assert kept[0] == kept[1] and any(name.startswith("digests-") for name in kept[0])
+
+
+def test_queries_of_a_file_are_its_lines(there):
+    folder, corpus, _ = there
+    (folder / "asked.txt").write_bytes("\ufefffirst query\r\nsecond\u2028query\n\nfirst query\n".encode())
+    asked = argparse.Namespace(queries=folder / "asked.txt", split="dev")
+    assert read_queries(asked, corpus) == ["first query", "second\u2028query"]
 
 
 @pytest.mark.parametrize("command", ["upgrade-index", "adapter", "serve-plan", "evaluate"])

@@ -59,7 +59,7 @@ def test_exact_duplicates_are_found_by_the_joined_text(tmp_path):
 def test_positives_of_queries_that_share_one_are_all_known(tmp_path):
     qrels = {"train": [("q1", "a", 1), ("q1", "d", 1), ("q2", "a", 1), ("q2", "b", 1)]}
     corpus = Corpus.from_beir(write_beir(tmp_path, TARGETS, QUERIES, qrels))
-    shared = corpus.qrels("train").co_positives([3, 0, 2])
+    shared = corpus.qrels("train").co_positives([3, 0, 2], [-1, -1, -1])
     assert [rows.tolist() for rows in shared] == [[0, 3], [0, 1, 3], [2]]
 
 

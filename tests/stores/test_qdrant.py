@@ -262,6 +262,11 @@ def test_what_cannot_be_opened_or_does_not_fit(client, tmp_path):
         source.upgrade(RidgeCorrector(24), f"{source.address}_new", progress=False)
     with pytest.raises(InputError, match="compares by cosine, and the model by dot product"):
         source.upgrade(turned(normalize=False), f"{source.address}_new", progress=False)
+    client.create_collection("manhattan", params(models.Distance.MANHATTAN))
+    client.upsert("manhattan", [models.PointStruct(id=0, vector=vectors(1)[0].tolist())])
+    with pytest.raises(InputError, match="compares by Manhattan, and the model by cosine"):
+        opened(client, tmp_path, "manhattan").upgrade(turned(), f"{source.address}_new", progress=False)
+    client.delete_collection("manhattan")
     with pytest.raises(InputError, match="let an alias serve"):
         source.upgrade(turned(), None, progress=False)
     with pytest.raises(InputError, match="must be another collection beside"):
