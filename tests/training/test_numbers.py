@@ -206,7 +206,7 @@ def test_what_cannot_be_solved_is_not_half_learnt(make):
 
 
 def test_no_run_of_the_study_would_have_lost_its_corrector():
-    """What the rule's margin and patience were set by."""
+    """What the rule's margin and patience were set by: half the margin is never reached, and only at the beginning."""
     excess = [
         (entry["corrected_error"] - entry["drift"], entry["step"])
         for file in (ROOT / "benchmarks" / "results").rglob("*-seed*.json")
@@ -214,7 +214,7 @@ def test_no_run_of_the_study_would_have_lost_its_corrector():
         if {"corrected_error", "drift"} <= entry.keys()
     ]
     assert len(excess) > 500
-    assert max(excess)[0] < 0.004 and all(step <= 10 for more, step in excess if more > 1e-4)
+    assert max(excess)[0] < 0.005 and all(step <= 10 for more, step in excess if more > 1e-4)
 
 
 def test_a_corrector_that_makes_things_worse_is_given_up(corpus, tmp_path, caplog):
