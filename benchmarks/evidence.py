@@ -17,12 +17,19 @@ CORPORA = {"nq": "Natural Questions", "code": "code search", "packages": "packag
 ENCODERS = {
     "2-layers": "Two layers of MiniLM, 30,000 targets",
     "2-layers-all": "Two layers of MiniLM, all targets",
+    "minilm": "All of MiniLM, 15,000 targets",
+    "minilm-lora": "All of MiniLM with LoRA, 15,000 targets",
     "static": "Static encoder, all targets",
+    "static-long": "Static encoder, all targets, 400 steps",
+    "static-longer": "Static encoder, all targets, 800 steps",
     "static-high": "Static encoder, 30,000 targets, five encodings each",
 }
 # All passages, of which a run encodes few, are those of one corpus.
 REGIMES = {encoder: {corpus: f"{corpus}-{encoder}" for corpus in CORPORA} for encoder in ENCODERS}
 REGIMES["2-layers-all"] = {"nq": "minilm-2-layers-all-passages"}
+REGIMES |= {
+    encoder: {"code": f"code-{encoder}"} for encoder in ("minilm", "minilm-lora", "static-long", "static-longer")
+}
 REGIMES["static-high"] = {"nq": "labels-high-coverage"}
 CORRECTED, WRITTEN = "mlp-pull-back", "stale-write-back"
 FEWER = "-2-negatives-2-layers"
@@ -99,18 +106,31 @@ DEFAULTS = {
         ),
     ),
     "2-layers-all": (Default(CORRECTED, (WRITTEN,)),),
+    "minilm": (Default(f"{WRITTEN}{FEWER}", (f"{CORRECTED}{FEWER}", "in-batch-larger")),),
+    "minilm-lora": (Default(f"{WRITTEN}{FEWER}", (f"{CORRECTED}{FEWER}", "in-batch-larger")),),
     # The labels study has them; here are those by the present rule for a teacher's weight.
     "static-high": (
         Default(f"{WRITTEN}-own-pairs", (f"{CORRECTED}-own-pairs",)),
-        Default(f"{CORRECTED}-own-pairs-teacher", (f"{CORRECTED}-teacher", f"{WRITTEN}-teacher")),
+        Default(f"{CORRECTED}-teacher", (f"{CORRECTED}-own-pairs-teacher", f"{WRITTEN}-teacher")),
+    ),
+    "static-long": (
+        Default(f"{WRITTEN}-own-pairs", ()),
+        Default(f"{CORRECTED}-own-pairs-teacher", (f"{CORRECTED}-teacher",)),
+    ),
+    "static-longer": (
+        Default(f"{WRITTEN}-own-pairs", (WRITTEN, "in-batch-larger-static-own-pairs")),
+        Default(
+            f"{CORRECTED}-own-pairs-teacher",
+            (f"{CORRECTED}-teacher", f"{WRITTEN}-own-pairs", "in-batch-larger-static-own-pairs"),
+        ),
     ),
     "static": (
         Default(f"{WRITTEN}-own-pairs", (f"{CORRECTED}-own-pairs", *_PAIRED, WRITTEN, CORRECTED, *_ALL)),
         Default(
-            f"{CORRECTED}-own-pairs-teacher",
+            f"{CORRECTED}-teacher",
             (
-                *(f"{CORRECTED}-teacher", f"{WRITTEN}-teacher", "mined-by-teacher", "mined-by-teacher-scores"),
-                *("mined-by-teacher-own-pairs", f"{WRITTEN}-own-pairs", "in-batch-larger-static-own-pairs"),
+                *(f"{CORRECTED}-own-pairs-teacher", f"{WRITTEN}-teacher", "mined-by-teacher"),
+                *("mined-by-teacher-scores", f"{WRITTEN}-own-pairs", "in-batch-larger-static-own-pairs"),
             ),
         ),
     ),

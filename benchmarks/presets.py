@@ -103,6 +103,17 @@ for name, where in CORPORA.items():
         f"{name}-static-choice": static(**where, max_steps=200, num_negatives=8, hold_out=1_000),
         f"{name}-static": static(**where, **tested, max_steps=200, num_negatives=8),
     }
+# All of MiniLM, for which encoding a corpus takes longer than training: among fewer targets, in fewer steps.
+_CODE = {"max_seq_length": TOKENS["code"], "max_targets": 15_000, "max_steps": 40}
+REGIMES |= {
+    "code-minilm": options(**CORPORA["code"], test_split="test", **_CODE, learning_rate="1e-4"),
+    "code-minilm-lora": options(**CORPORA["code"], test_split="test", **_CODE, learning_rate="1e-3", lora_r=8),
+}
+# Whether what holds of two epochs holds of five and of ten.
+REGIMES |= {
+    f"code-static-{name}": static(**CORPORA["code"], test_split="test", max_steps=steps, num_negatives=8)
+    for name, steps in (("long", 400), ("longer", 800))
+}
 # Fidelity is measured with seed 0 alone, over the whole corpus where the encoder is cheap; at intervals that are no
 # multiple of those of the refreshes, right after which it is 1.
 PROBES = {
@@ -360,10 +371,15 @@ ONCE = (
     *(f"refresh-50{_TWICE}", "gist", "mined-by-teacher-scores", "in-batch-larger-as-long"),
     *(f"corrected-mlp{_TWICE}", f"mlp-pull-back{_TWICE}-own-pairs-teacher"),
 )
+MINILM = (f"stale-write-back{_TWICE}", f"mlp-pull-back{_TWICE}", "in-batch-larger")
 DECIDES_STATIC = (
     *("mlp-pull-back", "in-batch-larger-static", "stale-write-back", "mined-margin", "stale-write-back-own-pairs"),
     *("mlp-pull-back-own-pairs", "in-batch-larger-static-own-pairs", "mlp-pull-back-teacher"),
     *("stale-write-back-teacher", "mined-by-teacher", "mlp-pull-back-own-pairs-teacher"),
+)
+LONG = (
+    *("mlp-pull-back-own-pairs-teacher", "mlp-pull-back-teacher", "stale-write-back-own-pairs"),
+    *("in-batch-larger-static-own-pairs", "stale-write-back"),
 )
 ONCE_STATIC = (
     *("mined-once", "mined-again", "mined-by-teacher-scores", "refresh-10"),
@@ -444,7 +460,11 @@ PRESETS = {
         *(Block(f"{name}-static", DECIDES_STATIC, (0, 1, 2)) for name in CORPORA),
         # Where each target is encoded five times, by the present rule for a teacher's weight.
         Block("labels-high-coverage", ("mlp-pull-back-teacher", "stale-write-back-teacher"), (0, 1, 2)),
+        Block("labels-high-coverage", ("mlp-pull-back-own-pairs-teacher",), (0, 1, 2)),
+        Block("code-static-longer", LONG, (0,)),
+        Block("code-static-long", LONG[:2], (0,)),
         *(Block(f"{name}-2-layers", ONCE, (0,)) for name in CORPORA),
+        *(Block(name, MINILM, (0,)) for name in ("code-minilm", "code-minilm-lora")),
         *(Block(f"{name}-static", ONCE_STATIC, (0,)) for name in CORPORA),
     ],
     # The most telling first: whatever time there is, it buys these. Verifying 8 needs fewer negatives than 8.

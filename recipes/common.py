@@ -158,7 +158,8 @@ def train(
     costs = Costs()
     with one_at_a_time(shared, args):
         begun = time.perf_counter()
-        trainer = trainer_for(model, corpus, args, chosen, shared, checks, teacher, costs)
+        stored = shared.with_name(f"{shared.name}-{args.cache_dtype}")
+        trainer = trainer_for(model, corpus, args, chosen, stored, checks, teacher, costs)
         prepared = time.perf_counter()
         if before is None:
             with trainer.in_training_precision():

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..data.corpus import Corpus
 from ..data.routing import DOCUMENT
+from ..data.targets import as_rows
 from ..errors import CacheError, NonFiniteError, StorageError
 from ..runtime.distributed import Processes
 from ..runtime.memory import require_memory
@@ -387,11 +388,14 @@ class EmbeddingCache:
     def __getitem__(self, rows: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """The stale embeddings of ``rows``: float32, shape ``(len(rows), d)``, on the device that holds the cache.
 
+        Args:
+            rows: integers, or a mask over all rows of the corpus.
+
         Raises:
             IndexError: it does not hold one of these rows.
+            InputError: they are neither.
         """
-        rows = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
-        rows = rows.astype(np.int64)
+        rows = as_rows(rows, self.corpus_size)
         if rows.size and (rows.min() < self.first_row or rows.max() >= self.end):
             raise IndexError(f"Rows must lie in {self.first_row} … {self.end - 1}, got {rows.min()} … {rows.max()}.")
         result = torch.empty(len(rows), self.dim, device=self.device)

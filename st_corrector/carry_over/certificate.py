@@ -153,10 +153,24 @@ def encoder_of(new: SentenceTransformer, corpus: Corpus, batch_size: int, progre
 
 
 def as_served(vectors: Vectors, queries: Tensor, new: SentenceTransformer) -> Way:
-    """Queries that search an index as it is, compared as the model compares."""
-    if by_cosine(new):
+    """Queries that search an index as it is, ranked as the index ranks; as the model compares, where that is not known.
+
+    Raises:
+        InputError: the index ranks by something else than cosine, inner product and Euclidean distance.
+    """
+    metric = vectors.metric or ("cosine" if by_cosine(new) else "dot")
+    if metric == "cosine":
         return Way(queries, vectors, lambda stale, rows: F.normalize(stale, dim=-1))
-    return Way(queries, vectors)
+    if metric == "dot":
+        return Way(queries, vectors)
+    if metric == "l2":
+        # ‖x‖² − ‖x − y‖² = 2 x·y − ‖y‖², an inner product of one dimension more.
+        asked = torch.cat([2 * queries, -torch.ones(len(queries), 1)], dim=1)
+        return Way(asked, vectors, lambda stale, rows: torch.cat([stale, stale.square().sum(1, keepdim=True)], dim=1))
+    raise InputError(
+        f"{vectors.path} compares by {metric}, of which nothing is known here: only cosine, inner product (dot) and "
+        "Euclidean distance (l2) are certified."
+    )
 
 
 def certificate(judged: Judged, confidence: float) -> Certificate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,20 +27,23 @@ class FaissVectors(Vectors):
     Flat, IVF over Flat, SQ or PQ (with centroids in Flat or HNSW), these after PCA, OPQ or a random rotation, and IDMap
     of them. Others need ``factory``.
 
-    Rows are ordered by id; ids may repeat. Repeated ids are in the order in which they were added, except in an IVF
+    Rows are those of ``ids`` where these are the index's own, all different, and else ordered by id; ids may repeat.
+    Repeated ids are in the order in which they were added, except in an IVF
     index without IDMap, which does not know that order: see :meth:`require_rows`.
 
     Args:
         path: the index's file.
         factory: makes the new index from this string instead; required if the width changes.
+        ids: of the corpus, in its order.
 
     Raises:
-        InputError: it is not a FAISS index, its vectors cannot be reconstructed, or no new one of its kind can be made.
+        InputError: it is not a FAISS index, its vectors cannot be reconstructed, no new one of its kind can be made, or
+            it cannot be told whether its ids are the corpus's or numbers of its rows.
     """
 
-    def __init__(self, path: Path, factory: str | None = None) -> None:
+    def __init__(self, path: Path, factory: str | None = None, ids: Sequence[str | None] | None = None) -> None:
         super().__init__(path)
-        self._faiss, self._factory = faiss_module(), factory
+        self._faiss, self._factory, self._names = faiss_module(), factory, ids
         try:
             self._index = self._faiss.read_index(str(path))
         except RuntimeError as error:
@@ -50,9 +53,10 @@ class FaissVectors(Vectors):
             raise InputError(f"{path} is an index without vectors.")
         self._layers = _layers(self._index)
         self._require_known()
-        keys, ids = self._stored()
-        order = np.argsort(ids, kind="stable")
-        self._ids, self._keys = ids[order], keys[order]
+        keys, stored = self._stored()
+        order = np.argsort(stored, kind="stable")
+        order = order[self._places_of_names(stored[order])]
+        self._ids, self._keys = stored[order], keys[order]
         try:
             self.take(np.arange(1))
         except RuntimeError as error:
@@ -121,6 +125,30 @@ class FaissVectors(Vectors):
             ids = id_map
         return keys, ids
 
+    def _places_of_names(self, ids: Rows) -> Rows:
+        """Where the corpus's targets are among ``ids``, which ascend: as they are, unless these are the corpus's ids.
+
+        Raises:
+            InputError: they may be the corpus's ids, or count its rows, in another order.
+        """
+        as_they_are = np.arange(self.count)
+        try:
+            named = np.array([int(name or "") for name in self._names or []], dtype=np.int64)
+        except (ValueError, OverflowError):  # no numbers, or none of FAISS's
+            return as_they_are
+        repeat = (ids[1:] == ids[:-1]).any()
+        if repeat or not np.array_equal(np.sort(named), ids) or np.array_equal(named, ids):
+            return as_they_are
+        if not np.array_equal(ids, as_they_are):
+            return np.searchsorted(ids, named)
+        if not self._layers.id_maps:
+            return as_they_are
+        raise InputError(
+            f"The ids in {self.path} are 0 … {self.count - 1:,}, and so are the corpus's, in another order: it cannot "
+            "be told whether they are the corpus's ids or count its rows. Put the corpus in ascending order of its ids "
+            "if they are its ids; if they count its rows, give its targets ids that are no such numbers."
+        )
+
     def _in_list(self, lists: Any, number: int, size: int) -> Rows:
         if not size:
             return np.empty(0, dtype=np.int64)
@@ -141,11 +169,14 @@ class FaissVectors(Vectors):
             vectors = transform.reverse_transform(vectors)
         return torch.from_numpy(vectors)
 
+    @property
+    def metric(self) -> str:
+        metrics = {self._faiss.METRIC_INNER_PRODUCT: "dot", self._faiss.METRIC_L2: "l2"}
+        return metrics.get(self._index.metric_type, f"FAISS's metric {self._index.metric_type}")
+
     def check(self, how: IndexMap) -> None:
         super().check(how)
-        metric = self._index.metric_type
-        metrics = {self._faiss.METRIC_INNER_PRODUCT: "dot", self._faiss.METRIC_L2: "l2"}
-        self.require_metric(how, metrics.get(metric, f"FAISS's metric {metric}"))
+        self.require_metric(how, self.metric)
         if how.new_dim != self.dim and self._factory is None:
             raise InputError(
                 f"The new embeddings have {how.new_dim} dimensions instead of {self.dim}: say how the new index "
@@ -159,7 +190,7 @@ class FaissVectors(Vectors):
             )
 
     def at(self, path: str | Path | None) -> FaissVectors:
-        return FaissVectors(Path(str(path)), self._factory)
+        return FaissVectors(Path(str(path)), self._factory, self._names)
 
     def write(self, path: Path, how: IndexMap, blocks: Iterable[Tensor]) -> None:
         faiss, ids = self._faiss, self._ids

@@ -46,6 +46,13 @@ class Vectors(ABC):
         return self
 
     @property
+    def metric(self) -> str | None:
+        """What they are ranked by where they serve: ``"dot"``, ``"cosine"``, ``"l2"``, or anything else by its own
+        name; None where that is not known, as of a file.
+        """
+        return None
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """What they depend on, by component; empty if unknown."""
         return {}

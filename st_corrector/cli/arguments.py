@@ -40,7 +40,7 @@ def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "--corpus", required=required, help="the targets: a folder in BEIR's layout, or a BEIR repository on the Hub"
     )
     parser.add_argument("--prompt", help="prompt of the targets, if not the model's own")
-    parser.add_argument("--max_targets", type=int, metavar="N", help="the corpus is the first N of them")
+    parser.add_argument("--max_targets", type=at_least_one, metavar="N", help="the corpus is the first N of them")
     parser.add_argument(
         "--missing_targets",
         choices=("error", "drop"),
@@ -49,10 +49,21 @@ def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
 
 
+def at_least_one(text: str) -> int:
+    """A count of things that there must be.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or not (count := int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return count
+
+
 def add_model(parser: argparse.ArgumentParser, help: str, required: bool = True) -> None:
     parser.add_argument("--model", required=required, help=f"{help}: a folder or a Hub id")
     parser.add_argument("--revision", help="commit, branch or tag of a model on the Hub")
-    parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="texts in one forward pass")
+    parser.add_argument("--batch_size", type=at_least_one, default=64, metavar="N", help="texts in one forward pass")
 
 
 def add_queries(parser: argparse.ArgumentParser, help: str) -> None:
@@ -125,7 +136,10 @@ def open_model(args: argparse.Namespace) -> SentenceTransformer:
     """The model that the arguments name."""
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(args.model, revision=args.revision)
+    try:
+        return SentenceTransformer(args.model, revision=args.revision)
+    except ValueError as error:  # what transformers says of a folder that holds no model
+        raise InputError(f"{args.model} cannot be loaded as a model: {error}") from error
 
 
 def show(value: dict[str, Any]) -> None:

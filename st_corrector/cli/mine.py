@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from .arguments import Commands, add_command, add_corpus, add_json, add_model, open_corpus, open_model, show
 
@@ -45,11 +46,15 @@ def add_to(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from ..cache.embedding_cache import EmbeddingCache
+    from ..cache.folder import CacheFolder
     from ..correctors import Corrector
     from ..mining import mine_negatives, push_mined
     from ..negatives.filters import AnswerCheck, FalseNegativeFilter
     from ..negatives.settings import NegativeSettings
+    from ..storage.hub import require_repo_id
 
+    if args.push_to_hub:
+        require_repo_id(args.push_to_hub)  # before anything is mined
     corpus, model = open_corpus(args), open_model(args)
     rules = ("relative_margin", "absolute_margin", "max_score", "range_min", "range_max")
     filters = FalseNegativeFilter(
@@ -60,7 +65,11 @@ def _run(args: argparse.Namespace) -> int:
         num_negatives=args.num_negatives, sampler=args.sampler, false_negatives=filters, train_split=args.split
     )
     if args.corrector is None:
-        corrector, cache = None, EmbeddingCache.build(model, corpus, args.cache, batch_size=args.batch_size)
+        folder = CacheFolder(args.cache)
+        # One that is there is taken as it is stored.
+        there = folder.description() if folder.is_finished or folder.is_begun else None
+        stored: dict[str, Any] = {} if there is None else {"dtype": there.dtype, "shard_size": there.shard_size}
+        corrector, cache = None, EmbeddingCache.build(model, corpus, args.cache, args.batch_size, **stored)
     else:
         corrector, cache = Corrector.from_pretrained(args.corrector), EmbeddingCache.load(args.cache)
     found = mine_negatives(

@@ -14,6 +14,7 @@ from .arguments import (
     add_json,
     add_judging,
     add_queries,
+    at_least_one,
     open_corpus,
     read_queries,
     show,
@@ -38,7 +39,7 @@ def add_to(commands: Commands) -> None:
     made.add_argument("--index", required=True, help="the embeddings that are served now")
     made.add_argument("--tensor", help="the tensor's name in a safetensors file")
     made.add_argument("--recall", type=float, default=0.9, help="the recall that is wanted (default: 0.9)")
-    made.add_argument("--batch_size", type=int, default=64, metavar="N", help="texts in one forward pass")
+    made.add_argument("--batch_size", type=at_least_one, default=64, metavar="N", help="texts in one forward pass")
     add_corpus(made)
     add_queries(made, "real queries")
     add_judging(made)

@@ -29,7 +29,7 @@ from .columns import (
 )
 from .duplicates import TextDigests
 from .growth import grown, moved
-from .judging import MissingTargets, Sources, judged_queries, query_record, require_missing, triples_of
+from .judging import MissingTargets, Sources, judged_queries, query_record, require_limit, require_missing, triples_of
 from .own_questions import Question
 from .pairs import PairReader, text_tables
 from .qrels import Qrels
@@ -210,9 +210,10 @@ class Corpus:
 
         Raises:
             CorpusError: a file is missing or malformed, or judgements name unknown queries or targets.
-            InputError: ``missing_targets`` is something else.
+            InputError: ``missing_targets`` is something else, or ``max_targets`` is below 1.
         """
         missing_targets = require_missing(missing_targets)
+        require_limit(max_targets)
         data = open_folder(Path(folder), max_targets)
         return cls._from_retrieval_data(data, max_targets, missing_targets, prompt, cache_dir)
 
@@ -262,9 +263,10 @@ class Corpus:
         Raises:
             CorpusError: a repository, config, split or column is missing or ambiguous, a value is invalid, or
                 judgements name unknown queries or targets.
-            InputError: ``missing_targets`` is something else.
+            InputError: ``missing_targets`` is something else, or ``max_targets`` is below 1.
         """
         missing_targets = require_missing(missing_targets)
+        require_limit(max_targets)
         data = open_repository(
             os.fspath(repo_id),
             qrels=None if qrels is None else os.fspath(qrels),
@@ -479,7 +481,7 @@ class Corpus:
         return self._targets[row]
 
     def ids(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """The ids of ``rows``."""
+        """The ids of ``rows``: integers, or a mask over all targets, such as ``~corpus.is_withdrawn``."""
         return self._targets.ids(rows)
 
     def rows_of(self, ids: Sequence[str | int], missing: int | None = None) -> np.ndarray:
@@ -496,7 +498,7 @@ class Corpus:
         return self._targets.rows_of(ids, missing)
 
     def texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """The texts of ``rows`` as they are encoded (title joined in, without the prompt)."""
+        """The texts of ``rows``, see :meth:`ids`, as they are encoded (title joined in, without the prompt)."""
         return self._targets.texts(rows)
 
     def text_lengths(self) -> np.ndarray:

@@ -18,6 +18,7 @@ from ..errors import InputError
 from .corpus import Corpus
 from .model_fingerprint import described_modules, max_lengths, tokenizer_fingerprint, weights_fingerprint
 from .routing import DOCUMENT, QUERY, call, depends_on_task, modules_for
+from .targets import as_rows
 from .tokens import TextCorpus, TokenizedCorpus
 
 # The prompt names that encode_document and encode_query of SentenceTransformer look for, in their order.
@@ -141,7 +142,7 @@ class DocumentEncoder:
         Returns:
             float32, shape ``(len(rows), d)``, on the model's device.
         """
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = as_rows(rows, len(self.tokens))
         order = np.argsort(-self.tokens.lengths[rows], kind="stable")
         device = unwrap(model).device
         embeddings: Tensor | None = None

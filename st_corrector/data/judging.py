@@ -50,6 +50,11 @@ def require_missing(missing_targets: MissingTargets) -> MissingTargets:
     return missing_targets
 
 
+def require_limit(max_targets: int | None) -> None:
+    if max_targets is not None and max_targets < 1:
+        raise InputError(f"max_targets is {max_targets}: a corpus has at least one target; None takes all.")
+
+
 def judged_queries(
     triples: Iterable[tuple[str, str, float]],
     texts: Mapping[str, str],

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
+from torch import Tensor
 
-from ..errors import CorpusError
+from ..errors import CorpusError, InputError
 from ..storage.arrow import half_character
 from .columns import TARGETS, as_id, as_list, is_transformed
 from .duplicates import TextDigests
@@ -21,6 +22,22 @@ from .text import join_title
 logger = logging.getLogger(__name__)
 WITHDRAWN = "withdrawn"
 """The column that says which targets are no longer there."""
+
+
+def as_rows(rows: Sequence[int] | np.ndarray | Tensor, count: int) -> np.ndarray:
+    """Rows as int64, ``(n,)``; of a mask over all ``count`` those that are true, ascending.
+
+    Raises:
+        InputError: they are no integers, or a mask of another length.
+    """
+    given = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
+    if given.dtype == bool:
+        if given.shape != (count,):
+            raise InputError(f"A mask must say of each of {count:,} rows whether it is meant, got shape {given.shape}.")
+        return np.flatnonzero(given)
+    if given.size and given.dtype.kind not in "iu":
+        raise InputError(f"Rows must be integers, or a mask of booleans, got {given.dtype}.")
+    return given.astype(np.int64)
 
 
 class Targets:
@@ -107,8 +124,8 @@ class Targets:
         return np.flatnonzero(np.zeros(0, dtype=bool) if self.is_withdrawn is None else self.is_withdrawn)
 
     def ids(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """The ids of ``rows``."""
-        ids: list[str] = self._arrow[np.asarray(rows, dtype=np.int64)].column("id").to_pylist()
+        """The ids of ``rows``, see :func:`as_rows`."""
+        ids: list[str] = self._arrow[as_rows(rows, len(self))].column("id").to_pylist()
         return ids
 
     def rows_of(self, ids: Sequence[str | int], missing: int | None = None) -> np.ndarray:
@@ -141,7 +158,7 @@ class Targets:
 
     def texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The texts of ``rows`` as they are encoded (title joined in, without the prompt)."""
-        table = self._arrow[np.asarray(rows, dtype=np.int64)]
+        table = self._arrow[as_rows(rows, len(self))]
         titles, texts = table.column("title").to_pylist(), table.column("text").to_pylist()
         return [join_title(title, text) for title, text in zip(titles, texts, strict=True)]
 

@@ -30,6 +30,7 @@ from ..storage.arrow import read_or_write_arrow
 from ..storage.fingerprint import digest_json
 from .model_fingerprint import max_lengths, tokenizer_fingerprint
 from .routing import DOCUMENT, modules_for
+from .targets import as_rows
 
 if TYPE_CHECKING:
     from .corpus import Corpus
@@ -159,7 +160,7 @@ class TokenizedCorpus:
 
     def features(self, rows: Sequence[int] | np.ndarray) -> dict[str, Any]:
         """What ``model.preprocess`` would return for the texts of ``rows``, padded to the longest of them."""
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = as_rows(rows, len(self))
         table: pa.Table = self._tokens[rows]
         flat = {}
         for key in self.layout.keys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -127,7 +128,7 @@ def load_mined(path: str | os.PathLike[str]) -> Dataset:
     parts = json.loads((Path(path) / _MANIFEST).read_text(encoding="utf-8"))["parts"]
     if len(files) < parts:
         raise InputError(f"{path} holds {len(files)} of {parts} files: the same mine_negatives(…, path) goes on.")
-    found = Dataset.from_parquet(files)
+    found = Dataset.from_parquet([glob.escape(file) for file in files])
     assert isinstance(found, Dataset)
     return found
 

@@ -101,7 +101,7 @@ def update_card(folder: Path, record: RunRecord) -> Path:
     card's path.
 
     Raises:
-        InputError: there is no card.
+        InputError: there is no card, or its section has no end.
         StorageError: it cannot be written; it stays unchanged.
     """
     card = folder / "README.md"
@@ -109,6 +109,11 @@ def update_card(folder: Path, record: RunRecord) -> Path:
         raise InputError(f"{folder} has no README.md: save the model there first, which makes its card.")
     text, section = card.read_text(encoding="utf-8"), negatives_section(record, folder)
     before, found, rest = text.partition(_BEGIN)
+    if found and _END not in rest:
+        raise InputError(
+            f"{card} has {_BEGIN!r}, and no {_END!r} behind it, so where the section ends is unknown: put that line "
+            "back behind the section, or delete the section with its first line."
+        )
     if found:
         text = before + section + rest.partition(_END)[2]
     else:

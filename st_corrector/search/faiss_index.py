@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _INDEX, _DESCRIPTION = "index.faiss", "index.json"
 _ROWS_AT_ONCE = 65_536
+_SOME = 64  # rows by which a cache of a known origin is told from another
 _MOST_ON_GPU = 2_048  # results of one query that FAISS gives on a GPU
 _TRAINED_ON = 262_144  # maximum rows: FAISS itself asks for 39 to 256 per centroid
 
@@ -239,14 +241,20 @@ class FaissIndex:
 
 
 def _identity(cache: EmbeddingCache) -> dict[str, Any]:
-    """Identifies a cache; its first rows are used if its origin is unknown."""
-    start = cache[np.arange(cache.first_row, min(cache.first_row + 4, cache.end))].double().sum().item()
+    """Identifies a cache: by some of its embeddings, and by all of them where its origin is unknown."""
+    digest = hashlib.sha256()
+    if cache.fingerprint:
+        some = np.linspace(cache.first_row, cache.end - 1, _SOME).astype(np.int64)
+        digest.update(cache[some].cpu().numpy().tobytes())
+    else:
+        for _, chunk in cache.chunks(_ROWS_AT_ONCE):
+            digest.update(chunk.float().cpu().numpy().tobytes())
     return {
         "rows": len(cache),
         "first_row": cache.first_row,
         "dim": cache.dim,
         "fingerprint": cache.fingerprint,
-        "first_rows": round(start, 4),
+        "embeddings": digest.hexdigest(),
     }
 
 

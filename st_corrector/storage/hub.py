@@ -13,8 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from ..errors import InputError
 
 _MARK = "<!-- written by st_corrector: a card with this line is written again -->"
+
+
+def require_repo_id(repo_id: str) -> None:
+    """Refuse what no repository can be called.
+
+    Raises:
+        InputError: the Hub would not have it.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(f"{repo_id!r} is no name of a repository: {error}") from error
 
 
 def push(write: Callable[[Path], object], repo_id: str, **options: Any) -> str:
@@ -49,7 +65,11 @@ def push_folder(
 
     Returns:
         The commit's address.
+
+    Raises:
+        InputError: ``repo_id`` is no name of a repository.
     """
+    require_repo_id(repo_id)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
     if revision is not None:

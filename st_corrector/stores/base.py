@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -41,10 +41,11 @@ class Store(Vectors, Generic[Place]):
         super().__init__(Path(address))
         self.address = address
 
-    def known_by(self, keys: list[Any], ids: Sequence[str] | None, names: Sequence[Any] | None = None) -> None:
+    def known_by(self, keys: list[Any], ids: Sequence[str | None] | None, names: Sequence[Any] | None = None) -> None:
         """Set the rows: in the order of ``ids``, or of the keys. Others are carried over, too, but are no rows.
 
         Args:
+            ids: None for a target that need not be there: its embedding is 0.
             names: the id in the corpus of each key, or None where there is none; by default the key itself.
 
         Raises:
@@ -56,7 +57,7 @@ class Store(Vectors, Generic[Place]):
             if not known:
                 raise InputError(f"{self.address}: no row has anything in that field: does another hold the ids?")
             by_id = dict(known)
-            if missing := [each for each in ids if each not in by_id]:
+            if missing := [each for each in ids if each is not None and each not in by_id]:
                 raise InputError(
                     f"{self.address} has {len(keys):,} rows, the corpus {len(ids):,} targets, of which "
                     f"{len(missing):,} are not there ({', '.join(map(repr, missing[:3]))}): the ids of the corpus must "
@@ -67,12 +68,12 @@ class Store(Vectors, Generic[Place]):
                     )
                 )
             count = Counter(name for name, _ in known)
-            if twice := [each for each in ids if count[each] > 1]:
+            if twice := [each for each in ids if each is not None and count[each] > 1]:
                 raise InputError(f"{self.address}: several rows have the id {twice[0]!r}; each target must have one.")
-            keys = [by_id[each] for each in ids]
+            keys = [None if each is None else by_id[each] for each in ids]
         self.count = len(keys)
         self.keys = keys
-        self.row_of = {key: row for row, key in enumerate(keys)}
+        self.row_of = {key: row for row, key in enumerate(keys) if key is not None}
         self._taken = np.zeros(self.count, dtype=np.uint64)
 
     def _changed(self, rows: Rows, vectors: np.ndarray) -> np.ndarray:
@@ -86,19 +87,30 @@ class Store(Vectors, Generic[Place]):
         changed: np.ndarray = (before != 0) & (before != found)
         return changed
 
+    @property
+    def _names(self) -> list[str | None]:
+        """The ids by which the rows are known in a store of the same keys."""
+        return [None if key is None else str(key) for key in self.keys]
+
+    @staticmethod
+    def _the_only(metrics: Collection[str]) -> str | None:
+        """What all indices rank by; None without any, or if they differ."""
+        return next(iter(metrics)) if len(metrics) == 1 else None
+
     def take(self, rows: Rows) -> Tensor:
         """The embeddings of these rows: float32, ``(len(rows), d)``.
 
         Raises:
             InputError: one has been deleted meanwhile.
         """
-        found = []
+        found, none = [], np.zeros(self.dim, dtype=np.float32)
         for start in range(0, len(rows), AT_ONCE):
             keys = [self.keys[row] for row in rows[start : start + AT_ONCE]]
-            read, _ = self.read(keys)
-            if gone := [key for key in keys if key not in read]:
+            sought = [key for key in keys if key is not None]
+            read = self.read(sought)[0] if sought else {}
+            if gone := [key for key in sought if key not in read]:
                 raise InputError(f"{self.address}: row {gone[0]!r} has been deleted meanwhile.")
-            found.append(np.stack([read[key] for key in keys]))
+            found.append(np.stack([none if key is None else read[key] for key in keys]))
             self._changed(rows[start : start + AT_ONCE], found[-1])
         return torch.from_numpy(np.concatenate(found) if found else np.empty((0, self.dim), dtype=np.float32))
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from ..carry_over.mapping import IndexMap
-from ..errors import InputError, StCorrectorError, StorageError
+from ..errors import InputError, NonFiniteError, StCorrectorError, StorageError
 from .base import Store
 
 try:
@@ -52,13 +52,14 @@ class LanceVectors(Store[Any]):
 
     Args:
         address: of the table.
-        ids: of targets, by which rows are ordered; all of them must be there. Others are carried over, but are no rows.
+        ids: of targets, by which rows are ordered; all of them must be there, except for
+            None. Others are carried over, but are no rows.
 
     Raises:
         InputError: there is no such folder, table or column, ids are missing or repeat.
     """
 
-    def __init__(self, address: str, ids: Sequence[str] | None = None) -> None:
+    def __init__(self, address: str, ids: Sequence[str | None] | None = None) -> None:
         super().__init__(address)
         self._where, self.name, column, key = _parsed(address)
         self.id = key or "id"
@@ -80,6 +81,11 @@ class LanceVectors(Store[Any]):
         if self.id not in schema.names:
             raise InputError(
                 f"{address}: there is no column {self.id} with ids. Name it, as in #{self.name}:vector@key."
+            )
+        kind = schema.field(self.id).type
+        if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise InputError(
+                f"{address}: the ids in the column {self.id} are of type {kind}; expected strings or integers."
             )
         if (column is None and len(widths) != 1) or (column is not None and column not in widths):
             raise InputError(
@@ -133,7 +139,12 @@ class LanceVectors(Store[Any]):
     def at(self, path: str | Path | None) -> LanceVectors:
         """What :meth:`upgrade` has written."""
         where, name, _, _ = _parsed(self.address if path is None else str(path))
-        return LanceVectors(f"{SCHEME}{where}#{name}:{self.column}@{self.id}", list(map(str, self.keys)))
+        return LanceVectors(f"{SCHEME}{where}#{name}:{self.column}@{self.id}", self._names)
+
+    @property
+    def metric(self) -> str | None:
+        """That of the index on the column; without one a search says by what it ranks."""
+        return self._the_only({metric for _, metric in self._indices()})
 
     def check(self, how: IndexMap) -> None:
         """Refuse a map from other embeddings, or indices by which its output would be ranked otherwise.
@@ -202,7 +213,8 @@ class LanceVectors(Store[Any]):
         self.require_output(path)  # again, as it may have been long since
         name = self.name + _STAGED if path is None else _parsed(str(path))[1]
         if name not in self._database.list_tables().tables:
-            vector = pa.field(self.column, pa.list_(pa.float32(), how.new_dim))
+            number = self._table.schema.field(self.column).type.value_type
+            vector = pa.field(self.column, pa.list_(number, how.new_dim))
             fields = [vector if each.name == self.column else each for each in self._table.schema]
             schema = pa.schema([*fields, pa.field(_OF, pa.int64())], {b"st_corrector": told})
             return self._database.create_table(name, schema=schema)
@@ -264,6 +276,12 @@ class LanceVectors(Store[Any]):
         order = {key: n for n, key in enumerate(keys)}
         rows = np.array([order[key] for key in found[self.id].to_pylist()])
         kind = place.schema.field(self.column).type
+        with np.errstate(over="ignore"):
+            vectors = vectors.astype(kind.value_type.to_pandas_dtype())
+        if not np.isfinite(vectors).all():
+            raise NonFiniteError(
+                f"Some of the new vectors are too large for {kind.value_type}, the type of {place.name}."
+            )
         stored = pa.FixedSizeListArray.from_arrays(pa.array(vectors[rows].ravel()), kind.list_size)
         found = found.set_column(found.schema.get_field_index(self.column), place.schema.field(self.column), stored)
         found = found.append_column(_OF, pa.array([digests[n] for n in rows], pa.int64()))
@@ -278,7 +296,9 @@ class LanceVectors(Store[Any]):
             .to_arrow()
         )
         there = dict(zip(written[self.id].to_pylist(), self._matrix(written), strict=True))
-        if len(written) != len(found) or not all(np.array_equal(there[key], vectors[order[key]]) for key in there):
+        if len(written) != len(found) or not all(
+            np.array_equal(there[key], vectors[order[key]].astype(np.float32)) for key in there
+        ):
             raise StorageError(f"Vectors of {place.name} are not what was written into it.")
 
     def finish(self, place: Any) -> None:

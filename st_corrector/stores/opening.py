@@ -23,7 +23,7 @@ def open_vectors(
     path: str | os.PathLike[str],
     tensor: str | None = None,
     factory: str | None = None,
-    ids: Sequence[str] | None = None,
+    ids: Sequence[str | None] | None = None,
 ) -> Vectors:
     """Open embeddings that are served.
 
@@ -35,7 +35,8 @@ def open_vectors(
     Args:
         tensor: name of the tensor in a safetensors file; by default the only two-dimensional one.
         factory: factory string for a new FAISS index; by default it is of the same kind.
-        ids: of the corpus, in its order, for a store, which knows its targets by them; files have rows.
+        ids: of the corpus, in its order, for a store, which knows its targets by them, and for a FAISS index, which
+            may; other files have rows. None for a target that has been withdrawn, which a store need not have.
 
     Raises:
         InputError: there is nothing, or no floating-point embeddings, one per row.
@@ -68,7 +69,7 @@ def open_vectors(
     elif file.suffix == ".safetensors":
         found = SafetensorsVectors(file, tensor)
     else:
-        return FaissVectors(file, factory)
+        return FaissVectors(file, factory, ids)
     if factory is not None:
         raise InputError(f"factory={factory!r} is for FAISS indices, which {file} is not.")
     return found

@@ -63,14 +63,15 @@ class PgVectors(Store[_Place]):
 
     Args:
         address: of the table.
-        ids: of targets, by which rows are ordered; all of them must be there. Others are carried over, but are no rows.
+        ids: of targets, by which rows are ordered; all of them must be there, except for
+            None. Others are carried over, but are no rows.
 
     Raises:
         InputError: there is no such server, table or column, no primary key of one column, or some of the ids are not
             there.
     """
 
-    def __init__(self, address: str, ids: Sequence[str] | None = None) -> None:
+    def __init__(self, address: str, ids: Sequence[str | None] | None = None) -> None:
         super().__init__(address)
         self._in_place = False
         self._dsn, table, column, named = _parsed(address)
@@ -158,13 +159,20 @@ class PgVectors(Store[_Place]):
     def at(self, path: str | Path | None) -> PgVectors:
         """What :meth:`upgrade` has written."""
         dsn, table, _, _ = _parsed(self.address if path is None else str(path))
-        return PgVectors(f"{dsn}#{table}:{self.column}", list(map(str, self.keys)))
+        return PgVectors(f"{dsn}#{table}:{self.column}", self._names)
 
     def before(self, path: str | Path | None) -> PgVectors:
         """What served before: in place it is in another column now."""
         if path is not None:
             return self
-        return PgVectors(f"{self._dsn}#{self.table}:{self.column + _BEFORE}", list(map(str, self.keys)))
+        return PgVectors(f"{self._dsn}#{self.table}:{self.column + _BEFORE}", self._names)
+
+    @property
+    def metric(self) -> str | None:
+        """That of the index on the column; without one a search says by what it ranks."""
+        return self._the_only(
+            {_METRICS.get(each, each) for *_, classes in self._indices(self.table) for each in classes}
+        )
 
     def check(self, how: IndexMap) -> None:
         """Refuse a map from other embeddings, or indices by which its output would be ranked otherwise.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,8 @@ class QdrantVectors(Store[_Place]):
 
     Args:
         address: of the collection or alias.
-        ids: of targets, by which rows are ordered; all of them must be there. Others are carried over, but are no rows.
+        ids: of targets, by which rows are ordered; all of them must be there, except for
+            None. Others are carried over, but are no rows.
 
     Raises:
         InputError: there is no such folder or collection, the vector must be named, or some of the ids are not
@@ -73,7 +75,9 @@ class QdrantVectors(Store[_Place]):
         StorageError: the server cannot be reached.
     """
 
-    def __init__(self, address: str, ids: Sequence[str] | None = None, client: QdrantClient | None = None) -> None:
+    def __init__(
+        self, address: str, ids: Sequence[str | None] | None = None, client: QdrantClient | None = None
+    ) -> None:
         super().__init__(address)
         self._where, given, named, field = _parsed(address)
         self._client = client or _connected(self._where, address)
@@ -135,7 +139,11 @@ class QdrantVectors(Store[_Place]):
         """What :meth:`upgrade` has written."""
         where, name, _, _ = _parsed(self.address if path is None else str(path))
         address = f"{SCHEME}{where}#{name}" + (f":{self.vector}" if self.vector else "")
-        return QdrantVectors(address, list(map(str, self.keys)), self._client)
+        return QdrantVectors(address, self._names, self._client)
+
+    @property
+    def metric(self) -> str:
+        return _METRICS.get(self._params.distance, self._params.distance.value)
 
     def check(self, how: IndexMap) -> None:
         """Refuse a map from other embeddings, or a distance by which its output would be ranked otherwise.
@@ -146,8 +154,7 @@ class QdrantVectors(Store[_Place]):
         super().check(how)
         if self._params.multivector_config is not None:
             raise InputError(f"{self.address} holds several vectors for a point, of which no corrector knows.")
-        distance = self._params.distance
-        self.require_metric(how, _METRICS.get(distance, distance.value), self.address)
+        self.require_metric(how, self.metric, self.address)
 
     # ------------------------------------------------------------------ upgrading
 
@@ -163,7 +170,7 @@ class QdrantVectors(Store[_Place]):
                     f"{self.address} is a collection, which cannot be exchanged while it serves: let an alias serve, "
                     "which can, or name a new collection."
                 )
-            if _MADE in self.name:
+            if re.search(rf"{_MADE}[0-9a-f]{{8}}$", self.name):
                 with _explained(self.address):  # what a run that was killed at the end has left
                     marked = models.FilterSelector(filter=_MARKED)
                     self._client.delete_payload(self.name, [_OF], points=marked, wait=True)

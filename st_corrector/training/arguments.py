@@ -69,7 +69,7 @@ class CorrectorTrainingArguments(SentenceTransformerTrainingArguments):
         metadata={
             "help": "Share of every batch that are the corpus's own pairs: targets that no training question asks for, "
             "each with a question of its own. By default 0.36 in a run that goes through the split's questions more "
-            "than once, else 0."
+            "than once, with a teacher three times and more, else 0."
         },
     )
     own_question: str | None = field(

@@ -24,6 +24,8 @@ from .own_pairs import SHARE, count_for, own_positions
 logger = logging.getLogger(__name__)
 LOW_COVERAGE = 0.25
 """Encodings a target from which on there is no corrector, without a teacher: a sixth and a half were measured."""
+MORE_EPOCHS = 3.0
+"""From how many epochs on there are own pairs beside a teacher: some two of them are better without."""
 _KNOWN = 0.5  # of the own questions must be known to a teacher
 
 
@@ -87,8 +89,8 @@ def corrector_for(args: CorrectorTrainingArguments, data: Any, corpus: Corpus, i
     nothing is written back, or the run encodes each target less than :data:`LOW_COVERAGE` times; else ``"identity"``.
 
     With hard labels the hardest targets by fresh score teach a transformer less than the hardest among those that the
-    run has encoded before, which is what plain write-back chooses, as soon as these are many. With a teacher no
-    encoder learns less from a corrector, and a static one more.
+    run has encoded before, which is what plain write-back chooses, as soon as these are many. With a teacher
+    correcting costs nothing on the average of three corpora, and a static encoder gains by it on one of them.
 
     Args:
         args: of the run.
@@ -123,10 +125,11 @@ def training_pairs(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Te
         return pairs
     if args.own_pairs_share is None:
         logger.info(
-            "%d %% of every batch are the corpus's own pairs, as the run goes through the questions of %r more than "
-            "once: own_pairs_share=0 leaves them out.",
+            "%d %% of every batch are the corpus's own pairs, as the run goes through the questions of %r %s: "
+            "own_pairs_share=0 leaves them out.",
             round(100 * share),
             split,
+            "more than once" if teacher is None else f"{MORE_EPOCHS:g} times or more",
         )
     own = count_for(share, args.train_batch_size)
     of_epoch = math.ceil(len(pairs) / ((args.train_batch_size - own) * args.world_size))
@@ -136,9 +139,9 @@ def training_pairs(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Te
 
 
 def share_for(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Teacher | None = None) -> float:
-    """The share of own pairs that ``args`` ask for. Where they say nothing: :data:`SHARE` if the run goes through the
-    split's pairs more than once, there are at least as many own pairs as pairs of the split, and a teacher, if there is
-    one, knows their questions; else 0.
+    """The share of own pairs that ``args`` ask for. Where they say nothing: :data:`SHARE` if there are at least as many
+    own pairs as pairs of the split and the run goes through these more than once, or, beside a teacher, which must know
+    the own questions, :data:`MORE_EPOCHS` times and more; else 0.
     """
     if args.own_pairs_share is not None:
         return args.own_pairs_share
@@ -146,13 +149,14 @@ def share_for(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Teacher
 
 
 def _are_worth_it(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Teacher | None) -> bool:
-    """Whether own pairs help, as far as has been measured (``benchmarks/results/labels``)."""
+    """Whether own pairs help, as far as has been measured (``benchmarks/results/labels``, ``benchmarks/results/evidence``)."""
     split, question = args.train_split or "train", cast(Question | None, args.own_question)
     pairs = corpus.pairs(split)
     epochs = args.num_train_epochs
     if args.max_steps > 0:
         epochs = _batches(args, None) * args.train_batch_size * args.world_size / len(pairs)
-    if epochs <= 1 or not 0 < round(SHARE * args.train_batch_size) < args.train_batch_size:
+    is_long = epochs > 1 if teacher is None else epochs >= MORE_EPOCHS
+    if not is_long or not 0 < round(SHARE * args.train_batch_size) < args.train_batch_size:
         return False
     try:
         own = corpus.own_pairs(len(pairs), question, split, seed=args.seed)

@@ -147,9 +147,11 @@ def test_indices_are_kept_and_told_apart(cache, tmp_path):
     assert not torch.equal(narrow.search(queries(), 10), built.search(queries(), 10)), "parameters are applied"
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == ["index.faiss", "index.json"]
 
-    other = EmbeddingCache.from_tensor(cache[range(ROWS)].flip(0))
-    with pytest.raises(CacheError, match=r"index of something else:\n  first_rows: .* there, .* here"):
-        FaissIndex.load(tmp_path / "index", other)
+    changed = cache[range(ROWS)]
+    changed[ROWS // 2 + 1] = changed[0]
+    for embeddings in (cache[range(ROWS)].flip(0), changed):
+        with pytest.raises(CacheError, match=r"index of something else:\n  embeddings: .* there, .* here"):
+            FaissIndex.load(tmp_path / "index", EmbeddingCache.from_tensor(embeddings))
     with pytest.raises(CacheError, match="factory: 'IVF16,Flat' there, 'Flat' here"):
         FaissIndex.build(cache, "Flat", tmp_path / "index")
     with pytest.raises(CacheError, match="normalize: True there, False here"):

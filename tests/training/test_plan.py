@@ -49,12 +49,17 @@ def test_by_default_own_pairs_come_where_questions_come_again(titled, tmp_path):
     few = Corpus.from_texts(["a", "b", "c", "d"], titles=["A 1", "B 1", "C 1", "D 1"])
     few.add_split("train", {str(n): f"q{n}" for n in range(3)}, {str(n): [str(n)] for n in range(3)})
     assert share(few, max_steps=50) == 0
-    # A teacher that does not know them could not label a third of every batch.
-    teachers = (
-        EmbeddingTeacher.build(make_static_model(3), titled, tmp_path / "teacher", data, progress=False)
-        for data in (titled.pairs("train"), [titled.pairs("train"), titled.own_pairs()])
+    # A teacher that does not know them could not label a third of every batch; one that does needs more epochs.
+    ignorant, knowing = (
+        EmbeddingTeacher.build(make_static_model(3), titled, tmp_path / name, data, progress=False)
+        for name, data in {
+            "ignorant": titled.pairs("train"),
+            "knowing": [titled.pairs("train"), titled.own_pairs()],
+        }.items()
     )
-    assert [share(max_steps=50, teacher=teacher) for teacher in teachers] == [0, 0.36]
+    assert share(max_steps=50, teacher=ignorant) == 0 and share(max_steps=50, teacher=knowing) == 0.36
+    epochs = {epochs: share(max_steps=-1, num_train_epochs=epochs, teacher=knowing) for epochs in (1, 2, 2.9, 3, 4)}
+    assert epochs == {1: 0, 2: 0, 2.9: 0, 3: 0.36, 4: 0.36}
 
 
 # ---------------------------------------------------------------------- the corrector
