@@ -30,7 +30,7 @@ class DivergenceWatch:
     """Compares corrected with uncorrected error over every 100 steps.
 
     A corrector that has only begun is worse than none for some steps, and an error of 0.01 decides nothing: in the
-    runs of this project's study corrected errors exceeded the drift in the first ten steps alone, by at most 0.005.
+    runs of this project's study corrected errors exceeded the drift in the first twenty steps alone, by at most 0.005.
 
     Args:
         processes: those that train together, which must all see the same.

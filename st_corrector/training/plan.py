@@ -149,7 +149,7 @@ def share_for(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Teacher
 
 
 def _are_worth_it(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Teacher | None) -> bool:
-    """Whether own pairs help, as far as has been measured (``benchmarks/results/labels``, ``benchmarks/results/evidence``)."""
+    """Whether own pairs help, as far as has been measured (``labels`` and ``evidence`` in ``benchmarks/results``)."""
     split, question = args.train_split or "train", cast(Question | None, args.own_question)
     pairs = corpus.pairs(split)
     epochs = args.num_train_epochs

@@ -142,3 +142,19 @@ def test_caches_are_stored_in_what_can_be_saved(vectors, dtype):
 def test_strided_vectors_are_searched_as_they_are(vectors):
     given = as_tensor(np.asfortranarray(vectors), CacheError)
     assert given.stride() == (1, ROWS) and np.array_equal(given, vectors)
+
+
+def test_rows_are_numbers_or_a_mask(vectors):
+    cache, chosen = EmbeddingCache.from_tensor(vectors), np.arange(ROWS) % 3 == 1
+    for mask in (chosen, torch.from_numpy(chosen), chosen.tolist()):
+        assert np.array_equal(cache[mask], vectors[chosen])
+    assert np.array_equal(cache[np.array([2, 1], dtype=np.uint8)], vectors[[2, 1]]) and len(cache[[]]) == 0
+    with pytest.raises(InputError, match=rf"A mask must say of each of {ROWS:,} rows"):
+        cache[chosen[:-1]]
+    with pytest.raises(InputError, match="Rows must be integers, or a mask of booleans, got float64"):
+        cache[np.array([1.9])]
+
+
+def test_a_data_frames_column_is_one_of_vectors(vectors):
+    pandas = pytest.importorskip("pandas")
+    assert np.array_equal(EmbeddingCache.from_tensor(pandas.Series(list(vectors)))[range(ROWS)], vectors)

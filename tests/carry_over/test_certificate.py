@@ -8,7 +8,7 @@ from conftest import make_static_model
 from support.encoders import moved
 
 from st_corrector import IndexMap, InputError, QueryAdapter, RidgeCorrector, certify, fit_corrector, serve_plan
-from st_corrector.carry_over import sampling
+from st_corrector.carry_over import plan, sampling
 from st_corrector.carry_over.certificate import interval
 from st_corrector.carry_over.reencoding import EVERY, encoded_again, reencoding_order, use
 from st_corrector.carry_over.sampling import Judged, Recalls, Sample
@@ -16,6 +16,7 @@ from st_corrector.carry_over.vectors import TensorVectors
 from st_corrector.carry_over.ways import Way, search
 from st_corrector.data.encoding import DocumentEncoder
 from st_corrector.search.fidelity import overlap_at_k
+from st_corrector.stores.opening import open_vectors
 
 NONE = np.empty(0, dtype=np.int64)
 
@@ -299,3 +300,54 @@ def test_what_cannot_be_planned_is_refused(large, change, message):
     index, queries = given.pop("index"), given.pop("queries")
     with pytest.raises(InputError, match=message):
         serve_plan(index, moved(), large, queries, progress=False, **given)
+
+
+@pytest.mark.parametrize("metric", ["METRIC_INNER_PRODUCT", "METRIC_L2"])
+def test_an_index_is_certified_as_it_ranks(large, tmp_path, metric):
+    """Vectors of other than unit length, of a model that compares by cosine, in an index that does not."""
+    faiss = pytest.importorskip("faiss", reason="FAISS is optional")
+    model, queries = make_static_model(), sorted({f"word{n % 400} word{n * 7 % 400}" for n in range(150)})
+    embeddings = model.encode_document(large.texts(range(len(large))), convert_to_tensor=True).cpu()
+    fresh = F.normalize(embeddings, dim=-1)
+    lengths = torch.rand(len(large), 1, generator=torch.Generator().manual_seed(0)) * 3 + 0.2
+    file = str(tmp_path / "index.faiss")
+    index = faiss.IndexFlat(fresh.shape[1], getattr(faiss, metric))
+    index.add((lengths * fresh).numpy())
+    faiss.write_index(index, file)
+    asked = F.normalize(model.encode_query(queries, convert_to_tensor=True).cpu(), dim=-1)
+    returned = torch.from_numpy(index.search(asked.numpy(), 10)[1])
+    truth = overlap_at_k(returned, (asked @ fresh.T).topk(10).indices).mean()
+    assert truth < 0.6
+    found = certify(open_vectors(file), model, large, queries, progress=False).recall["unchanged"]
+    assert found.low <= truth <= found.high
+    # What is known by its numbers alone is compared as the model compares.
+    assert certify(lengths * fresh, model, large, queries, progress=False).recall["unchanged"].mean > 0.99
+
+
+def test_what_an_index_ranks_by_must_be_known(large, tmp_path):
+    faiss = pytest.importorskip("faiss", reason="FAISS is optional")
+    model = make_static_model()
+    index = faiss.IndexFlat(model.get_embedding_dimension(), faiss.METRIC_Canberra)
+    index.add(np.random.default_rng(0).standard_normal((len(large), index.d)).astype(np.float32))
+    faiss.write_index(index, str(tmp_path / "index.faiss"))
+    with pytest.raises(InputError, match=r"compares by FAISS's metric .* only cosine, inner product"):
+        certify(open_vectors(tmp_path / "index.faiss"), model, large, [f"word{n}" for n in range(30)], progress=False)
+
+
+def test_queries_that_judge_have_taught_nothing(large, monkeypatch):
+    """Neither which targets are encoded again, nor the adapter."""
+    new, queries = moved(), list(large.qrels("dev").queries["text"][:300])
+    embeddings, taught, judging = all_of(make_static_model(), large), [], []
+
+    def noting(seen, place, function):
+        return lambda *inputs, **settings: seen.append(inputs[place]) or function(*inputs, **settings)
+
+    order, draw, adapt = plan.reencoding_order, plan.Judged.draw, plan.QueryAdapter.from_corrector
+    monkeypatch.setattr(plan, "reencoding_order", noting(taught, 2, order))
+    monkeypatch.setattr(plan.QueryAdapter, "from_corrector", noting(taught, 1, adapt))
+    monkeypatch.setattr(plan.Judged, "draw", noting(judging, 2, draw))
+    serve_plan(embeddings, new, large, queries * 2, progress=False)
+    assert len(taught) >= 2 and len(judging) == 1
+    told = {tuple(each.tolist()) for queries in taught for each in queries}
+    judges = {tuple(each.tolist()) for each in judging[0]}
+    assert len(judges) >= 100 and len(told) >= 100 and not told & judges

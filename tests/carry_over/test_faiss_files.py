@@ -323,3 +323,28 @@ def test_rows_of_repeated_ids_are_those_of_the_corpus_or_refused(tmp_path, data,
         assert not (tmp_path / "new.faiss").exists()
     else:
         assert status == 0 and json.loads(said.out)["certificate"]["recall"]["upgraded"][0] > 0.99
+
+
+@pytest.mark.parametrize("factory", ["IDMap2,Flat", "IVF4,Flat"])
+def test_rows_are_those_of_the_corpus_where_its_ids_are_the_indexs(tmp_path, factory):
+    """A corpus of "10", "2", "30", …: its order is not that of the numbers."""
+    vectors, ids = vectors_of(), np.arange(COUNT) * 7 + 3
+    order = np.random.default_rng(0).permutation(COUNT)
+    file = on_disk(faiss_index(factory, vectors, ids), tmp_path / "old.faiss")
+    opened = open_vectors(file, ids=[str(each) for each in ids[order]])
+    assert np.array_equal(opened.take(np.arange(COUNT)).numpy(), vectors[order])
+    opened.upgrade(unchanged(16), tmp_path / "new.faiss", progress=False)
+    assert sorted_pairs(*pairs_in(tmp_path / "new.faiss")) == sorted_pairs(*pairs_in(file)), "each keeps its id"
+    assert np.array_equal(opened.at(tmp_path / "new.faiss").take(np.arange(COUNT)).numpy(), vectors[order])
+    # Other ids say nothing of the index's: rows are in its own order.
+    for others in ([f"doc{n}" for n in range(COUNT)], [str(n) for n in range(COUNT)], [str(2**70)] * COUNT):
+        assert np.array_equal(open_vectors(file, ids=others).take(np.arange(COUNT)).numpy(), vectors)
+
+
+def test_ids_that_may_count_rows_or_be_the_corpuss_are_refused(tmp_path):
+    vectors, shuffled_ids = vectors_of(), [str(each) for each in np.random.default_rng(0).permutation(COUNT)]
+    named = on_disk(faiss_index("IDMap2,Flat", vectors, np.arange(COUNT)), tmp_path / "named.faiss")
+    with pytest.raises(InputError, match=r"ids in .* are 0 … 299, and so are the corpus's, in another order"):
+        open_vectors(named, ids=shuffled_ids)
+    plain = on_disk(faiss_index("Flat", vectors), tmp_path / "plain.faiss")
+    assert np.array_equal(open_vectors(plain, ids=shuffled_ids).take(np.arange(COUNT)).numpy(), vectors)

@@ -231,6 +231,11 @@ def test_a_limited_corpus_keeps_the_judgements_that_fit(tmp_path):
     corpus = Corpus.from_beir(folder, max_targets=2)
     assert len(corpus) == 2 and rows_in(corpus.pairs("train")) == [0, 1]
     assert len(Corpus.from_beir(folder)) == 4, "the limited corpus is not mistaken for the whole"
+    for none in (0, -3):
+        with pytest.raises(InputError, match=f"max_targets is {none}: a corpus has at least one target"):
+            Corpus.from_beir(folder, max_targets=none)
+        with pytest.raises(InputError, match="at least one target"):
+            Corpus.from_hub(folder, max_targets=none)
 
 
 def test_row_lookup_goes_over_all_chunks():

@@ -87,6 +87,8 @@ def test_what_has_not_changed_is_left_out(base, changed):
 
 def test_rows_stay_and_ids_and_judgements_follow_what_has_changed(base, changed, caplog):
     assert len(changed) == 164 and changed.withdrawn.tolist() == [3, 5, 100, 120]
+    gone = changed.is_withdrawn
+    assert changed.ids(gone) == ["d3", "d5", "d100", "d120"] and len(changed.texts(~gone)) == 160
     assert changed.texts(range(160)) == base.texts(range(160))
     assert changed.rows_of(["d160", "d161", "d3", "d100", "d4"]).tolist() == [160, 161, 162, 163, 4]
     assert changed.rows_of(["d5", "d120"], missing=-1).tolist() == [-1, -1]

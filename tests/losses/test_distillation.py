@@ -34,6 +34,7 @@ from st_corrector import (
     Teacher,
     TeacherCheck,
 )
+from st_corrector.losses import trust as trust_module
 from st_corrector.losses.trust import Judgement, TeacherTrust, likeliest_scale, reciprocal_ranks, weight_by
 
 ALONE = {"share_negatives": False, "in_batch_negatives": False}
@@ -691,3 +692,12 @@ def test_hardness_counts_as_in_sentence_transformers(static_model, corpus, cache
 
 def test_batch_of_is_a_batch_by_rows_alone(static_model, corpus):
     assert batch_of(static_model, corpus, range(3))[1].tolist() == [0, 1, 2]
+
+
+def test_half_of_the_likeliest_scale_is_taken(parts, static_model, tmp_path, monkeypatch):
+    cache = EmbeddingCache.build(static_model, parts, tmp_path / "cache", progress=False)
+    loss = CorrectedMultipleNegativesLoss(static_model, parts, cache, 4, "identity", good_teacher(parts))
+    trust, asked = TeacherTrust(good_teacher(parts), parts, parts.qrels("train")), []
+    monkeypatch.setattr(trust_module, "likeliest_scale", lambda scores: asked.append(scores) or 18.0)
+    judged = trust._compare(loss.corrected, loss.encode_queries(trust.held_out.texts))
+    assert len(asked) == 1 and judged.scale == 9.0

@@ -352,3 +352,18 @@ def test_the_command_line(corpus, static_model, tmp_path, capsys):
     assert all(score <= 0.95 * scores[0] + 1e-5 for scores in found["scores"] for score in scores[1:])
     assert main([*map(str, command), "--relative_margin", "0.5"]) == 1
     assert "mined otherwise" in capsys.readouterr().err
+    # A cache is taken as it was stored, and a name that the Hub would not have is told before anything is done.
+    stored = ["--model", str(tmp_path / "model"), "--corpus", str(folder)]
+    assert main(["cache", "build", str(tmp_path / "int8"), *stored, "--dtype", "int8"]) == 0
+    command[command.index("--cache") + 1], command[command.index("--output") + 1] = tmp_path / "int8", tmp_path / "8"
+    assert main([*map(str, command), "--push_to_hub", "no such/name/at all"]) == 1
+    assert "is no name of a repository" in capsys.readouterr().err and not (tmp_path / "8").exists()
+    assert main(list(map(str, command))) == 0 and len(load_mined(tmp_path / "8")) > 100
+
+
+@pytest.mark.parametrize("folder", ["lr[1e-5]", "all*", "what?"])
+def test_any_name_of_a_folder_will_do(mined, hub, tmp_path, folder):
+    found = mined(folder)
+    assert load_mined(tmp_path / folder).to_list() == found.to_list() == mined(folder).to_list()
+    push_mined(tmp_path / folder, "tester/negatives")
+    assert "mined-00000.parquet" in hub.files("tester/negatives", repo_type="dataset")

@@ -267,6 +267,11 @@ def test_a_card_is_brought_up_to_date(judged, tmp_path, capsys):
     twice = card.read_text()
     assert "another name, 200 targets" in twice and twice.count("How the Negatives Were Chosen") == 1
     assert twice.replace("another name", "words \\| and 'words'") == once
+    open_ended = twice.replace("<!-- st_corrector: end -->", "")
+    card.write_text(open_ended)
+    assert main(["card", str(tmp_path / "run"), "--model", str(folder)]) == 1
+    assert "where the section ends is unknown" in capsys.readouterr().err
+    assert card.read_text() == open_ended != twice, "nothing of it is lost"
     (folder / "README.md").unlink()
     assert main(["card", str(tmp_path / "run"), "--model", str(folder)]) == 1
     assert "has no README.md" in capsys.readouterr().err

@@ -354,3 +354,46 @@ def test_a_run_that_is_killed_goes_on(tmp_path, in_place, count, kills):
     expected = turned()(stored).numpy()
     assert max(np.abs(after[f"d'{n}"][0] - expected[n]).max() for n in range(count)) < 1e-6
     assert all(after[name][1] == before[name][1] for name in before)
+
+
+def test_a_withdrawn_target_need_not_be_there(tmp_path):
+    stored = filled(tmp_path)
+    ids = [f"d'{n}" for n in range(500)]
+    lancedb.connect(tmp_path).open_table("docs").delete("id = 'd''7'")
+    with pytest.raises(InputError, match="1 are not there"):
+        open_vectors(f"lancedb:{tmp_path}#docs", ids=ids)
+    opened = open_vectors(f"lancedb:{tmp_path}#docs", ids=[None if name == "d'7" else name for name in ids])
+    expected = stored.clone()
+    expected[7] = 0
+    assert opened.count == 500 and torch.equal(opened.take(np.arange(500)), expected)
+    assert torch.equal(opened.take(np.array([7])), expected[7:8])
+    how = IndexMap(turned(), rows=np.array([8]), fresh=vectors(1, seed=5))
+    opened.upgrade(how, f"lancedb:{tmp_path}#new", progress=False)
+    new = opened.at(f"lancedb:{tmp_path}#new").take(np.arange(500))
+    assert torch.equal(new[8], vectors(1, seed=5)[0]) and not new[7].any() and new[9].any()
+    assert rows(tmp_path, "new").keys() == set(ids) - {"d'7"}
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_half_precision_stays_half(tmp_path, in_place):
+    stored = vectors(50)
+    numbers = pa.array(stored.half().numpy().ravel())
+    table = pa.table({"id": list(range(50)), "vector": pa.FixedSizeListArray.from_arrays(numbers, DIM)})
+    database = lancedb.connect(tmp_path)
+    database.create_table("docs", table)
+    opened = open_vectors(f"lancedb:{tmp_path}#docs")
+    expected = IndexMap(turned())(opened.take(np.arange(50)), np.arange(50)).half()
+    opened.upgrade(turned(), None if in_place else f"lancedb:{tmp_path}#new", progress=False)
+    name = "docs" if in_place else "new"
+    assert database.open_table(name).schema.field("vector").type == pa.list_(pa.float16(), DIM)
+    assert torch.equal(open_vectors(f"lancedb:{tmp_path}#{name}").take(np.arange(50)), expected.float())
+    far = turned(normalize=False)
+    far.weight *= 1e6
+    with pytest.raises(NonFiniteError, match="too large for halffloat"):
+        open_vectors(f"lancedb:{tmp_path}#{name}").upgrade(far, f"lancedb:{tmp_path}#far", progress=False)
+
+
+def test_ids_that_cannot_be_asked_for_are_refused(tmp_path):
+    lancedb.connect(tmp_path).create_table("docs", columns([b"a", b"b"], vectors(2)))
+    with pytest.raises(InputError, match="ids in the column id are of type binary; expected strings or integers"):
+        open_vectors(f"lancedb:{tmp_path}#docs")

@@ -353,3 +353,18 @@ def test_a_run_that_is_killed_goes_on(client, tmp_path, in_place, count, kills):
     assert max(np.abs(np.array(after[n][0]) - expected[n]).max() for n in after) < 1e-5
     assert all(after[n][1] == before[n][1] for n in before)
     client.close()
+
+
+def test_a_collection_of_any_name_is_upgraded_and_what_it_ranks_by_is_known(client, tmp_path):
+    stored = filled(client, distance=models.Distance.EUCLID)
+    config = params(models.Distance.EUCLID)
+    client.create_collection("docs_upgraded_2024", vectors_config=config)
+    points_there, _ = client.scroll("docs", limit=1_000, with_vectors=True)
+    client.upsert("docs_upgraded_2024", [models.PointStruct(id=each.id, vector=each.vector) for each in points_there])
+    alias = models.CreateAlias(collection_name="docs_upgraded_2024", alias_name="live")
+    client.update_collection_aliases([models.CreateAliasOperation(create_alias=alias)])
+    served = opened(client, tmp_path, "live")
+    assert served.metric == "l2" and torch.equal(served.take(np.arange(60)), stored)
+    served.upgrade(turned(), None, progress=False)
+    with pytest.raises(InputError, match="was upgraded in place already"):
+        opened(client, tmp_path, "live").upgrade(turned(), None, progress=False)

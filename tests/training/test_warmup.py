@@ -87,6 +87,12 @@ def test_warming_up_ends_once_whatever_is_refreshed_or_resumed(
         # Embeddings that a refresh has made are in no checkpoint: they are made anew, and no older than that.
         refreshed = refresh_every is not None and resumed_at > refresh_every
         assert second.loss.corrected.search.steps == (0 if refreshed else first.loss.corrected.search.steps)
+        assert second.loss.corrected.refreshed == refreshed
+        if refreshed:
+            rows = range(len(corpus))
+            now = second.model.encode_document(corpus.texts(rows), convert_to_tensor=True).cpu()
+            assert torch.allclose(second.loss.corrected.cache[rows], now, atol=1e-5)
+            assert not torch.allclose(now, cache[rows], atol=1e-2)
         second.go(resumed_at, STEPS, refresh_every)
         assert [rows is None for rows in second.taken.values()] == [whole.taken[step] is None for step in second.taken]
         # As is a copy of them that a shortlist has corrected: it may suggest others then.
@@ -98,12 +104,15 @@ def test_warming_up_ends_once_whatever_is_refreshed_or_resumed(
 
 
 def test_the_stale_cache_chooses_while_the_corrector_learns(corpus, cache):
-    warming = Run(corpus, cache, corrector="ridge", warmup_steps=WARMUP).go(0, STEPS)
+    warming, chosen_by = Run(corpus, cache, corrector="ridge", warmup_steps=WARMUP), []
+    for step in range(STEPS):
+        chosen_by.append(warming.loss.corrected.choosing_corrector.name)
+        warming.go(step, step + 1)
+    assert chosen_by == ["identity"] * WARMUP + ["ridge"] * (STEPS - WARMUP)
     stale = Run(corpus, cache, corrector="identity").go(0, STEPS)
     at_once = Run(corpus, cache, corrector="ridge").go(0, STEPS)
-    for step in range(1, WARMUP):
-        seen = torch.isin(warming.taken[step], warming.loss.corrected.search.overlay.rows)
-        assert torch.equal(warming.taken[step], stale.taken[step]) or seen.any(), step
+    # Later ones differ in what was written back, which is kept as what the corrector maps to it.
+    assert torch.equal(warming.taken[0], stale.taken[0])
     assert any(not torch.equal(warming.taken[step], at_once.taken[step]) for step in range(1, WARMUP))
     assert warming.loss.corrected.corrector.name == "ridge" and warming.loss.corrected.corrector.weight.abs().max() > 0
 
@@ -157,8 +166,9 @@ def test_a_resumed_trainer_goes_on_where_it_was(corpus, tmp_path):
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         (ours,), (theirs,) = (trainer._corrected_losses().values() for trainer in (whole, resumed))
         assert theirs.corrected.steps == ours.corrected.steps == 8
-        same = all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())
-        assert same or not exact
+        assert theirs.corrected.refreshed
+        if exact:
+            assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())
 
 
 def test_a_run_that_has_diverged_goes_on_counting(corpus, cache, tmp_path):
