@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from presets import AS_LONG, OTHER_WAYS, PAIRED, SPENT, WAYS, WEIGHTS
+from presets import AS_LONG, OTHER_WAYS, SPENT, WAYS, WEIGHTS
 from report import Runs, load
 from scipy import stats
 
@@ -52,7 +52,7 @@ TITLES = {
     "refresh-50": "re-embedded every 50 steps",
     "gist": "in-batch, larger batches, guided (GIST)",
 }
-TITLES |= {f"{name}-own-pairs": f"{TITLES[name]}, own pairs" for name in PAIRED}
+TITLES["in-batch-larger-static-own-pairs"] = f"{TITLES['in-batch-larger-static']}, own pairs"
 TITLES |= {
     f"{name}-{count}-negatives-{encoder}": f"{TITLES[name].strip('*')}, {questions} questions × {count}"
     for name in (*WAYS, *OTHER_WAYS)
@@ -76,8 +76,6 @@ TITLES |= {
 }
 
 LONGER = tuple(f"{name}-as-long" for name in AS_LONG)
-_ALL = ("in-batch-larger-static", "mined-margin", "mined-once", "mined-again", "refresh-10")
-_PAIRED = tuple(f"{name}-own-pairs" for name in PAIRED if name != "mined-by-teacher")
 
 
 class Default(NamedTuple):
@@ -125,12 +123,15 @@ DEFAULTS = {
         ),
     ),
     "static": (
-        Default(f"{WRITTEN}-own-pairs", (f"{CORRECTED}-own-pairs", *_PAIRED, WRITTEN, CORRECTED, *_ALL)),
+        Default(
+            f"{WRITTEN}-own-pairs",
+            (f"{CORRECTED}-own-pairs", WRITTEN, CORRECTED, "in-batch-larger-static-own-pairs", *_OTHERS),
+        ),
         Default(
             f"{CORRECTED}-teacher",
             (
                 *(f"{CORRECTED}-own-pairs-teacher", f"{WRITTEN}-teacher", "mined-by-teacher"),
-                *("mined-by-teacher-scores", f"{WRITTEN}-own-pairs", "in-batch-larger-static-own-pairs"),
+                *(f"{WRITTEN}-own-pairs", "in-batch-larger-static-own-pairs"),
             ),
         ),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -285,12 +286,11 @@ STRATEGIES |= {
     "mined-by-teacher-scores": options(strategy="mined-by-teacher", **MARGIN) + TEACHER + SCALED,
     "gist": options(strategy="gist", per_device_train_batch_size=96) + TEACHER,
 }
-# Where questions come more than once, all are given the corpus's own pairs, too.
-PAIRED = ("in-batch-larger-static", "mined-margin", "mined-by-teacher", "refresh-10")
-STRATEGIES |= {f"{name}-own-pairs": STRATEGIES[name] + OWN for name in PAIRED}
+# Where questions come more than once, they are given the corpus's own pairs, too.
+STRATEGIES["in-batch-larger-static-own-pairs"] = STRATEGIES["in-batch-larger-static"] + OWN
 RATES = {"2-layers": ("2e-4", "1e-3"), "static": ("5e-4", "2e-3", "4e-3")}
 TUNED = {
-    "2-layers": ("mlp-pull-back", "in-batch-larger", "mined-margin"),
+    "2-layers": ("mlp-pull-back", "in-batch-larger"),
     "static": ("mlp-pull-back", "in-batch-larger-static", "mined-margin"),
 }
 WEIGHTS = (1, 4)
@@ -337,38 +337,45 @@ PAIRED_SPENT = (
 )
 
 
-def _choices(encoder: str) -> tuple[str, ...]:
-    """Everything that is compared before anything is reported."""
-    rates = (f"{name}-rate-{rate}" for name in TUNED[encoder] for rate in RATES[encoder])
-    return (
-        *TUNED[encoder],
-        "mined-once",
-        "mlp-margin",
-        *(f"{name}-{count}-negatives-{encoder}" for name in WAYS for count in SPENT[encoder]),
-        *rates,
-        *_taught(encoder),
-    )
-
-
-def _taught(encoder: str) -> tuple[str, ...]:
+def _taught(encoder: str, weights: Iterable[int]) -> tuple[str, ...]:
     """A teacher's weight, found out and set."""
-    weights = ("", *(f"-weight-{weight}" for weight in WEIGHTS))
-    return tuple(f"mlp-pull-back-{max(SPENT[encoder])}-negatives-{encoder}-teacher{weight}" for weight in weights)
+    name = f"mlp-pull-back-{max(SPENT[encoder])}-negatives-{encoder}-teacher"
+    return (name, *(f"{name}-weight-{weight}" for weight in weights))
+
+
+# With each seed, on each corpus; then those that tell less, with one.
+_TWICE = "-2-negatives-2-layers"
+# What is compared on code search before anything is reported, beside learning rates.
+CHOICES_OF = {
+    "2-layers": (
+        *("mined-margin", "mined-once", "mlp-pull-back-1-negatives-2-layers"),
+        *(f"{name}{_TWICE}" for name in WAYS),
+        *_taught("2-layers", WEIGHTS),
+    ),
+    "static": (
+        *("mined-margin", "mined-once", "mlp-margin"),
+        *(f"mlp-pull-back-{count}-negatives-static" for count in SPENT["static"]),
+    ),
+}
+
+
+def _choices(encoder: str) -> tuple[str, ...]:
+    rates = (f"{name}-rate-{rate}" for name in TUNED[encoder] for rate in RATES[encoder])
+    return tuple(dict.fromkeys((*TUNED[encoder], *rates, *CHOICES_OF[encoder])))
 
 
 # Steps for which these take about as long as corrected negatives do with their cache, on code search: with a static
 # encoder, for which correcting and choosing take longer than encoding, and with two layers.
 AS_LONG = {"stale-write-back": 350, "in-batch-larger-static": 400, "in-batch-larger": 190}
 STRATEGIES |= {f"{name}-as-long": STRATEGIES[name] + options(max_steps=steps) for name, steps in AS_LONG.items()}
-# With each seed, on each corpus; then those that tell less, with one.
-_TWICE = "-2-negatives-2-layers"
 DECIDES = (
     *(f"mlp-pull-back{_TWICE}", "in-batch-larger", f"stale-write-back{_TWICE}", f"mined-margin{_TWICE}"),
     *(f"mlp-pull-back{_TWICE}-teacher", f"stale-write-back{_TWICE}-teacher", f"mined-by-teacher{_TWICE}"),
 )
 ONCE = (
     *(f"stale-write-back{_TWICE}-own-pairs", f"mlp-pull-back{_TWICE}-own-pairs", f"mined-again{_TWICE}"),
-    *(f"refresh-50{_TWICE}", "gist", "mined-by-teacher-scores", "in-batch-larger-as-long"),
+    *(f"refresh-50{_TWICE}", "gist", "mined-by-teacher-scores", f"mined-by-teacher-scores{_TWICE}"),
+    "in-batch-larger-as-long",
     *(f"corrected-mlp{_TWICE}", f"mlp-pull-back{_TWICE}-own-pairs-teacher"),
 )
 MINILM = (f"stale-write-back{_TWICE}", f"mlp-pull-back{_TWICE}", "in-batch-larger")
@@ -381,9 +388,9 @@ LONG = (
     *("mlp-pull-back-own-pairs-teacher", "mlp-pull-back-teacher", "stale-write-back-own-pairs"),
     *("in-batch-larger-static-own-pairs", "stale-write-back"),
 )
-ONCE_STATIC = (
-    *("mined-once", "mined-again", "mined-by-teacher-scores", "refresh-10"),
-    *(f"{name}-own-pairs" for name in PAIRED if name != "in-batch-larger-static"),
+TWICE_STATIC = (
+    "mined-once",
+    "refresh-10",
     *(f"{name}-as-long" for name in ("stale-write-back", "in-batch-larger-static")),
 )
 
@@ -448,11 +455,12 @@ PRESETS = {
     "evidence": [
         Block("minilm-2-layers-all-passages", ("stale-write-back", "mlp-pull-back"), (0, 1, 2, 3, 4)),
         *(Block(f"code-{encoder}-choice", _choices(encoder), (0,)) for encoder in TUNED),
-        *(
-            Block(f"{name}-2-layers-choice", ("in-batch-larger", *(f"{way}{_TWICE}" for way in WAYS)), (0,))
-            for name in ("packages", "nq")
+        Block(
+            "packages-2-layers-choice",
+            ("in-batch-larger", *(f"{way}{_TWICE}" for way in WAYS if way != "mined-margin")),
+            (0,),
         ),
-        Block("code-2-layers-choice", (f"mlp-pull-back{_TWICE}", *_taught("2-layers")), (1,)),
+        Block("code-2-layers-choice", (f"mlp-pull-back{_TWICE}", *_taught("2-layers", (max(WEIGHTS),))), (1,)),
         Block("code-2-layers-choice", SCORES, (0,)),
         Block("code-static-choice", PAIRED_SPENT, (0,)),
         *(Block(f"{name}-2-layers", DECIDES, (0, 1, 2)) for name in ("code", "packages", "nq")),
@@ -465,7 +473,8 @@ PRESETS = {
         Block("code-static-long", LONG[:2], (0,)),
         *(Block(f"{name}-2-layers", ONCE, (0,)) for name in CORPORA),
         *(Block(name, MINILM, (0,)) for name in ("code-minilm", "code-minilm-lora")),
-        *(Block(f"{name}-static", ONCE_STATIC, (0,)) for name in CORPORA),
+        Block("code-static", TWICE_STATIC, (0, 1)),
+        Block("code-static", ("mined-once",), (2,)),
     ],
     # The most telling first: whatever time there is, it buys these. Verifying 8 needs fewer negatives than 8.
     "gpu": [
