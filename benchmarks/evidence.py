@@ -125,7 +125,10 @@ DEFAULTS = {
     "static": (
         Default(
             f"{WRITTEN}-own-pairs",
-            (f"{CORRECTED}-own-pairs", WRITTEN, CORRECTED, "in-batch-larger-static-own-pairs", *_OTHERS),
+            (
+                *(f"{CORRECTED}-own-pairs", "in-batch-larger-static-own-pairs", WRITTEN, CORRECTED),
+                *("in-batch-larger-static", "mined-margin", "mined-once", "refresh-10"),
+            ),
         ),
         Default(
             f"{CORRECTED}-teacher",
