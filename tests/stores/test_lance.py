@@ -307,8 +307,10 @@ def test_what_cannot_be_opened_or_does_not_fit(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             LanceVectors(f"lancedb:{address}")
+    assert LanceVectors(f"lancedb:{tmp_path}#docs").metric is None
     index(tmp_path, "l2")
     opened, before = LanceVectors(f"lancedb:{tmp_path}#docs"), rows(tmp_path)
+    assert opened.metric == "l2"
     with pytest.raises(InputError, match="the corrector maps from 24"):
         opened.upgrade(RidgeCorrector(24), progress=False)
     with pytest.raises(InputError, match="compares by l2, and the model by dot product"):

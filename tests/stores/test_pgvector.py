@@ -465,3 +465,14 @@ def test_a_run_that_is_killed_goes_on(database, postgres, in_place, count, kills
     expected = turned()(stored).numpy()
     assert max(np.abs(after[n][0] - expected[n]).max() for n in after) < 1e-6
     assert all(after[n][1:] == before[n][1:] for n in before)
+
+
+def test_what_a_column_is_ranked_by_is_that_of_its_indices(database, postgres):
+    filled(database, metric="ip")
+    assert PgVectors(f"{postgres}#docs").metric == "dot"
+    database.execute("CREATE INDEX other ON docs USING hnsw (embedding vector_l2_ops)")
+    assert PgVectors(f"{postgres}#docs").metric is None, "a search takes either"
+    database.execute("DROP INDEX docs_hnsw")
+    assert PgVectors(f"{postgres}#docs").metric == "l2"
+    database.execute("DROP INDEX other")
+    assert PgVectors(f"{postgres}#docs").metric is None
