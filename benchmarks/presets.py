@@ -343,7 +343,7 @@ def _taught(encoder: str, weights: Iterable[int]) -> tuple[str, ...]:
     return (name, *(f"{name}-weight-{weight}" for weight in weights))
 
 
-# With each seed, on each corpus; then those that tell less, with one.
+# With three seeds, on each corpus; then those that tell less, with two or one.
 _TWICE = "-2-negatives-2-layers"
 # What is compared on code search before anything is reported, beside learning rates.
 CHOICES_OF = {
@@ -370,19 +370,19 @@ AS_LONG = {"stale-write-back": 350, "in-batch-larger-static": 400, "in-batch-lar
 STRATEGIES |= {f"{name}-as-long": STRATEGIES[name] + options(max_steps=steps) for name, steps in AS_LONG.items()}
 DECIDES = (
     *(f"mlp-pull-back{_TWICE}", "in-batch-larger", f"stale-write-back{_TWICE}", f"mined-margin{_TWICE}"),
-    *(f"mlp-pull-back{_TWICE}-teacher", f"stale-write-back{_TWICE}-teacher", f"mined-by-teacher{_TWICE}"),
+    *(f"mlp-pull-back{_TWICE}-teacher", f"stale-write-back{_TWICE}-teacher"),
 )
+SECOND = (f"mined-by-teacher{_TWICE}", "in-batch-larger-as-long")
 ONCE = (
-    *(f"stale-write-back{_TWICE}-own-pairs", f"mlp-pull-back{_TWICE}-own-pairs", f"mined-again{_TWICE}"),
+    *(f"stale-write-back{_TWICE}-own-pairs", f"mlp-pull-back{_TWICE}-own-pairs"),
     *(f"refresh-50{_TWICE}", "gist", "mined-by-teacher-scores", f"mined-by-teacher-scores{_TWICE}"),
-    "in-batch-larger-as-long",
     *(f"corrected-mlp{_TWICE}", f"mlp-pull-back{_TWICE}-own-pairs-teacher"),
 )
 MINILM = (f"stale-write-back{_TWICE}", f"mlp-pull-back{_TWICE}", "in-batch-larger")
 DECIDES_STATIC = (
     *("mlp-pull-back", "in-batch-larger-static", "stale-write-back", "mined-margin", "stale-write-back-own-pairs"),
     *("mlp-pull-back-own-pairs", "in-batch-larger-static-own-pairs", "mlp-pull-back-teacher"),
-    *("stale-write-back-teacher", "mined-by-teacher", "mlp-pull-back-own-pairs-teacher"),
+    *("stale-write-back-teacher", "mlp-pull-back-own-pairs-teacher"),
 )
 LONG = (
     *("mlp-pull-back-own-pairs-teacher", "mlp-pull-back-teacher", "stale-write-back-own-pairs"),
@@ -471,8 +471,12 @@ PRESETS = {
         Block("labels-high-coverage", ("mlp-pull-back-own-pairs-teacher",), (0, 1, 2)),
         Block("code-static-longer", LONG, (0,)),
         Block("code-static-long", LONG[:2], (0,)),
+        *(Block(f"{name}-2-layers", SECOND, (0, 1)) for name in CORPORA),
         *(Block(f"{name}-2-layers", ONCE, (0,)) for name in CORPORA),
-        *(Block(name, MINILM, (0,)) for name in ("code-minilm", "code-minilm-lora")),
+        Block("code-2-layers", (f"mined-again{_TWICE}",), (0,)),
+        *(Block(f"{name}-static", ("mined-by-teacher",), (0,)) for name in CORPORA),
+        Block("code-minilm", MINILM, (0,)),
+        Block("code-minilm-lora", MINILM[:2], (0,)),
         Block("code-static", TWICE_STATIC, (0, 1)),
         Block("code-static", ("mined-once",), (2,)),
     ],
