@@ -300,7 +300,7 @@ def page(folder: Path) -> str:
     findings = folder / "findings.md"
     made = [run.results(folder).exists() for run in runs_of("evidence")]
     parts = [
-        "# Evidence: three corpora, two encoders, and what one would pick instead",
+        "# Evidence: three corpora, three encoders, and what one would pick instead",
         "Made by `benchmarks/evidence_report.py` from the JSON beside it; every JSON has its command, and "
         "`benchmarks/corpora.py` makes the corpora. Figures are of dev questions, mean ± sd. Differences are taken "
         "seed by seed and question by question, with 95 % intervals by Student's t (number of seeds). They speak of "
