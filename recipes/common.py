@@ -234,9 +234,10 @@ def trainer_for(
     costs: Costs,
 ) -> CorrectorTrainer:
     """The trainer of a strategy, as a user would make it."""
+    of_plan = pairs_for if strategy.mines or strategy.name == "gist" else training_pairs
+    pairs = of_plan(corpus, args, is_taught=teacher is not None)
     if strategy.name == "gist":
-        return guided_trainer(model, corpus, args, pairs_for(corpus, args), teacher)
-    pairs = pairs_for(corpus, args) if strategy.mines else training_pairs(corpus, args)
+        return guided_trainer(model, corpus, args, pairs, teacher)
     labels = None if teacher is None else teacher_of(teacher, corpus, pairs, cache_path.parent, args, costs)
     if strategy.name == "mined-by-teacher":
         return mined_by_teacher_trainer(model, corpus, args, pairs, labels)

@@ -40,11 +40,11 @@ _NEAR = 1_000  # targets among which negatives are looked for first
 _AT_ONCE = 10**8  # scores of all targets at a time: some 2.4 GB
 
 
-def pairs_for(corpus: Corpus, args: CorrectorTrainingArguments) -> Dataset:
+def pairs_for(corpus: Corpus, args: CorrectorTrainingArguments, *, is_taught: bool = False) -> Dataset:
     """The pairs of the split that is trained on, and of the corpus's own pairs so many that they have the share that
     ``args`` ask for, of the whole: tuples are drawn from all alike.
     """
-    split, share = args.train_split or "train", share_for(corpus, args)
+    split, share = args.train_split or "train", share_for(corpus, args, is_taught=is_taught)
     pairs = corpus.pairs(split)
     if not share:
         return pairs

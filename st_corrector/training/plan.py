@@ -114,14 +114,19 @@ def corrector_for(args: CorrectorTrainingArguments, data: Any, corpus: Corpus, i
 # ---------------------------------------------------------------------- own pairs
 
 
-def training_pairs(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Teacher | None = None) -> Dataset:
+def training_pairs(
+    corpus: Corpus, args: CorrectorTrainingArguments, teacher: Teacher | None = None, *, is_taught: bool = False
+) -> Dataset:
     """The pairs of the split that is trained on, and as many own pairs as the run will draw, or as there are.
 
     Where ``args.own_pairs_share`` is not set, see :func:`share_for`.
+
+    Args:
+        is_taught: whether a teacher is yet to be made, which will know these pairs.
     """
     split = args.train_split or "train"
     pairs = corpus.pairs(split)
-    if not (share := share_for(corpus, args, teacher)):
+    if not (share := share_for(corpus, args, teacher, is_taught=is_taught)):
         return pairs
     if args.own_pairs_share is None:
         logger.info(
@@ -129,7 +134,7 @@ def training_pairs(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Te
             "own_pairs_share=0 leaves them out.",
             round(100 * share),
             split,
-            "more than once" if teacher is None else f"{MORE_EPOCHS:g} times or more",
+            f"{MORE_EPOCHS:g} times or more" if teacher is not None or is_taught else "more than once",
         )
     own = count_for(share, args.train_batch_size)
     of_epoch = math.ceil(len(pairs) / ((args.train_batch_size - own) * args.world_size))
@@ -138,24 +143,26 @@ def training_pairs(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Te
     return concatenate_datasets([pairs, corpus.own_pairs(count, question, split, seed=args.seed)])
 
 
-def share_for(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Teacher | None = None) -> float:
+def share_for(
+    corpus: Corpus, args: CorrectorTrainingArguments, teacher: Teacher | None = None, *, is_taught: bool = False
+) -> float:
     """The share of own pairs that ``args`` ask for. Where they say nothing: :data:`SHARE` if there are at least as many
     own pairs as pairs of the split and the run goes through these more than once, or, beside a teacher, which must know
     the own questions, :data:`MORE_EPOCHS` times and more; else 0.
     """
     if args.own_pairs_share is not None:
         return args.own_pairs_share
-    return SHARE if _are_worth_it(corpus, args, teacher) else 0.0
+    return SHARE if _are_worth_it(corpus, args, teacher, is_taught) else 0.0
 
 
-def _are_worth_it(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Teacher | None) -> bool:
+def _are_worth_it(corpus: Corpus, args: CorrectorTrainingArguments, teacher: Teacher | None, is_taught: bool) -> bool:
     """Whether own pairs help, as far as has been measured (``labels`` and ``evidence`` in ``benchmarks/results``)."""
     split, question = args.train_split or "train", cast(Question | None, args.own_question)
     pairs = corpus.pairs(split)
     epochs = args.num_train_epochs
     if args.max_steps > 0:
         epochs = _batches(args, None) * args.train_batch_size * args.world_size / len(pairs)
-    is_long = epochs > 1 if teacher is None else epochs >= MORE_EPOCHS
+    is_long = epochs >= MORE_EPOCHS if teacher is not None or is_taught else epochs > 1
     if not is_long or not 0 < round(SHARE * args.train_batch_size) < args.train_batch_size:
         return False
     try:

@@ -60,6 +60,12 @@ def test_by_default_own_pairs_come_where_questions_come_again(titled, tmp_path):
     assert share(max_steps=50, teacher=ignorant) == 0 and share(max_steps=50, teacher=knowing) == 0.36
     epochs = {epochs: share(max_steps=-1, num_train_epochs=epochs, teacher=knowing) for epochs in (1, 2, 2.9, 3, 4)}
     assert epochs == {1: 0, 2: 0, 2.9: 0, 3: 0.36, 4: 0.36}
+    # The same of one that is yet to be made.
+    for epochs in (2, 3):
+        args = arguments(tmp_path, **batch, max_steps=-1, num_train_epochs=epochs)
+        share = share_for(titled, args, is_taught=True)
+        assert share == (0.36 if epochs == 3 else 0)
+        assert bool(len(own_positions(training_pairs(titled, args, is_taught=True)))) == bool(share)
 
 
 # ---------------------------------------------------------------------- the corrector
