@@ -151,6 +151,10 @@ def compared(found: dict[str, Corpora]) -> list[str]:
             for name in (CORRECTED, WRITTEN)
             for part in by_encoder(found, lambda corpora, name=name: against(corpora, f"{name}{FEWER}", [name]))
         ),
+        "## Is mining once better than in-batch negatives?",
+        "What negatives that are mined once, with a margin, have over in-batch negatives:",
+        *by_encoder(found, lambda corpora: against(corpora, f"mined-margin{FEWER}", ["in-batch-larger"])),
+        *by_encoder(found, lambda corpora: against(corpora, "mined-margin", ["in-batch-larger-static"])),
         "## In as much time",
         "What corrected and written back negatives have over these, which make as many steps as there is time for "
         "while corrected ones make their cache and their own steps (measured on code search):",
