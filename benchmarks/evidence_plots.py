@@ -34,7 +34,8 @@ from st_corrector.training.plan import LOW_COVERAGE
 COLOURS = {"mlp": "C0", "stale": "C1", "in-batch": "C2", "gist": "C2", "mined": "C3", "refresh": "C7"}
 MARKERS = {"nq": "o", "code": "^", "packages": "s"}
 HEARS = {"": ("C0", "hard labels"), "-own-pairs": ("C2", "own pairs"), "-teacher": ("C3", "a teacher")}
-ENOUGH = 4  # strategies without which a panel says little
+ENOUGH = 6  # strategies without which a panel says little
+FAR_BELOW = {"mined-by-teacher-scores"}  # with it in the picture, all others lie on one line; the tables have it
 
 
 def colour(strategy: str) -> str:
@@ -83,6 +84,7 @@ def _quality(
 def _shown(encoder: str, runs: Runs, cost: Callable[[list[dict]], float]) -> dict[str, float]:
     """What is compared with the default, and what it takes."""
     names = {each for default in DEFAULTS[encoder] for each in (default.strategy, *default.instead)} | {*LONGER}
+    names -= FAR_BELOW
     return {name: at for name in runs if name in names and not math.isnan(at := cost(runs[name]))}
 
 
