@@ -103,6 +103,17 @@ def test_accelerate_launches_train_nq_with_the_static_encoder_and_refreshes(smal
     assert results["corrector"].startswith("IdentityCorrector")
 
 
+@pytest.mark.long
+def test_caches_of_several_dtypes_lie_beside_one_another(small_nq, minilm_path, tmp_path):
+    command = [RECIPES / "train_nq.py", "--dataset", small_nq, "--model", minilm_path, "--seed", 3, "--max_steps", 2]
+    command += ["--per_device_train_batch_size", 8, "--encoder", "static", "--caches", tmp_path / "caches"]
+    for dtype in ("float32", "int8", "float32"):
+        run(*command, "--cache_dtype", dtype, "--output_dir", tmp_path / dtype)
+        check_results(tmp_path / dtype / "results.json", "corrected", 2)
+    folders = sorted(path.name.rpartition("-")[2] for path in (tmp_path / "caches").iterdir() if path.is_dir())
+    assert folders == ["float32", "int8"]
+
+
 @pytest.mark.parametrize("strategy", ["corrected", pytest.param("mined-once", marks=pytest.mark.long)])
 def test_a_teacher_and_own_pairs_on_held_out_questions(small_nq, minilm_path, tmp_path, strategy):
     options = ["--max_steps", 6, "--per_device_train_batch_size", 8, "--num_negatives", 4, "--encoder", "static"]

@@ -254,3 +254,19 @@ def test_evaluate_leaves_out_identical_ids_and_lost_targets_on_request(tmp_path,
     assert main([*command, "--ignore_identical_ids"]) == 0
     without = json.loads(capsys.readouterr().out)["metrics"]
     assert with_them["recall@1"] == 0 < without["recall@1"] and without["mrr@10"] > with_them["mrr@10"]
+
+
+@pytest.mark.parametrize("option", ["--batch_size", "--max_targets"])
+@pytest.mark.parametrize("count", ["0", "-3", "many"])
+def test_counts_of_nothing_are_refused_by_every_command_that_has_them(option, count, capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--model", "m", "--corpus", "c", option, count])
+    assert f"{option}: {count!r} is no whole number from 1 on" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_no_model_is_named(tmp_path, capsys):
+    texts = [{"_id": str(row), "text": f"word{row}"} for row in range(2)]
+    folder = write_beir(tmp_path, texts, texts, {"dev": [("0", "0", 1)]})
+    (tmp_path / "empty").mkdir()
+    assert main(["evaluate", "--model", str(tmp_path / "empty"), "--corpus", str(folder)]) == 1
+    assert f"{tmp_path / 'empty'} cannot be loaded as a model" in capsys.readouterr().err
