@@ -35,8 +35,8 @@ def as_tensor(embeddings: Embeddings, error: type[StCorrectorError]) -> Tensor:
 
 
 def _from_array(embeddings: Any, error: type[StCorrectorError]) -> Tensor:
-    if not isinstance(embeddings, (list, tuple)) and np.asarray(embeddings).dtype == object:
-        embeddings = np.asarray(embeddings)  # of a data frame's column, too
+    if not isinstance(embeddings, (list, tuple)):
+        embeddings = np.asanyarray(embeddings)  # a data frame's column, too; what is masked stays so
     is_column = isinstance(embeddings, np.ndarray) and embeddings.dtype == object and embeddings.ndim == 1
     if is_column or isinstance(embeddings, (list, tuple)):
         vectors = list(embeddings)  # as encode() returns them, or a data frame's column holds them

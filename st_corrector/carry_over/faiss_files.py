@@ -28,8 +28,8 @@ class FaissVectors(Vectors):
     of them. Others need ``factory``.
 
     Rows are those of ``ids`` where these are the index's own, all different, and else ordered by id; ids may repeat.
-    Repeated ids are in the order in which they were added, except in an IVF
-    index without IDMap, which does not know that order: see :meth:`require_rows`.
+    Repeated ids are in the order in which they were added, except in an IVF index without IDMap, which does not know
+    that order: see :meth:`require_rows`.
 
     Args:
         path: the index's file.

@@ -52,8 +52,8 @@ class LanceVectors(Store[Any]):
 
     Args:
         address: of the table.
-        ids: of targets, by which rows are ordered; all of them must be there, except for
-            None. Others are carried over, but are no rows.
+        ids: of targets, by which rows are ordered; all of them must be there, except for None. Others are
+            carried over, but are no rows.
 
     Raises:
         InputError: there is no such folder, table or column, ids are missing or repeat.
@@ -277,7 +277,7 @@ class LanceVectors(Store[Any]):
         rows = np.array([order[key] for key in found[self.id].to_pylist()])
         kind = place.schema.field(self.column).type
         with np.errstate(over="ignore"):
-            vectors = vectors.astype(kind.value_type.to_pandas_dtype())
+            vectors = vectors.astype(kind.value_type.to_pandas_dtype(), copy=False)
         if not np.isfinite(vectors).all():
             raise NonFiniteError(
                 f"Some of the new vectors are too large for {kind.value_type}, the type of {place.name}."

@@ -63,8 +63,8 @@ class PgVectors(Store[_Place]):
 
     Args:
         address: of the table.
-        ids: of targets, by which rows are ordered; all of them must be there, except for
-            None. Others are carried over, but are no rows.
+        ids: of targets, by which rows are ordered; all of them must be there, except for None. Others are
+            carried over, but are no rows.
 
     Raises:
         InputError: there is no such server, table or column, no primary key of one column, or some of the ids are not

@@ -66,8 +66,8 @@ class QdrantVectors(Store[_Place]):
 
     Args:
         address: of the collection or alias.
-        ids: of targets, by which rows are ordered; all of them must be there, except for
-            None. Others are carried over, but are no rows.
+        ids: of targets, by which rows are ordered; all of them must be there, except for None. Others are
+            carried over, but are no rows.
 
     Raises:
         InputError: there is no such folder or collection, the vector must be named, or some of the ids are not

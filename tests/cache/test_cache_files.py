@@ -303,6 +303,7 @@ def _fail_on_one(rank, folder):
 
 def test_what_fails_in_one_process_ends_all_with_its_name(tmp_path):
     torch.multiprocessing.start_processes(_fail_on_one, (str(tmp_path),), nprocs=3, start_method="forkserver")
+    assert not CacheFolder(tmp_path / "cache").is_finished
 
 
 @pytest.mark.parametrize(

@@ -326,7 +326,9 @@ def test_odd_values_in_a_record_are_shown_or_left_out(odd, tmp_path):
         record.evaluations = {"before": {"mrr@10": odd}, "after": {"mrr@10": 0.5}}
         record.seconds = loss.examples[0].choices[0].positive_score = odd
     record.save(tmp_path)
-    page_of(RunRecord.load(tmp_path), tmp_path)
+    text = "".join(page_of(RunRecord.load(tmp_path), tmp_path).text)
+    named = "a model without a name" if odd in (None, [], {}) else str(odd)
+    assert f"Training report: {named}" in text and "from the record of the run" in text, "from its head to its end"
 
 
 @pytest.mark.parametrize(
